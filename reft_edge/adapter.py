@@ -1,0 +1,316 @@
+"""The adapter and its file: one `.safetensors` with the unfolded parameters and a described header.
+
+Header metadata: `format` is "reft-edge", `version` is "1", and `adapter` is a JSON object with the fields of
+`AdapterConfig`. Every tensor is float32 and stacked over layers (in the order of `layers`) and position groups
+(one if tied, one a part of the position spec if not), so that L layers and G groups of rank r on a hidden
+size d are stored as:
+
+    loreft, direft     R [L, G, r, d]   W [L, G, r, d]   b [L, G, r]
+    noreft             W1 [L, G, r, d]  W2 [L, G, r, d]  b [L, G, r]   b2 [L, G, r] with add_bias
+    nodireft           W1 [L, G, r, d]  W2 [L, G, r, d]  b [L, G, r]
+    consreft, lobireft R [L, G, r, d]   b [L, G, r]
+    steering           v [L, G, 1, d]   alpha [L, G, 1]
+
+Formulas: Wu et al. 2024 (arXiv 2404.03592, section 3.2) for LoReFT and DiReFT, pyreft 0.1.0's
+`interventions.py` for the others.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from reft_edge.algebra import Array, Edit, Gate, LayerEdit
+from reft_edge.errors import AdapterFileError, ReftEdgeError
+from reft_edge.files import write_atomically
+from reft_edge.positions import Span, parse_positions
+
+FORMAT = "reft-edge"
+VERSION = "1"
+INTERVENTIONS = ("loreft", "noreft", "direft", "nodireft", "consreft", "lobireft", "steering")
+LINEAR_ONLY = ("consreft", "lobireft", "steering")
+
+_MAX_HEADER = 1 << 20
+_MAX_DATA = 1 << 30
+_LIMITS = {"hidden_size": 1 << 20, "num_layers": 1 << 12, "rank": 1 << 12}
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What an adapter is and which base model it belongs to."""
+
+    intervention: str
+    """One of INTERVENTIONS."""
+    base_name: str
+    """The base model's name, for people."""
+    base_fingerprint: str
+    """The base model's fingerprint (`reft_edge.fingerprint`), for machines."""
+    hidden_size: int
+    num_layers: int
+    """Layers of the base model."""
+    layers: tuple[int, ...]
+    """Layers that the adapter edits, ascending."""
+    rank: int
+    positions: str = "f7+l7"
+    tied: bool = False
+    act_fn: str = "linear"
+    add_bias: bool = False
+    """NoReFT only: W2 has a bias of its own."""
+    prompt_format: str = "chat"
+    """"chat": prompts went through the base model's chat template; "raw": they did not."""
+    training: dict[str, Any] = field(default_factory=dict)
+    """How it was trained: data digest, steps, learning rate, seed, versions, loss."""
+
+    def __post_init__(self) -> None:
+        _check_config(self)
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """One gate a position group."""
+        return parse_positions(self.positions, self.tied)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor that the file must hold."""
+        groups = (len(self.layers), len(self.spans))
+        matrix, vector = (*groups, self.rank, self.hidden_size), (*groups, self.rank)
+        if self.intervention in ("loreft", "direft"):
+            return {"R": matrix, "W": matrix, "b": vector}
+        if self.intervention in ("noreft", "nodireft"):
+            bias = {"b2": vector} if self.add_bias else {}
+            return {"W1": matrix, "W2": matrix, "b": vector, **bias}
+        if self.intervention == "steering":
+            return {"v": matrix, "alpha": vector}
+        return {"R": matrix, "b": vector}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter's description and its unfolded parameters, shaped as `config.shapes()` says."""
+
+    config: AdapterConfig
+    tensors: dict[str, Array]
+
+    def __post_init__(self) -> None:
+        expected = self.config.shapes()
+        if self.tensors.keys() != expected.keys():
+            missing, extra = sorted(expected.keys() - self.tensors), sorted(self.tensors.keys() - expected)
+            raise AdapterFileError(f"a {self.config.intervention} adapter has tensors {sorted(expected)}; "
+                                   f"missing: {missing or 'none'}, unexpected: {extra or 'none'}")
+        for name, shape in expected.items():
+            tensor = self.tensors[name]
+            if tensor.shape != shape or tensor.dtype != np.float32:
+                raise AdapterFileError(f"tensor {name} is {tensor.dtype} {list(tensor.shape)}; "
+                                       f"expected float32 {list(shape)}")
+            if not np.isfinite(tensor).all():
+                raise AdapterFileError(f"tensor {name} holds NaN or infinity; train the adapter again")
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(tensor.size for tensor in self.tensors.values())
+
+
+def fold(adapter: Adapter) -> Edit:
+    """The adapter as one linear edit (A, b, B) a layer.
+
+    Raises ReftEdgeError if its act_fn is not linear: such an edit is not affine in h.
+    """
+    config = adapter.config
+    if config.act_fn != "linear":
+        raise ReftEdgeError(f"the adapter's act_fn is {config.act_fn!r}, which no linear port can carry; "
+                            "train it with act_fn `linear` to run it on an exported model")
+    rows_a, bias, rows_b = folded_rows(config.intervention, adapter.tensors)
+    if rows_a is None:
+        rows_a = np.zeros_like(rows_b)
+    gates = tuple(Gate(span) for span in config.spans)
+    columns = np.repeat(np.arange(len(gates)), config.rank)
+    layers = {
+        layer: LayerEdit(
+            A=np.ascontiguousarray(rows_a[i].reshape(-1, config.hidden_size).T),
+            b=bias[i].reshape(-1),
+            B=rows_b[i].reshape(-1, config.hidden_size),
+            gates=columns,
+        )
+        for i, layer in enumerate(config.layers)
+    }
+    return Edit(config.hidden_size, gates, layers)
+
+
+def folded_rows(intervention: str, t: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+    """Aᵀ (None where it is zero), b and B of the edit h + (hA + b)B, stacked as the tensors are; numpy or torch."""
+    if intervention == "loreft":
+        return t["W"] - t["R"], t["b"], t["R"]
+    if intervention == "direft":
+        return t["W"], t["b"], t["R"]
+    if intervention == "noreft":
+        return t["W1"] - t["W2"], t["b"] - t["b2"] if "b2" in t else t["b"], t["W2"]
+    if intervention == "nodireft":
+        return t["W1"], t["b"], t["W2"]
+    if intervention == "consreft":
+        return -t["R"], t["b"], t["R"]
+    if intervention == "lobireft":
+        return None, t["b"], t["R"]
+    return None, t["alpha"], t["v"]
+
+
+def save_adapter(adapter: Adapter, path: Path | str) -> None:
+    """Write the file atomically. Raises ReftEdgeError if it cannot be written."""
+    metadata = {
+        "format": FORMAT,
+        "version": VERSION,
+        "adapter": json.dumps(dataclasses.asdict(adapter.config), allow_nan=False, separators=(",", ":")),
+    }
+    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in adapter.tensors.items()}
+    write_atomically(Path(path), save(tensors, metadata))
+
+
+def load_adapter(path: Path | str) -> Adapter:
+    """Read and check an adapter file. Raises AdapterFileError that names the file and what is wrong with it.
+
+    The header is checked, against itself and against the file's size, before tensor data is read.
+    """
+    try:
+        with open(path, "rb") as file:
+            config = _read_header(file)
+            file.seek(0)
+            tensors = load(file.read(os.fstat(file.fileno()).st_size))
+        return Adapter(config, tensors)
+    except OSError as error:
+        raise AdapterFileError(f"cannot read adapter {path}: {error.strerror}") from error
+    except (ReftEdgeError, SafetensorError) as error:
+        raise AdapterFileError(f"{path} is not a usable adapter: {error}") from error
+
+
+def read_config(path: Path | str) -> AdapterConfig:
+    """Read and check an adapter file's header only. Raises AdapterFileError."""
+    try:
+        with open(path, "rb") as file:
+            return _read_header(file)
+    except OSError as error:
+        raise AdapterFileError(f"cannot read adapter {path}: {error.strerror}") from error
+    except ReftEdgeError as error:
+        raise AdapterFileError(f"{path} is not a usable adapter: {error}") from error
+
+
+def _read_header(file: BinaryIO) -> AdapterConfig:
+    size = os.fstat(file.fileno()).st_size
+    prefix = file.read(8)
+    if len(prefix) < 8:
+        raise AdapterFileError("it is shorter than a safetensors header; the file is truncated or of another kind")
+    length = int.from_bytes(prefix, "little")
+    if length > _MAX_HEADER or length > size - 8:
+        raise AdapterFileError(f"its header claims {length:,} bytes of a file of {size:,} (at most {_MAX_HEADER:,} "
+                               "are accepted); the file is truncated or not a safetensors file")
+    header = _parse_json(file.read(length), "header")
+    config = _config_from_metadata(header.pop("__metadata__", None))
+    _check_layout(header, config, size - 8 - length)
+    return config
+
+
+def _config_from_metadata(metadata: Any) -> AdapterConfig:
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+        raise AdapterFileError(f"its metadata does not say format {FORMAT!r}; train one with `reft-edge train`")
+    if metadata.get("version") != VERSION:
+        raise AdapterFileError(f"it has version {metadata.get('version')!r} of the format; this reft-edge reads "
+                               f"version {VERSION!r}: upgrade reft-edge, or train the adapter again")
+    described = metadata.get("adapter")
+    if not isinstance(described, str):
+        raise AdapterFileError("its metadata has no `adapter` description")
+    fields = _parse_json(described.encode(), "adapter description")
+    known = {f.name: f for f in dataclasses.fields(AdapterConfig)}
+    required = {name for name, f in known.items()
+                if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
+    if unknown := sorted(fields.keys() - known):
+        raise AdapterFileError(f"its description has unknown fields {unknown}")
+    if missing := sorted(required - fields.keys()):
+        raise AdapterFileError(f"its description lacks {missing}")
+    if isinstance(fields["layers"], list):
+        fields["layers"] = tuple(fields["layers"])
+    return AdapterConfig(**fields)
+
+
+def _check_layout(header: dict[str, Any], config: AdapterConfig, data_size: int) -> None:
+    expected = config.shapes()
+    if header.keys() != expected.keys():
+        missing, extra = sorted(expected.keys() - header), sorted(header.keys() - expected)
+        raise AdapterFileError(f"a {config.intervention} adapter has tensors {sorted(expected)}; "
+                               f"missing: {missing or 'none'}, unexpected: {extra or 'none'}")
+    needed = 4 * sum(math.prod(shape) for shape in expected.values())
+    if needed != data_size:
+        raise AdapterFileError(f"its description needs {needed:,} bytes of tensors, the file holds {data_size:,}; "
+                               "the file is truncated or its description is wrong")
+    if data_size > _MAX_DATA:
+        raise AdapterFileError(f"it holds {data_size:,} bytes of tensors; at most {_MAX_DATA:,} are accepted")
+    for name, shape in expected.items():
+        entry = header[name]
+        if not isinstance(entry, dict) or entry.get("dtype") != "F32" or entry.get("shape") != list(shape):
+            found = f"{entry.get('dtype')} {entry.get('shape')}" if isinstance(entry, dict) else repr(entry)
+            raise AdapterFileError(f"tensor {name} is declared as {found}; expected F32 {list(shape)}")
+
+
+def _parse_json(content: bytes, what: str) -> dict[str, Any]:
+    def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        if len(set(names)) < len(names):
+            raise AdapterFileError(f"its {what} names {sorted({n for n in names if names.count(n) > 1})} twice")
+        return dict(pairs)
+
+    def refuse(constant: str) -> None:
+        raise AdapterFileError(f"its {what} holds {constant}")
+
+    try:
+        parsed = json.loads(content, object_pairs_hook=without_repeats, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise AdapterFileError(f"its {what} is not valid JSON") from error
+    if not isinstance(parsed, dict):
+        raise AdapterFileError(f"its {what} is not a JSON object")
+    return parsed
+
+
+def _check_config(config: AdapterConfig) -> None:
+    def is_int(value: object) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool)
+
+    for name in ("intervention", "base_name", "base_fingerprint", "positions", "act_fn", "prompt_format"):
+        if not isinstance(getattr(config, name), str):
+            raise AdapterFileError(f"{name} is {getattr(config, name)!r}; expected text")
+    for name in ("tied", "add_bias"):
+        if not isinstance(getattr(config, name), bool):
+            raise AdapterFileError(f"{name} is {getattr(config, name)!r}; expected true or false")
+    for name, limit in _LIMITS.items():
+        value = getattr(config, name)
+        if not is_int(value) or not 1 <= value <= limit:
+            raise AdapterFileError(f"{name} is {value!r}; expected a whole number from 1 to {limit:,}")
+    if config.intervention not in INTERVENTIONS:
+        raise AdapterFileError(f"unknown intervention {config.intervention!r}; known: {', '.join(INTERVENTIONS)}")
+    if config.intervention == "steering" and config.rank != 1:
+        raise AdapterFileError(f"a steering vector has rank 1, not {config.rank}")
+    if config.rank > config.hidden_size:
+        raise AdapterFileError(f"rank {config.rank} is larger than the hidden size {config.hidden_size}")
+    layers = config.layers
+    if not isinstance(layers, tuple) or not layers or not all(is_int(layer) for layer in layers):
+        raise AdapterFileError(f"layers are {layers!r}; expected a list of whole numbers")
+    if list(layers) != sorted(set(layers)):
+        raise AdapterFileError(f"layers {list(layers)} are not ascending without repeats")
+    if layers[0] < 0 or layers[-1] >= config.num_layers:
+        raise AdapterFileError(f"layers {list(layers)} go beyond a model of {config.num_layers} layers "
+                               f"(0 to {config.num_layers - 1})")
+    if not re.fullmatch(r"[a-z][a-z0-9_]{0,31}", config.act_fn):
+        raise AdapterFileError(f"act_fn {config.act_fn!r} is not an activation's name")
+    if config.intervention in LINEAR_ONLY and config.act_fn != "linear":
+        raise AdapterFileError(f"{config.intervention} has no activation function; act_fn must be `linear`")
+    if config.add_bias and config.intervention != "noreft":
+        raise AdapterFileError("add_bias is only for noreft")
+    if config.prompt_format not in ("chat", "raw"):
+        raise AdapterFileError(f"prompt_format is {config.prompt_format!r}; expected `chat` or `raw`")
+    if not isinstance(config.training, dict):
+        raise AdapterFileError("training is not a JSON object")
+    parse_positions(config.positions, config.tied)

@@ -1,0 +1,106 @@
+"""The algebra of linear ReFT edits: every member of the family is h' = h + (h A + b) B.
+
+`A: [d, r]`, `b: [r]`, `B: [r, d]`. Running adapters together is concatenation along r, blending is a scale
+per column, a subspace is a slice of r, and rank 0 changes nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from reft_edge.errors import ReftEdgeError
+from reft_edge.positions import Span, active
+
+Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Where a set of columns acts, and how strongly."""
+
+    span: Span
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class LayerEdit:
+    """The edit of one layer: `A [d, r]`, `b [r]`, `B [r, d]` (float32) and the gate of each column, `gates [r]` (int64)."""
+
+    A: Array
+    b: Array
+    B: Array
+    gates: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Edits of some layers of a model with hidden size `hidden_size`; columns point into `gates`."""
+
+    hidden_size: int
+    gates: tuple[Gate, ...]
+    layers: dict[int, LayerEdit]
+
+    @property
+    def on_generated(self) -> bool:
+        """Whether any column can be active after the prompt."""
+        return any(gate.span.on_generated and gate.scale != 0 for gate in self.gates)
+
+
+def scale(edit: Edit, factor: float) -> Edit:
+    """The edit with its effect multiplied by `factor`: h' = h + factor (hA + b) B."""
+    return replace(edit, gates=tuple(replace(gate, scale=gate.scale * factor) for gate in edit.gates))
+
+
+def concat(edits: Sequence[Edit]) -> Edit:
+    """All edits at once, each computed from the same h: their deltas add.
+
+    Raises ReftEdgeError if there is none or hidden sizes differ.
+    """
+    if not edits:
+        raise ReftEdgeError("there is no edit to combine; give at least one adapter")
+    sizes = {edit.hidden_size for edit in edits}
+    if len(sizes) > 1:
+        raise ReftEdgeError(f"adapters of unlike hidden sizes {sorted(sizes)} cannot run together")
+    layers: dict[int, LayerEdit] = {}
+    offset = 0
+    for edit in edits:
+        for layer, part in edit.layers.items():
+            shifted = replace(part, gates=part.gates + offset)
+            layers[layer] = _join(layers[layer], shifted) if layer in layers else shifted
+        offset += len(edit.gates)
+    gates = tuple(gate for edit in edits for gate in edit.gates)
+    return Edit(edits[0].hidden_size, gates, dict(sorted(layers.items())))
+
+
+def subspace(edit: Edit, columns: slice) -> Edit:
+    """Only the given columns of every layer's rank axis (pyreft's subspaces)."""
+    return replace(
+        edit,
+        layers={
+            layer: LayerEdit(part.A[:, columns], part.b[columns], part.B[columns], part.gates[columns])
+            for layer, part in edit.layers.items()
+        },
+    )
+
+
+def apply(edit: Edit, layer: int, h: Array, t: NDArray[np.int64], n: int) -> Array:
+    """The edited hidden states of one row: the reference that graphs and runtimes are checked against.
+
+    `h [sequence, d]`, `t [sequence]` absolute positions, `n` the prompt's length in tokens.
+    """
+    part = edit.layers.get(layer)
+    if part is None:
+        return h
+    opened = np.stack([active(gate.span, t, n) * np.float32(gate.scale) for gate in edit.gates], axis=1)
+    return h + ((h @ part.A + part.b) * opened[:, part.gates].astype(np.float32)) @ part.B
+
+
+def _join(left: LayerEdit, right: LayerEdit) -> LayerEdit:
+    return LayerEdit(
+        A=np.concatenate([left.A, right.A], axis=1),
+        b=np.concatenate([left.b, right.b]),
+        B=np.concatenate([left.B, right.B]),
+        gates=np.concatenate([left.gates, right.gates]),
+    )

@@ -1,0 +1,81 @@
+"""Writing files and folders so that a failed or interrupted write leaves the old ones in place."""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from reft_edge.errors import ReftEdgeError
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write to a temporary name beside `path`, flush to disk, rename.
+
+    Raises ReftEdgeError if the folder is missing or cannot be written; `path` is then as it was before.
+    """
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise ReftEdgeError(f"cannot write {path}: {error.strerror}; choose another place") from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except OSError as error:
+        Path(temporary).unlink(missing_ok=True)
+        raise ReftEdgeError(f"cannot write {path}: {error.strerror}") from error
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def replace_folder(target: Path, marker: str) -> Iterator[Path]:
+    """Give an empty temporary folder that becomes `target` when the block succeeds and vanishes when it fails.
+
+    An existing `target` is only replaced if it is empty or holds the file `marker`, so that a mistyped
+    output path cannot delete somebody's files. Raises ReftEdgeError otherwise.
+    """
+    target = Path(os.path.abspath(target))
+    if target.exists() and not target.is_dir():
+        raise ReftEdgeError(f"{target} is a file; give a folder")
+    if target.is_dir() and any(target.iterdir()) and not (target / marker).is_file():
+        raise ReftEdgeError(f"{target} is not empty and was not written by reft-edge; give another folder or empty it")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    except OSError as error:
+        raise ReftEdgeError(f"cannot write beside {target}: {error.strerror}; choose another place") from error
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())
+        if target.is_dir():
+            old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old."))
+            os.replace(target, old)
+            os.replace(temporary, target)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file's content, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

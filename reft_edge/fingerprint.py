@@ -1,0 +1,26 @@
+"""A base model's fingerprint: the same for the same weights however they are stored or loaded, else another."""
+
+import hashlib
+
+import torch
+from torch import nn
+
+SAMPLES = 1024
+
+
+@torch.no_grad()
+def fingerprint(model: nn.Module) -> str:
+    """16 hex digits of a SHA-256 over every parameter's name, shape and up to 1,024 evenly spaced values.
+
+    Values are rounded to bfloat16 first, so that the fingerprint does not depend on the precision in which the
+    weights were loaded, as long as that kept at least bfloat16's 8 bits of mantissa. It tells models apart; it is
+    no proof against someone who builds a model to collide.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().flatten()
+        index = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64).round().long()
+        sample = flat[index.to(flat.device)].to(torch.bfloat16).cpu().view(torch.int16)
+        digest.update(f"{name} {list(parameter.shape)}\n".encode())
+        digest.update(sample.numpy().astype("<i2").tobytes())
+    return digest.hexdigest()[:16]

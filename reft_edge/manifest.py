@@ -1,0 +1,73 @@
+"""The manifest of an exported folder, `reft_edge.json`: which base it is, its ports, and how it was verified."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from reft_edge.errors import BaseMismatchError, ReftEdgeError
+
+MANIFEST = "reft_edge.json"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a runtime needs to know of an exported folder before it binds an adapter."""
+
+    base_name: str
+    base_fingerprint: str
+    architecture: str
+    precision: str
+    hidden_size: int
+    num_layers: int
+    """Layers of the base model."""
+    layers: tuple[int, ...]
+    """Layers that have a port."""
+    head_size: int
+    context_length: int
+    """Tokens."""
+    eos_token_ids: tuple[int, ...]
+    ports: dict[str, list[str | int]]
+    """Port inputs of the graph and their shapes, for people and other runtimes; names stand for any size."""
+    verification: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    graph: str = "model.onnx"
+    version: int = VERSION
+
+    def check_base(self, fingerprint: str, adapter: str, base_name: str) -> None:
+        """Raise BaseMismatchError unless the adapter was trained on this base."""
+        if fingerprint != self.base_fingerprint:
+            raise BaseMismatchError(
+                f"{adapter} was trained on another base model: on {base_name} with fingerprint {fingerprint}, "
+                f"while this folder holds {self.base_name} with fingerprint {self.base_fingerprint}; "
+                "export that base, or train the adapter on this one"
+            )
+
+
+def save_manifest(manifest: Manifest, folder: Path) -> None:
+    """Write `reft_edge.json` into a folder that is still being made."""
+    (folder / MANIFEST).write_text(json.dumps(dataclasses.asdict(manifest), indent=2) + "\n", encoding="utf-8")
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """Read a folder's manifest. Raises ReftEdgeError if it is missing, malformed or of another version."""
+    path = folder / MANIFEST
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ReftEdgeError(f"{folder} is not an exported model: it has no {MANIFEST}; "
+                            f"make one with `reft-edge export MODEL -o {folder}`") from error
+    except (OSError, ValueError) as error:
+        raise ReftEdgeError(f"cannot read {path}: {error}") from error
+    if not isinstance(fields, dict) or fields.get("version") != VERSION:
+        found = fields.get("version") if isinstance(fields, dict) else None
+        raise ReftEdgeError(f"{path} has version {found!r}; this reft-edge reads {VERSION}: export the model again")
+    try:
+        manifest = Manifest(**{**fields, "layers": tuple(fields["layers"]), "eos_token_ids": tuple(fields["eos_token_ids"])})
+    except (KeyError, TypeError) as error:
+        raise ReftEdgeError(f"{path} is malformed ({error}); export the model again") from error
+    if Path(manifest.graph).name != manifest.graph:
+        raise ReftEdgeError(f"{path} names a graph outside its folder: {manifest.graph!r}")
+    return manifest

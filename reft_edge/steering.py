@@ -1,0 +1,131 @@
+"""Running interventions inside a PyTorch model: hooks on the outputs of its decoder blocks."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reft_edge.errors import ReftEdgeError
+from reft_edge.interventions import Interventions, Weights
+from reft_edge.positions import active
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The model's blocks in order. Raises ReftEdgeError if there is no single list of `num_hidden_layers` blocks."""
+    count = model.config.num_hidden_layers
+    found = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
+    blocks = [module for module in found if type(module[0]).__name__.endswith(("DecoderLayer", "Block", "Layer"))]
+    if len(blocks) != 1:
+        raise ReftEdgeError(f"cannot tell which modules are the {count} blocks of {type(model).__name__}; "
+                            f"found {len(blocks)} lists of that many blocks")
+    return blocks[0]
+
+
+@dataclass
+class _Step:
+    """What every block needs to know of the forward pass under way."""
+
+    weights: list[Weights]
+    tokens: list[list[Tensor]]
+    """For every adapter and position group, indices of its active tokens in the flattened batch."""
+
+
+class Steering:
+    """Interventions attached to a causal language model; every forward pass of the model is edited.
+
+    Positions come from the attention mask, so that left and right padding both work. The prompt's length of each
+    row is what `prompts` was given, or, in a pass without a KV cache behind it, the row's whole length; later
+    passes (decode steps) keep the lengths of that pass.
+    """
+
+    def __init__(self, model: nn.Module, adapters: Sequence[tuple[Interventions, float]]) -> None:
+        """`adapters`: interventions and the scale of each. Raises ReftEdgeError if a layer does not exist."""
+        self.adapters = list(adapters)
+        self._step: _Step | None = None
+        self._given: Tensor | None = None
+        self._lengths: Tensor | None = None
+        blocks = decoder_layers(model)
+        for interventions, _ in self.adapters:
+            if interventions.config.num_layers != len(blocks) or interventions.config.hidden_size != model.config.hidden_size:
+                raise ReftEdgeError(
+                    f"the adapter is for {interventions.config.num_layers} layers of size "
+                    f"{interventions.config.hidden_size}; this model has {len(blocks)} of {model.config.hidden_size}")
+        edited = sorted({layer for interventions, _ in self.adapters for layer in interventions.config.layers})
+        self._handles = [model.register_forward_pre_hook(self._begin, with_kwargs=True)]
+        self._handles += [blocks[layer].register_forward_hook(self._hook(layer)) for layer in edited]
+
+    def remove(self) -> None:
+        """Detach: the model answers as before."""
+        for handle in self._handles:
+            handle.remove()
+
+    @contextmanager
+    def prompts(self, lengths: Tensor) -> Iterator[None]:
+        """Use these prompt lengths, `[batch]` tokens, for passes inside the block (training: prompt, then completion)."""
+        self._given = lengths
+        try:
+            yield
+        finally:
+            self._given = None
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if ids is None:
+            ids = kwargs["inputs_embeds"][..., 0]
+        cache = kwargs.get("past_key_values")
+        past = cache.get_seq_length() if cache is not None else 0
+        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        if mask is None:
+            mask = ids.new_ones(ids.shape[0], past + ids.shape[1], dtype=torch.long)
+        now = mask[:, -ids.shape[1]:].bool()
+        t = (mask.long().cumsum(dim=1) - 1)[:, -ids.shape[1]:]
+        if self._given is not None:
+            self._lengths = self._given
+        elif past == 0 or self._lengths is None or self._lengths.shape[0] != ids.shape[0]:
+            self._lengths = mask.long().sum(dim=1)
+        n = self._lengths.to(t.device)[:, None]
+        self._step = _Step(
+            weights=[interventions.weights() for interventions, _ in self.adapters],
+            tokens=[[(active(span, t, n) & now).flatten().nonzero().squeeze(1) for span in interventions.config.spans]
+                    for interventions, _ in self.adapters],
+        )
+
+    def _hook(self, layer: int) -> Any:
+        def edit(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            hidden = output[0] if isinstance(output, tuple) else output
+            edited = self._edit(layer, hidden)
+            return (edited, *output[1:]) if isinstance(output, tuple) else edited
+
+        return edit
+
+    def _edit(self, layer: int, hidden: Tensor) -> Tensor:
+        assert self._step is not None
+        flat = hidden.flatten(0, 1)
+        edited = flat
+        with torch.autocast(hidden.device.type, enabled=False):
+            for number, (interventions, scale) in enumerate(self.adapters):
+                if layer not in interventions.config.layers:
+                    continue
+                index = interventions.config.layers.index(layer)
+                for group, tokens in enumerate(self._step.tokens[number]):
+                    if tokens.numel() == 0:
+                        continue
+                    h = flat.index_select(0, tokens).float()
+                    delta = self._step.weights[number].delta(h, index, group, interventions.act) * scale
+                    before = edited.index_select(0, tokens).float() if edited is not flat else h
+                    after = interventions.dropout(before + delta).to(hidden.dtype)
+                    edited = edited.index_copy(0, tokens, after)
+        return edited.view_as(hidden)
+
+
+@contextmanager
+def steered(model: nn.Module, *adapters: tuple[Interventions, float]) -> Iterator[Steering]:
+    """`Steering` for the length of a block."""
+    steering = Steering(model, adapters)
+    try:
+        yield steering
+    finally:
+        steering.remove()
