@@ -1,0 +1,150 @@
+"""Intervention ports: small edit nodes on the residual stream whose weights are overridable graph inputs.
+
+At each port, with h the block's output:
+
+    h' = h + ((h A + b) · gate[columns]) B
+
+and once for the graph, with t the absolute position and n the prompt's length:
+
+    gate = (t < first and t < n // 2                                          prefix
+            or n − last ≤ t < n and (last is unlimited or t ≥ n − n // 2)     suffix
+            or n ≤ t < n + after) · scale                                     generated
+
+Every input below has a default of rank 0, under which the graph computes what it did without ports, bit for bit.
+
+    reft.first, reft.last, reft.after  int64  [adapter_batch, 1, gates]
+    reft.scale                         float  [adapter_batch, 1, gates]
+    reft.prompt_len                    int64  [prompt_len_batch]   −1: the tokens in the mask if the KV cache is empty, else 0
+    reft.logits_to_keep                int64  []                   0: logits for all tokens, k: for the last k
+    reft.layers.i.A / .b / .B          float  [adapter_batch, d, rank_i] / [adapter_batch, 1, rank_i] / [adapter_batch, rank_i, d]
+    reft.layers.i.columns              int64  [rank_i]             which gate each column uses
+
+adapter_batch is 1 or the batch size, for another adapter in every row.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from reft_edge.export.residual import Site, find_head_input, find_sites
+from reft_edge.positions import UNLIMITED
+
+INPUT_IDS, ATTENTION_MASK = "input_ids", "attention_mask"
+_END = np.iinfo(np.int64).max
+
+
+class _Builder:
+    """Appends named nodes to a list, under one prefix."""
+
+    def __init__(self, graph: ir.Graph, prefix: str) -> None:
+        self.graph, self.prefix, self.nodes = graph, prefix, list[ir.Node]()
+
+    def __call__(self, op: str, inputs: Sequence[ir.Value | None], output: str, **attributes: int) -> ir.Value:
+        name = f"/{self.prefix}/{output}"
+        node = ir.node(op, inputs, attributes, outputs=[ir.Value(name=f"{name}/output_0")], name=f"{name}/{op}")
+        self.nodes.append(node)
+        return node.outputs[0]
+
+    def constant(self, name: str, content: int | list[int]) -> ir.Value:
+        tensor = ir.tensor(np.array(content, np.int64), name=f"/{self.prefix}/{name}")
+        value = ir.Value(name=tensor.name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape)
+        self.graph.register_initializer(value)
+        return value
+
+
+def insert_ports(model: ir.Model, num_layers: int, layers: Sequence[int]) -> dict[str, list[str | int]]:
+    """Add ports after the given layers, in place; returns the port table: input names and their shapes.
+
+    Raises ReftEdgeError if the residual stream or the head is not found.
+    """
+    graph = model.graph
+    sites = [site for site in find_sites(graph, num_layers) if site.layer in set(layers)]
+    head, hidden = find_head_input(graph)
+    inputs = {value.name: value for value in graph.inputs}
+    dtype, hidden_size = _float_type(graph), _hidden_size(sites[0])
+    table: dict[str, list[str | int]] = {}
+
+    def port(name: str, shape: list[str | int], default: np.ndarray) -> ir.Value:
+        tensor = ir.tensor(default, name=name)
+        value = ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(shape))
+        graph.inputs.append(value)
+        graph.register_initializer(value)
+        table[name] = shape
+        return value
+
+    gates: list[str | int] = ["adapter_batch", 1, "gates"]
+    none = np.zeros((1, 1, 0), np.int64)
+    first, last, after = (port(f"reft.{name}", gates, none) for name in ("first", "last", "after"))
+    scale = port("reft.scale", gates, none.astype(dtype))
+    prompt_len = port("reft.prompt_len", ["prompt_len_batch"], np.array([-1], np.int64))
+    keep = port("reft.logits_to_keep", [], np.array(0, np.int64))
+
+    start = _Builder(graph, "reft")
+    gate = _gate(start, inputs[INPUT_IDS], inputs[ATTENTION_MASK], prompt_len, first, last, after, scale)
+    graph.insert_before(graph[0], start.nodes)
+
+    for site in sites:
+        name, rank = f"reft.layers.{site.layer}", f"rank_{site.layer}"
+        a = port(f"{name}.A", ["adapter_batch", hidden_size, rank], np.zeros((1, hidden_size, 0), dtype))
+        b = port(f"{name}.b", ["adapter_batch", 1, rank], np.zeros((1, 1, 0), dtype))
+        back = port(f"{name}.B", ["adapter_batch", rank, hidden_size], np.zeros((1, 0, hidden_size), dtype))
+        columns = port(f"{name}.columns", [rank], np.zeros((0,), np.int64))
+        op = _Builder(graph, name)
+        h = op("Add", [site.skip, site.mlp], "h")
+        z = op("Add", [op("MatMul", [h, a], "hA"), b], "z")
+        gated = op("Mul", [z, op("Gather", [gate, columns], "gate", axis=2)], "gated")
+        edited = op("Add", [site.mlp, op("MatMul", [gated, back], "delta")], "edited")
+        graph.insert_before(site.norm, op.nodes)
+        site.norm.replace_input_with(1, edited)
+
+    op = _Builder(graph, "reft/head")
+    kept = op("Slice", [hidden, op("Unsqueeze", [op("Neg", [keep], "from"), op.constant("zero", [0])], "starts"),
+                        op.constant("end", [_END]), op.constant("sequence", [1])], "kept")
+    graph.insert_before(head, op.nodes)
+    head.replace_input_with(0, kept)
+    logits = next(output for output in graph.outputs if output.name == "logits")
+    logits.shape = ir.Shape(["batch_size", "logits_length", *logits.shape[2:]]) if logits.shape is not None else None
+    return table
+
+
+def _gate(op: _Builder, ids: ir.Value, mask: ir.Value, prompt_len: ir.Value, first: ir.Value, last: ir.Value,
+          after: ir.Value, scale: ir.Value) -> ir.Value:
+    """`[batch, sequence, gates]`, in the graph's float type."""
+    zero, one, two = (op.constant(name, content) for name, content in (("zero", 0), ("one", 1), ("two", 2)))
+    unlimited = op.constant("unlimited", UNLIMITED)
+    sequence = op("Gather", [op("Shape", [ids], "ids_shape"), one], "sequence")
+    total = op("Gather", [op("Shape", [mask], "mask_shape"), one], "total")
+    past = op("Sub", [total, sequence], "past")
+    t = op("Unsqueeze", [op("Range", [past, total, one], "positions"), op.constant("around", [0, 2])], "t")
+
+    filled = op("ReduceSum", [mask, op.constant("row", [1])], "filled", keepdims=0)
+    derived = op("Where", [op("Equal", [past, zero], "fresh"), filled, zero], "derived_len")
+    length = op("Where", [op("Less", [prompt_len, zero], "unset"), derived, prompt_len], "prompt_len")
+    n = op("Unsqueeze", [length, op.constant("inner", [1, 2])], "n")
+    half = op("Div", [n, two], "half")
+
+    prefix = op("And", [op("Less", [t, first], "in_first"), op("Less", [t, half], "in_first_half")], "prefix")
+    in_prompt = op("Less", [t, n], "in_prompt")
+    near_end = op("GreaterOrEqual", [t, op("Sub", [n, last], "last_start")], "in_last")
+    second_half = op("Or", [op("GreaterOrEqual", [last, unlimited], "last_unlimited"),
+                            op("GreaterOrEqual", [t, op("Sub", [n, half], "half_start")], "past_half")], "in_last_half")
+    suffix = op("And", [op("And", [near_end, in_prompt], "in_suffix"), second_half], "suffix")
+    generated = op("And", [op("Not", [in_prompt], "after_prompt"),
+                           op("Less", [t, op("Add", [n, after], "after_end")], "in_after")], "generated")
+    opened = op("Or", [op("Or", [prefix, suffix], "on_prompt"), generated], "open")
+    return op("Mul", [op("CastLike", [opened, scale], "open_as_float"), scale], "gate")
+
+
+def _float_type(graph: ir.Graph) -> np.dtype:
+    """The type of the residual stream: that of the KV cache."""
+    cache = next(value for value in graph.inputs if (value.name or "").startswith("past_key_values."))
+    assert cache.dtype is not None
+    return np.dtype(cache.dtype.numpy())
+
+
+def _hidden_size(site: Site) -> int:
+    weight = site.norm.inputs[2]
+    assert weight is not None
+    assert weight.shape is not None
+    return int(weight.shape[0])

@@ -1,0 +1,69 @@
+"""Finding the residual stream in a decoder graph: where each block's output is first formed."""
+
+import re
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from reft_edge.errors import ReftEdgeError
+
+_SKIP_NORMS = ("SkipSimplifiedLayerNormalization", "SkipLayerNormalization")
+_NAME = re.compile(r"/model/layers\.(\d+)/(?:input_layernorm|final_norm_layernorm)/SkipLayerNorm")
+
+
+@dataclass(frozen=True)
+class Site:
+    """A block's output: the sum of the first two inputs of a fused skip-and-normalise node."""
+
+    layer: int
+    norm: ir.Node
+
+    @property
+    def skip(self) -> ir.Value:
+        """What the block received, plus its attention output."""
+        return _present(self.norm.inputs[0])
+
+    @property
+    def mlp(self) -> ir.Value:
+        """What the block's MLP adds."""
+        return _present(self.norm.inputs[1])
+
+
+def find_sites(graph: ir.Graph, num_layers: int) -> list[Site]:
+    """The output of each block, in order, in a graph made by onnxruntime-genai's model builder.
+
+    Block i's output is summed inside the fused norm that opens block i + 1, or in the final norm. Raises
+    ReftEdgeError that says what was looked for if any of them is missing.
+    """
+    norms: dict[int, ir.Node] = {}
+    for node in graph:
+        match = _NAME.fullmatch(node.name or "")
+        if match and node.op_type in _SKIP_NORMS:
+            norms[int(match[1]) - 1] = node
+    missing = [layer for layer in range(num_layers) if layer not in norms]
+    if missing:
+        raise ReftEdgeError(
+            f"cannot place ports after layers {missing}: looked for {' or '.join(_SKIP_NORMS)} nodes named like "
+            f"/model/layers.1/input_layernorm/SkipLayerNorm and found {len(norms)} of {num_layers}; "
+            "this architecture's graph is not supported")
+    return [Site(layer, norms[layer]) for layer in range(num_layers)]
+
+
+def find_head_input(graph: ir.Graph) -> tuple[ir.Node, ir.Value]:
+    """The node that multiplies by the language-model head, and the hidden states that it reads.
+
+    Raises ReftEdgeError if no matrix product leads to the graph's output `logits`.
+    """
+    value = next((output for output in graph.outputs if output.name == "logits"), None)
+    node = value.producer() if value is not None else None
+    while node is not None and node.op_type not in ("MatMul", "MatMulNBits"):
+        node = _present(node.inputs[0]).producer()
+    if node is None:
+        raise ReftEdgeError("cannot find the language-model head: no MatMul leads to an output named `logits`")
+    return node, _present(node.inputs[0])
+
+
+def _present(value: ir.Value | None) -> ir.Value:
+    if value is None:
+        raise ReftEdgeError("the graph is malformed: a node lacks a required input")
+    return value

@@ -1,0 +1,124 @@
+"""Text to tokens and back, the same in training and on a device: a tokenizer and a chat template, no transformers."""
+
+import json
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from reft_edge.errors import ReftEdgeError
+
+Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A model folder's tokenizer and chat template."""
+
+    tokenizer: Tokenizer
+    template: str | None
+    special_tokens: dict[str, str]
+    """bos_token, eos_token and the like, as the template names them."""
+
+    def encode_raw(self, text: str) -> list[int]:
+        """Token ids of text as it stands, with the special tokens the tokenizer adds by itself."""
+        return list(self.tokenizer.encode(text).ids)
+
+    def encode_chat(self, messages: list[Message]) -> list[int]:
+        """Token ids of a conversation, ending where the assistant's answer begins. Raises ReftEdgeError without a template."""
+        return self.encode_plain(self.render(messages))
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Token ids of text that already holds its special tokens, or continues a prompt."""
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def encode_prompt(self, prompt: str, prompt_format: str) -> list[int]:
+        """One user message through the chat template (`chat`), or the text itself (`raw`)."""
+        if prompt_format == "raw":
+            return self.encode_raw(prompt)
+        return self.encode_chat([{"role": "user", "content": prompt}])
+
+    def render(self, messages: list[Message], add_generation_prompt: bool = True) -> str:
+        """The conversation as text. Raises ReftEdgeError if there is no template or it refuses the messages.
+
+        Templates come with models from strangers: they run in jinja2's immutable sandbox.
+        """
+        from jinja2.exceptions import SecurityError, TemplateError
+
+        if self.template is None:
+            raise ReftEdgeError("the model has no chat template; give prompts as raw text (--raw)")
+        try:
+            return _environment().from_string(self.template).render(
+                messages=messages, add_generation_prompt=add_generation_prompt, tools=None, **self.special_tokens)
+        except (SecurityError, TemplateError, OverflowError, MemoryError, RecursionError) as error:
+            raise ReftEdgeError(f"the model's chat template failed: {error}") from error
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of generated tokens, special tokens left out."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def load_prompts(folder: Path) -> Prompts:
+    """Read `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`. Raises ReftEdgeError if there is no tokenizer."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise ReftEdgeError(f"{folder} has no tokenizer.json; save the model's fast tokenizer there")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception for a file it cannot parse
+        raise ReftEdgeError(f"cannot read {path}: {error}") from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    config = _read_json(folder / "tokenizer_config.json")
+    special = {name: text for name in ("bos_token", "eos_token", "unk_token", "pad_token")
+               if (text := _token_text(config.get(name))) is not None}
+    return Prompts(tokenizer, _template(folder, config), special)
+
+
+def _template(folder: Path, config: dict[str, Any]) -> str | None:
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
+def _token_text(token: Any) -> str | None:
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        parsed = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ReftEdgeError(f"cannot read {path}: {error}") from error
+    return parsed if isinstance(parsed, dict) else {}
+
+
+def _environment() -> Any:
+    from jinja2.exceptions import TemplateError
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+
+    def strftime_now(pattern: str) -> str:
+        return datetime.now().strftime(pattern)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.filters["tojson"] = tojson
+    environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
+    return environment

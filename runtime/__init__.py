@@ -1,0 +1,6 @@
+"""What a device runs: an exported model in ONNX Runtime, with adapters swapped per request. Needs no torch."""
+
+from reft_edge.runtime.model import Generation, SteeredModel
+from reft_edge.runtime.sampling import Sampling
+
+__all__ = ["Generation", "Sampling", "SteeredModel"]

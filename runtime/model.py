@@ -1,0 +1,222 @@
+"""`SteeredModel`: one exported model, many adapters, text in and out."""
+
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from reft_edge.adapter import AdapterConfig, fold, load_adapter
+from reft_edge.algebra import Edit, concat, scale
+from reft_edge.errors import ReftEdgeError
+from reft_edge.manifest import load_manifest
+from reft_edge.prompts import Message, Prompts, load_prompts
+from reft_edge.runtime.binding import PortInputs, port_inputs
+from reft_edge.runtime.sampling import Sampler, Sampling
+from reft_edge.runtime.session import GraphSession, Logits
+from reft_edge.runtime.text import TextStream
+
+AdapterChoice = str | Sequence[str] | Mapping[str, float] | None
+"""No adapter, one by name, several by name, or several with a scale each."""
+
+_BOUND_LIMIT = 32
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    config: AdapterConfig
+    edit: Edit
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """An adapter choice, on the device: port inputs for the prompt and for decode steps (empty where no gate is open)."""
+
+    prompt: dict[str, Any]
+    decode: dict[str, Any]
+
+
+class Generation(Iterator[str]):
+    """An answer as it comes: iterate for text pieces; figures are final when it ends."""
+
+    def __init__(self, pieces: "Iterator[str]", prompt_tokens: int) -> None:
+        self._pieces = pieces
+        self.prompt_tokens = prompt_tokens
+        self.tokens: list[int] = []
+        """Generated token ids, the end-of-sequence token left out."""
+        self.finish_reason: str | None = None
+        """`stop` (end of sequence or a stop string) or `length`; None while it runs."""
+        self.prefill_seconds = 0.0
+        self.decode_seconds = 0.0
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def text(self) -> str:
+        """The rest of the answer at once."""
+        return "".join(self)
+
+
+class SteeredModel:
+    """An exported folder in one onnxruntime session; adapters are loaded by name and chosen per request.
+
+    Swapping adapters binds other inputs and needs no new session.
+    """
+
+    def __init__(self, folder: Path | str, device: str = "auto", threads: int | None = None) -> None:
+        """`device`: auto, cpu or cuda. Raises ReftEdgeError if the folder is not an export or cannot be loaded."""
+        path = Path(folder)
+        self.manifest = load_manifest(path)
+        self.prompts: Prompts = load_prompts(path)
+        self._graph = GraphSession(path, self.manifest, device, threads)
+        self._adapters: dict[str, _Loaded] = {}
+        self._bound: OrderedDict[tuple[tuple[str, float], ...], _Bound] = OrderedDict()
+
+    @property
+    def adapters(self) -> dict[str, AdapterConfig]:
+        """Descriptions of the loaded adapters by name."""
+        return {name: loaded.config for name, loaded in self._adapters.items()}
+
+    @property
+    def device(self) -> str:
+        """`cpu` or `cuda`: where the graph runs."""
+        return self._graph.device
+
+    def load_adapter(self, path: Path | str, name: str | None = None) -> str:
+        """Read, check and fold an adapter file; returns its name (by default the file's, without its ending).
+
+        A name that is loaded already is replaced. Raises AdapterFileError for a malformed file, BaseMismatchError
+        for another base model, ReftEdgeError for a layer without a port or an act_fn that no port carries.
+        """
+        adapter = load_adapter(path)
+        self.manifest.check_base(adapter.config.base_fingerprint, str(path), adapter.config.base_name)
+        edit = fold(adapter)
+        port_inputs(edit, self.manifest, self._graph.dtype)
+        name = name or Path(path).name.removesuffix(".safetensors")
+        self.unload_adapter(name)
+        self._adapters[name] = _Loaded(adapter.config, edit)
+        return name
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter; nothing happens if there is none of that name."""
+        self._adapters.pop(name, None)
+        for key in [key for key in self._bound if any(part == name for part, _ in key)]:
+            del self._bound[key]
+
+    def generate(self, prompt: str | list[Message], adapter: AdapterChoice = None, **options: Any) -> str:
+        """The whole answer; options as for `stream`."""
+        return self.stream(prompt, adapter, **options).text()
+
+    def stream(self, prompt: str | list[Message], adapter: AdapterChoice = None, *, raw: bool | None = None,
+               max_tokens: int = 256, stop: Sequence[str] = (), sampling: Sampling | None = None) -> Generation:
+        """The answer piece by piece.
+
+        `prompt`: a user message or a list of {"role", "content"}. `raw`: True takes the prompt as it stands, False
+        puts it through the chat template, None does what the adapters were trained with (without an adapter: the
+        template, if there is one). `max_tokens`: at most that many new tokens. `stop`: strings that end the answer
+        and are left out of it.
+
+        Raises ReftEdgeError for an unknown adapter, a prompt that leaves no room in the context, or bad options.
+        """
+        if max_tokens < 1:
+            raise ReftEdgeError(f"max_tokens is {max_tokens}; expected 1 or more")
+        chosen = self._chosen(adapter)
+        ids = self._encode(prompt, chosen, raw)
+        if len(ids) >= self.manifest.context_length:
+            raise ReftEdgeError(f"the prompt has {len(ids)} tokens; this model's context is "
+                                f"{self.manifest.context_length}: shorten it")
+        bound = self._bind(chosen)
+        limit = min(max_tokens, self.manifest.context_length - len(ids))
+        generation = Generation(iter(()), len(ids))
+        text = TextStream(self.prompts.tokenizer, [stop] if isinstance(stop, str) else stop)
+        generation._pieces = self._run(generation, ids, bound, limit, text, Sampler(sampling or Sampling(), ids))
+        return generation
+
+    def logits(self, rows: Sequence[Sequence[int]], adapter: AdapterChoice = None) -> list[Logits]:
+        """Logits `[tokens, vocabulary]` of every row of prompt tokens, run as one right-padded batch."""
+        if not rows or not all(rows):
+            raise ReftEdgeError("there are no tokens to run; give at least one row of at least one token")
+        chosen = self._chosen(adapter)
+        inputs: PortInputs = {}
+        if chosen:
+            inputs = port_inputs(self._edit(chosen), self.manifest, self._graph.dtype)
+            inputs["reft.prompt_len"] = np.array([len(row) for row in rows], np.int64)
+        return self._graph.score(rows, inputs)
+
+    def _run(self, generation: Generation, ids: list[int], bound: _Bound, limit: int, text: TextStream,
+             sampler: Sampler) -> Iterator[str]:
+        started = time.perf_counter()
+        cache = self._graph.take_cache(1, len(ids) + limit)
+        try:
+            length = self._graph.to_device({"reft.prompt_len": np.array([len(ids)], np.int64)})
+            logits = self._graph.bind(cache, {**bound.prompt, **length}).prefill(np.array([ids], np.int64))
+            decode = self._graph.bind(cache, {**bound.decode, **length})
+            token = sampler.choose(logits[0])
+            generation.prefill_seconds = time.perf_counter() - started
+            started = time.perf_counter()
+            while token not in self.manifest.eos_token_ids:
+                generation.tokens.append(token)
+                if piece := text.push(token):
+                    yield piece
+                if text.stopped:
+                    break
+                if len(generation.tokens) == limit:
+                    generation.finish_reason = "length"
+                    break
+                token = sampler.choose(decode.step(np.array([[token]], np.int64))[0])
+                generation.decode_seconds = time.perf_counter() - started
+            generation.finish_reason = generation.finish_reason or "stop"
+            if not text.stopped and (piece := text.flush()):
+                yield piece
+        finally:
+            self._graph.return_cache(cache)
+
+    def _encode(self, prompt: str | list[Message], chosen: Mapping[str, float], raw: bool | None) -> list[int]:
+        if raw is None:
+            formats = {self._adapters[name].config.prompt_format for name in chosen}
+            if len(formats) > 1:
+                raise ReftEdgeError("the adapters were trained on unlike prompts, some raw, some through the chat "
+                                    "template; say which to use (raw=True or raw=False)")
+            raw = formats == {"raw"} or (not formats and self.prompts.template is None)
+        if isinstance(prompt, str):
+            ids = self.prompts.encode_prompt(prompt, "raw" if raw else "chat")
+        elif raw:
+            raise ReftEdgeError("a list of messages needs the chat template; give raw prompts as one string")
+        else:
+            ids = self.prompts.encode_chat(prompt)
+        if not ids:
+            raise ReftEdgeError("the prompt is empty; give at least one token")
+        return ids
+
+    def _chosen(self, adapter: AdapterChoice) -> dict[str, float]:
+        if adapter is None:
+            return {}
+        if isinstance(adapter, str):
+            adapter = [adapter]
+        scales = dict(adapter) if isinstance(adapter, Mapping) else dict.fromkeys(adapter, 1.0)
+        for name, factor in scales.items():
+            if name not in self._adapters:
+                raise ReftEdgeError(f"no adapter {name!r} is loaded; loaded: {', '.join(self._adapters) or 'none'}")
+            if not np.isfinite(factor):
+                raise ReftEdgeError(f"the scale of adapter {name!r} is {factor}; expected a finite number")
+        return {name: float(factor) for name, factor in scales.items() if factor != 0}
+
+    def _edit(self, chosen: Mapping[str, float]) -> Edit:
+        return concat([scale(self._adapters[name].edit, factor) for name, factor in chosen.items()])
+
+    def _bind(self, chosen: Mapping[str, float]) -> _Bound:
+        if not chosen:
+            return _Bound({}, {})
+        key = tuple(chosen.items())
+        if key in self._bound:
+            self._bound.move_to_end(key)
+            return self._bound[key]
+        edit = self._edit(chosen)
+        prompt = self._graph.to_device(port_inputs(edit, self.manifest, self._graph.dtype))
+        bound = self._bound[key] = _Bound(prompt, prompt if edit.on_generated else {})
+        if len(self._bound) > _BOUND_LIMIT:
+            self._bound.popitem(last=False)
+        return bound

@@ -1,0 +1,45 @@
+"""Packing an adapter for stock runtimes: a `.onnx_adapter` for onnxruntime and onnxruntime-genai.
+
+Such a runtime sets no prompt length: a position spec is right for the first prompt of a conversation, given in one run.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from reft_edge.adapter import fold, load_adapter
+from reft_edge.algebra import scale
+from reft_edge.errors import ReftEdgeError
+from reft_edge.manifest import load_manifest
+from reft_edge.runtime.binding import port_inputs
+from reft_edge.runtime.session import import_onnxruntime
+
+
+def pack_adapter(adapter_path: Path, folder: Path, output: Path, factor: float = 1.0) -> int:
+    """Write `output` for the exported `folder`; returns its size in bytes.
+
+    Raises AdapterFileError, BaseMismatchError, or ReftEdgeError if the adapter does not fit or the file cannot be written.
+    """
+    ort = import_onnxruntime()
+    manifest = load_manifest(folder)
+    adapter = load_adapter(adapter_path)
+    manifest.check_base(adapter.config.base_fingerprint, str(adapter_path), adapter.config.base_name)
+    dtype = np.dtype(np.float32 if manifest.precision in ("fp32", "int4") else np.float16)
+    inputs = port_inputs(scale(fold(adapter), factor), manifest, dtype)
+    packed = ort.AdapterFormat()
+    packed.set_adapter_version(1)
+    packed.set_model_version(1)
+    packed.set_parameters({name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in inputs.items()})
+    try:
+        handle, temporary = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}.")
+        os.close(handle)
+    except OSError as error:
+        raise ReftEdgeError(f"cannot write {output}: {error.strerror}") from error
+    try:
+        packed.export_adapter(temporary)
+        os.replace(temporary, output)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return output.stat().st_size

@@ -1,0 +1,182 @@
+"""One ONNX Runtime session over an exported graph, its KV cache and its bound inputs."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from reft_edge.errors import ReftEdgeError
+from reft_edge.manifest import Manifest
+
+PREFILL_CHUNK = 512
+DEVICES = ("auto", "cpu", "cuda")
+_CUDA = "CUDAExecutionProvider"
+_CACHE_STEP = 256
+
+Ids = NDArray[np.int64]
+Logits = NDArray[np.float32]
+
+
+def import_onnxruntime() -> ModuleType:
+    """The onnxruntime module. Raises ReftEdgeError that names the two extras if it is not installed."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ReftEdgeError("ONNX Runtime is not installed; install reft-edge with one of its extras: "
+                            "pip install 'reft-edge[cpu]' or pip install 'reft-edge[cuda]'") from error
+    return onnxruntime  # type: ignore[no-any-return]
+
+
+def choose_device(device: str, available: Sequence[str]) -> str:
+    """`cpu` or `cuda`; `auto` takes CUDA where ONNX Runtime offers it.
+
+    Raises ReftEdgeError for an unknown device, or for CUDA where ONNX Runtime has no CUDA provider.
+    """
+    if device not in DEVICES:
+        raise ReftEdgeError(f"unknown device {device!r}; choose one of {', '.join(DEVICES)}")
+    if device == "cuda" and _CUDA not in available:
+        raise ReftEdgeError(f"this ONNX Runtime has no CUDA provider (it has {', '.join(available)}); "
+                            "install reft-edge[cuda] in place of reft-edge[cpu], or use --device cpu")
+    if device == "auto":
+        return "cuda" if _CUDA in available else "cpu"
+    return device
+
+
+def open_graph(path: Path, device: str = "auto", threads: int | None = None) -> Any:
+    """An InferenceSession. `threads`: intra-op threads, by default one a core this process may use.
+
+    Raises ReftEdgeError if the graph cannot be loaded, or if CUDA was asked for and did not start.
+    """
+    ort = import_onnxruntime()
+    chosen = choose_device(device, ort.get_available_providers())
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # a warning for every overridable initializer would reach the user
+    options.intra_op_num_threads = threads or _usable_cores()
+    providers: list[Any] = ["CPUExecutionProvider"]
+    if chosen == "cuda":
+        providers.insert(0, (_CUDA, {"arena_extend_strategy": "kSameAsRequested", "use_tf32": "0"}))
+    try:
+        session = ort.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:  # onnxruntime raises its own classes, all straight from Exception
+        raise ReftEdgeError(f"ONNX Runtime cannot load {path}: {str(error).splitlines()[0]}") from error
+    if device == "cuda" and _CUDA not in session.get_providers():
+        raise ReftEdgeError("CUDA was asked for, but ONNX Runtime could not start its CUDA provider; "
+                            "check the driver and the CUDA libraries, or use --device cpu")
+    return session
+
+
+@dataclass
+class KVCache:
+    """Keys and values of one running batch; past and present of each layer share a buffer of `capacity` tokens."""
+
+    values: dict[str, Any]
+    batch: int
+    capacity: int
+    length: int = 0
+    """Tokens that every row has been given, padding included."""
+
+
+class GraphSession:
+    """An exported graph, ready to prefill and decode."""
+
+    def __init__(self, folder: Path, manifest: Manifest, device: str = "auto", threads: int | None = None) -> None:
+        self.session = open_graph(folder / manifest.graph, device, threads)
+        self.device = "cuda" if _CUDA in self.session.get_providers() else "cpu"
+        self._ort = import_onnxruntime()
+        self._head_size = manifest.head_size
+        inputs = {value.name: value for value in self.session.get_inputs()}
+        self._pasts = [name for name in inputs if name.startswith("past_key_values.")]
+        self._heads = int(inputs[self._pasts[0]].shape[1])
+        self.dtype: np.dtype[np.generic] = np.dtype(
+            {"tensor(float)": np.float32, "tensor(float16)": np.float16}[inputs[self._pasts[0]].type])
+        logits = next(value for value in self.session.get_outputs() if value.name == "logits")
+        self._logits_dtype = {"tensor(float)": np.float32, "tensor(float16)": np.float16}[logits.type]
+        self._vocabulary = int(logits.shape[2])
+        self._keep_last = self._to_device(np.array(1, np.int64))
+        self._spare: list[KVCache] = []
+
+    def to_device(self, arrays: Mapping[str, NDArray[np.generic]]) -> dict[str, Any]:
+        """Arrays as values that can be bound again and again without a copy."""
+        return {name: self._to_device(array) for name, array in arrays.items()}
+
+    def take_cache(self, batch: int, tokens: int) -> KVCache:
+        """An empty cache for at least `tokens` tokens; give it back with `return_cache` when done."""
+        while self._spare:
+            cache = self._spare.pop()
+            if cache.batch == batch and cache.capacity >= tokens:
+                cache.length = 0
+                return cache
+        capacity = -(-tokens // _CACHE_STEP) * _CACHE_STEP
+        shape = [batch, self._heads, capacity, self._head_size]
+        values = {name: self._ort.OrtValue.ortvalue_from_shape_and_type(shape, self.dtype.type, self.device)
+                  for name in self._pasts}
+        return KVCache(values, batch, capacity)
+
+    def return_cache(self, cache: KVCache) -> None:
+        """Keep a cache's buffers for the next request."""
+        self._spare = [cache]
+
+    def bind(self, cache: KVCache, ports: Mapping[str, Any]) -> "BoundSession":
+        """Bind cache and ports once; the result runs any number of steps."""
+        return BoundSession(self, cache, ports)
+
+    def score(self, rows: Sequence[Sequence[int]], ports: Mapping[str, NDArray[np.generic]]) -> list[Logits]:
+        """Logits of every token, `[tokens, vocabulary]` a row, from one right-padded batch without a cache."""
+        length = max(len(row) for row in rows)
+        ids, mask = np.zeros((2, len(rows), length), np.int64)
+        for i, row in enumerate(rows):
+            ids[i, :len(row)], mask[i, :len(row)] = row, 1
+        empty = np.zeros((len(rows), self._heads, 0, self._head_size), self.dtype)
+        feeds = {"input_ids": ids, "attention_mask": mask, **dict.fromkeys(self._pasts, empty), **ports}
+        logits = self.session.run(["logits"], feeds)[0].astype(np.float32, copy=False)
+        return [logits[i, :len(row)] for i, row in enumerate(rows)]
+
+    def _to_device(self, array: NDArray[np.generic]) -> Any:
+        return self._ort.OrtValue.ortvalue_from_numpy(array, self.device)
+
+
+class BoundSession:
+    """A cache and a set of port inputs, bound to the session through I/O binding."""
+
+    def __init__(self, graph: GraphSession, cache: KVCache, ports: Mapping[str, Any]) -> None:
+        self._graph, self._cache = graph, cache
+        self._binding = graph.session.io_binding()
+        for name, value in cache.values.items():
+            self._binding.bind_ortvalue_input(name, value)
+            self._binding.bind_ortvalue_output(name.replace("past_key_values", "present"), value)
+        for name, value in ports.items():
+            self._binding.bind_ortvalue_input(name, value)
+        self._binding.bind_ortvalue_input("reft.logits_to_keep", graph._keep_last)
+        shape = [cache.batch, 1, graph._vocabulary]
+        self._logits = graph._ort.OrtValue.ortvalue_from_shape_and_type(shape, graph._logits_dtype, "cpu")
+        self._binding.bind_ortvalue_output("logits", self._logits)
+
+    def step(self, ids: Ids) -> Logits:
+        """Run `ids [batch, tokens]` after what the cache holds; logits of the last token, `[batch, vocabulary]`."""
+        cache = self._cache
+        total = cache.length + ids.shape[1]
+        if total > cache.capacity:
+            raise ReftEdgeError(f"the KV cache holds {cache.capacity} tokens; {total} were asked for")
+        self._binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids, np.int64))
+        self._binding.bind_cpu_input("attention_mask", np.ones((cache.batch, total), np.int64))
+        self._graph.session.run_with_iobinding(self._binding)
+        cache.length = total
+        logits: Logits = self._logits.numpy()[:, 0].astype(np.float32, copy=False)
+        return logits
+
+    def prefill(self, ids: Ids, chunk: int = PREFILL_CHUNK) -> Logits:
+        """Run a whole prompt in chunks, which bounds memory on long ones; logits of its last token."""
+        for start in range(0, ids.shape[1], chunk):
+            logits = self.step(ids[:, start:start + chunk])
+        return logits
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
