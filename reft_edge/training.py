@@ -1,0 +1,394 @@
+"""Training an adapter: the base stays frozen, the loss is taken on completions only."""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from reft_edge.adapter import AdapterConfig, save_adapter
+from reft_edge.data import Dataset, Example
+from reft_edge.errors import ReftEdgeError
+from reft_edge.files import write_atomically
+from reft_edge.fingerprint import fingerprint
+from reft_edge.interventions import Interventions
+from reft_edge.layers import parse_layers
+from reft_edge.steering import Steering, decoder_layers, steered
+
+SCHEDULES = ("linear", "cosine", "constant")
+DTYPES = ("auto", "fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How to train; the defaults suit models of 100M to 1B parameters."""
+
+    intervention: str = "loreft"
+    layers: str = "all"
+    rank: int = 4
+    positions: str = "f7+l7"
+    tied: bool = False
+    act_fn: str = "linear"
+    add_bias: bool = False
+    prompt_format: str = "chat"
+    lr: float = 2e-3
+    epochs: float = 3.0
+    max_steps: int | None = None
+    """Optimiser steps; takes the place of `epochs`."""
+    batch_size: int = 16
+    """Rows a forward pass."""
+    accumulate: int = 1
+    """Forward passes an optimiser step."""
+    warmup: float = 0.1
+    """Share of the steps over which the learning rate rises from 0."""
+    schedule: str = "linear"
+    weight_decay: float = 0.0
+    """AdamW's; never applied to the rotation R."""
+    dropout: float = 0.0
+    clip: float = 1.0
+    """Largest gradient norm."""
+    seed: int = 0
+    dtype: str = "fp32"
+    """Of the base model's arithmetic: fp32, bf16 (autocast), or auto for bf16 where the hardware has it."""
+
+    def __post_init__(self) -> None:
+        checks = {
+            "lr": (self.lr > 0 and math.isfinite(self.lr), "a positive number"),
+            "epochs": (self.epochs > 0 and math.isfinite(self.epochs), "a positive number"),
+            "max_steps": (self.max_steps is None or self.max_steps >= 1, "1 or more"),
+            "batch_size": (self.batch_size >= 1, "1 or more"),
+            "accumulate": (self.accumulate >= 1, "1 or more"),
+            "warmup": (0 <= self.warmup < 1, "at least 0, less than 1"),
+            "schedule": (self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
+            "weight_decay": (self.weight_decay >= 0, "0 or more"),
+            "clip": (self.clip > 0, "a positive number"),
+            "seed": (0 <= self.seed < 2**32, "from 0 to 2^32 - 1"),
+            "dtype": (self.dtype in DTYPES, f"one of {', '.join(DTYPES)}"),
+        }
+        for name, (ok, expected) in checks.items():
+            if not ok:
+                raise ReftEdgeError(f"{name} is {getattr(self, name)!r}; expected {expected}")
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One optimiser step."""
+
+    step: int
+    """Steps done, counting this one."""
+    steps: int
+    loss: float
+    """Mean over the step's completion tokens, in nats."""
+    lr: float
+    tokens_per_second: float
+    """Prompt and completion tokens, padding left out."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished training wrote."""
+
+    path: Path
+    size: int
+    """Bytes."""
+    parameters: int
+    base_parameters: int
+    steps: int
+    loss: float
+    """Mean training loss of the last tenth of the steps, in nats a token."""
+    evaluation: float | None
+    """Loss on the held-out file, in nats a token."""
+    seconds: float
+
+
+@dataclass
+class Trainer:
+    """A training under way; everything that a checkpoint must bring back is `state()`."""
+
+    model: nn.Module
+    interventions: Interventions
+    settings: TrainSettings
+    data: Dataset
+    device: torch.device
+    step: int = 0
+
+    def __post_init__(self) -> None:
+        self.interventions.to(self.device)
+        rotation = self.interventions.rotation
+        groups: list[dict[str, Any]] = [{"params": list(self.interventions.trained.values()),
+                                         "weight_decay": self.settings.weight_decay}]
+        if rotation is not None:
+            groups.append({"params": [rotation.vectors], "weight_decay": 0.0})
+        self.optimizer = torch.optim.AdamW(groups, lr=self.settings.lr)
+        self.autocast = chosen_dtype(self.settings.dtype, self.device) == torch.bfloat16
+        self.losses: list[float] = []
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the whole training."""
+        if self.settings.max_steps is not None:
+            return self.settings.max_steps
+        return max(1, math.ceil(self.settings.epochs * self._steps_an_epoch()))
+
+    def run(self, steering: Steering, on_step: Callable[[StepReport], None]) -> None:
+        """Train to the end. Raises ReftEdgeError if the loss or a parameter stops being finite."""
+        while self.step < self.steps:
+            started = time.perf_counter()
+            rows = self._rows(self.step)
+            if self.settings.dropout:
+                torch.manual_seed(self.settings.seed + 1_000_003 * (self.step + 1))
+            lr = self.settings.lr * rate(self.settings, self.step, self.steps)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            labels = sum(len(row.completion) for row in rows)
+            loss = 0.0
+            for start in range(0, len(rows), self.settings.batch_size):
+                part = batch_loss(self.model, steering, rows[start:start + self.settings.batch_size],
+                                  self.device, self.autocast) / labels
+                part.backward()  # type: ignore[no-untyped-call]
+                loss += float(part.detach())
+            if not math.isfinite(loss):
+                raise ReftEdgeError(f"the loss is {loss} at step {self.step + 1}; lower the learning rate (--lr)")
+            nn.utils.clip_grad_norm_(self.interventions.parameters(), self.settings.clip)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.step += 1
+            self.losses.append(loss)
+            if self.step % 50 == 0 or self.step == self.steps:
+                self.interventions.check_sound()
+            tokens = sum(len(row.prompt) + len(row.completion) for row in rows)
+            on_step(StepReport(self.step, self.steps, loss, lr, tokens / (time.perf_counter() - started)))
+
+    def state(self) -> dict[str, Tensor]:
+        """Parameters, optimiser moments and losses so far, by name."""
+        tensors = {f"module.{name}": tensor.detach() for name, tensor in self.interventions.state_dict().items()}
+        for name, parameter in self.interventions.named_parameters():
+            for key, moment in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{name}.{key}"] = moment
+        tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
+        return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+
+    def restore(self, tensors: dict[str, Tensor], step: int) -> None:
+        """Continue from `state()` as it was after `step` steps."""
+        prefix = "module."
+        self.interventions.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in tensors.items()
+                                            if name.startswith(prefix)})
+        for name, parameter in self.interventions.named_parameters():
+            moments = f"optimizer.{name}."
+            self.optimizer.state[parameter] = {key.removeprefix(moments): tensor.to(parameter.device)
+                                               if tensor.ndim else tensor
+                                               for key, tensor in tensors.items() if key.startswith(moments)}
+        self.losses = tensors["losses"].tolist()
+        self.step = step
+
+    def _steps_an_epoch(self) -> int:
+        return math.ceil(len(self.data.examples) / (self.settings.batch_size * self.settings.accumulate))
+
+    def _rows(self, step: int) -> list[Example]:
+        """The rows of a step: every epoch has its own order, drawn from the seed, so that a resumed run sees the same."""
+        epoch, index = divmod(step, self._steps_an_epoch())
+        order = np.random.default_rng([self.settings.seed, epoch]).permutation(len(self.data.examples))
+        size = self.settings.batch_size * self.settings.accumulate
+        return [self.data.examples[i] for i in order[index * size:(index + 1) * size]]
+
+
+def train(model: nn.Module, base_name: str, data: Dataset, output: Path, settings: TrainSettings,
+          evaluation: Dataset | None = None, resume: bool = False, save_every: int = 50,
+          device: str | None = None, report: Callable[[str], None] = lambda message: None,
+          on_step: Callable[[StepReport], None] = lambda step: None) -> TrainResult:
+    """Train an adapter for a frozen causal language model and write it to `output`.
+
+    A checkpoint beside `output` is written every `save_every` steps and when interrupted, and removed at the end;
+    `resume` continues from it. Raises ReftEdgeError for settings the model cannot follow, a checkpoint of another
+    training, or a loss that is not finite.
+    """
+    started = time.perf_counter()
+    if not output.parent.is_dir():
+        raise ReftEdgeError(f"the folder of {output} does not exist; make it first")
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    config = adapter_config(model, base_name, settings)
+    trainer = Trainer(model.to(place), Interventions(config, settings.dropout, settings.seed), settings, data, place)
+    checkpoint = Checkpoint(output.with_name(output.name + ".checkpoint"), {
+        "settings": dataclasses.asdict(settings), "data": data.digest, "base": config.base_fingerprint})
+    if resume:
+        found = checkpoint.load(trainer)
+        report(f"continuing after step {trainer.step}" if found else "there is no checkpoint; starting from the beginning")
+
+    def after_step(step: StepReport) -> None:
+        if step.step % save_every == 0 and step.step < step.steps:
+            checkpoint.save(trainer)
+        on_step(step)
+
+    with frozen(model), steered(model, (trainer.interventions, 1.0)) as steering:
+        try:
+            trainer.run(steering, after_step)
+        except KeyboardInterrupt:
+            if trainer.step:
+                checkpoint.save(trainer)
+            raise
+        held_out = None
+        if evaluation is not None:
+            report("evaluating on the held-out file")
+            held_out = evaluate(model, steering, evaluation.examples, settings.batch_size, place, trainer.autocast)
+    loss = float(np.mean(trainer.losses[-max(1, len(trainer.losses) // 10):]))
+    adapter = trainer.interventions.to_adapter(
+        dataclasses.replace(config, training=_provenance(settings, data, trainer, loss, held_out)))
+    save_adapter(adapter, output)
+    checkpoint.path.unlink(missing_ok=True)
+    return TrainResult(output, output.stat().st_size, adapter.num_parameters,
+                       sum(parameter.numel() for parameter in model.parameters()),
+                       trainer.steps, loss, held_out, time.perf_counter() - started)
+
+
+def adapter_config(model: nn.Module, base_name: str, settings: TrainSettings) -> AdapterConfig:
+    """The description of an adapter for this model. Raises ReftEdgeError for layers or a rank it cannot have."""
+    num_layers = len(decoder_layers(model))
+    return AdapterConfig(
+        intervention=settings.intervention, base_name=base_name, base_fingerprint=fingerprint(model),
+        hidden_size=model.config.hidden_size, num_layers=num_layers, layers=parse_layers(settings.layers, num_layers),
+        rank=settings.rank, positions=settings.positions, tied=settings.tied, act_fn=settings.act_fn,
+        add_bias=settings.add_bias, prompt_format=settings.prompt_format)
+
+
+def batch_loss(model: nn.Module, steering: Steering, rows: Sequence[Example], device: torch.device,
+               autocast: bool) -> Tensor:
+    """Summed negative log-likelihood, in nats, of the rows' completions; logits are only computed where they count."""
+    length = max(len(row.prompt) + len(row.completion) for row in rows) - 1
+    ids, mask = torch.zeros(2, len(rows), length, dtype=torch.long).unbind()
+    counts = torch.zeros(len(rows), length, dtype=torch.bool)
+    targets: list[int] = []
+    for i, row in enumerate(rows):
+        tokens = (row.prompt + row.completion)[:-1]
+        ids[i, :len(tokens)] = torch.tensor(tokens)
+        mask[i, :len(tokens)] = 1
+        counts[i, len(row.prompt) - 1:len(tokens)] = True
+        targets.extend(row.completion)
+    lengths = torch.tensor([len(row.prompt) for row in rows], device=device)
+    with steering.prompts(lengths), only_logits_of(model, counts.to(device)), \
+            torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
+        logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
+    return nn.functional.cross_entropy(logits[0].float(), torch.tensor(targets, device=device), reduction="sum")
+
+
+@contextmanager
+def only_logits_of(model: nn.Module, tokens: Tensor) -> Iterator[None]:
+    """Inside the block, the language-model head sees only these tokens (bool, [batch, sequence]), as one row."""
+    head = model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda module, args: (args[0][tokens][None],))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Inside the block, no parameter of the model takes a gradient and the model is in evaluation mode."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    training = model.training
+    model.requires_grad_(False).eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+        for parameter, required in before:
+            parameter.requires_grad_(required)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, steering: Steering, rows: Sequence[Example], batch_size: int, device: torch.device,
+             autocast: bool) -> float:
+    """Mean negative log-likelihood of the completions, in nats a token, dropout off."""
+    modules = [interventions for interventions, _ in steering.adapters]
+    for module in modules:
+        module.eval()
+    total = sum(float(batch_loss(model, steering, rows[start:start + batch_size], device, autocast))
+                for start in range(0, len(rows), batch_size))
+    for module in modules:
+        module.train()
+    return total / sum(len(row.completion) for row in rows)
+
+
+def rate(settings: TrainSettings, step: int, steps: int) -> float:
+    """Share of the learning rate at a step, counted from 0: warm-up, then the schedule's way down to 0."""
+    warm = math.ceil(settings.warmup * steps)
+    if step < warm:
+        return (step + 1) / (warm + 1)
+    if settings.schedule == "constant":
+        return 1.0
+    done = (step - warm) / max(1, steps - warm)
+    return 0.5 * (1 + math.cos(math.pi * done)) if settings.schedule == "cosine" else 1 - done
+
+
+def chosen_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """float32 or bfloat16; `auto` is bfloat16 where the device has instructions for it."""
+    if dtype != "auto":
+        return torch.bfloat16 if dtype == "bf16" else torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A training's state on disk: safetensors, with what it belongs to in the header."""
+
+    path: Path
+    belongs_to: dict[str, Any]
+
+    def save(self, trainer: Trainer) -> None:
+        metadata = {"step": str(trainer.step), "belongs_to": json.dumps(self.belongs_to)}
+        write_atomically(self.path, save_tensors(trainer.state(), metadata))
+
+    def load(self, trainer: Trainer) -> bool:
+        """Bring the trainer to the saved step; False if there is no checkpoint.
+
+        Raises ReftEdgeError if it is unreadable or of other settings, data or base.
+        """
+        if not self.path.is_file():
+            return False
+        try:
+            with safe_open(self.path, "pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            step, other = int(metadata["step"]), json.loads(metadata["belongs_to"])
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise ReftEdgeError(f"{self.path} is not a usable checkpoint ({error}); delete it to start again") from error
+        if differing := sorted(_flatten(self.belongs_to).items() ^ _flatten(other).items()):
+            names = sorted({name for name, _ in differing})
+            raise ReftEdgeError(f"{self.path} is of another training; these differ: {', '.join(names)}. "
+                                "Use the same settings and data, or delete it to start again")
+        trainer.restore(tensors, step)
+        return True
+
+
+def _flatten(belongs_to: dict[str, Any]) -> dict[str, str]:
+    flat = {key: json.dumps(value) for key, value in belongs_to.items() if key != "settings"}
+    return flat | {key: json.dumps(value) for key, value in belongs_to["settings"].items()}
+
+
+def _provenance(settings: TrainSettings, data: Dataset, trainer: Trainer, loss: float,
+                evaluation: float | None) -> dict[str, Any]:
+    described = ("intervention", "layers", "rank", "positions", "tied", "act_fn", "add_bias", "prompt_format")
+    kept = {name: value for name, value in dataclasses.asdict(settings).items() if name not in described}
+    return {
+        **kept,
+        "dtype": "bf16" if trainer.autocast else "fp32",
+        "steps": trainer.steps,
+        "rows": len(data.examples),
+        "data_sha256": data.digest,
+        "loss": round(loss, 6),
+        "evaluation_loss": None if evaluation is None else round(evaluation, 6),
+        "versions": {package: version(package) for package in ("reft-edge", "torch", "transformers")},
+    }
