@@ -15,7 +15,7 @@ from reft_edge.errors import ReftEdgeError
 from reft_edge.interventions import Interventions
 from reft_edge.manifest import Manifest
 from reft_edge.runtime.binding import port_inputs
-from reft_edge.runtime.session import GraphSession, Logits, open_graph
+from reft_edge.runtime.session import GraphSession, Logits, open_graph, plain_failure
 from reft_edge.steering import steered
 
 TEXTS = (
@@ -114,7 +114,8 @@ def _plain_logits(graph: Path, manifest: Manifest, rows: Sequence[Sequence[int]]
     for row in rows:
         ids = np.array([row], np.int64)
         feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), **{value.name: empty for value in pasts}}
-        logits.append(session.run(["logits"], feeds)[0][0].astype(np.float32, copy=False))
+        with plain_failure():
+            logits.append(session.run(["logits"], feeds)[0][0].astype(np.float32, copy=False))
     return logits
 
 

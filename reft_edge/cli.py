@@ -65,7 +65,7 @@ def train(
     dropout: Annotated[float, typer.Option(help="Dropout on edited hidden states.")] = 0.0,
     clip: Annotated[float, typer.Option(help="Largest gradient norm.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of initial weights, row order and dropout.")] = 0,
-    dtype: Annotated[str, typer.Option(help="Base model arithmetic: fp32, bf16, or auto (bf16 where the hardware has it).")] = "fp32",
+    dtype: Annotated[str, typer.Option(help="Base model arithmetic: fp32, bf16, or auto (bf16 where the hardware has it).")] = "auto",
     max_length: Annotated[int, typer.Option(help="Leave out rows of more tokens than this.")] = 1024,
     evaluate: Annotated[Path | None, typer.Option("--eval", help="Held-out rows; their loss is printed and saved.", show_default=False)] = None,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,

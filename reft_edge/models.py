@@ -107,6 +107,7 @@ def convert_gguf(gguf: Path, report: Report = lambda message: None) -> Path:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    _hide_progress_bars()
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
@@ -123,11 +124,19 @@ def load_model(folder: ModelFolder, dtype: Any = None) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
+    _hide_progress_bars()
     try:
         model = AutoModelForCausalLM.from_pretrained(str(folder.path), dtype=dtype or torch.float32)
     except Exception as error:
         raise ReftEdgeError(f"cannot load {folder.name}: {error}") from error
     return model.eval().requires_grad_(False)
+
+
+def _hide_progress_bars() -> None:
+    """transformers draws bars of its own, which would run into ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def _save_plain(model: Any, folder: Path) -> None:

@@ -87,8 +87,10 @@ class Steering:
         elif past == 0 or self._lengths is None or self._lengths.shape[0] != ids.shape[0]:
             self._lengths = mask.long().sum(dim=1)
         n = self._lengths.to(t.device)[:, None]
+        with torch.autocast(ids.device.type, enabled=False):
+            weights = [interventions.weights() for interventions, _ in self.adapters]
         self._step = _Step(
-            weights=[interventions.weights() for interventions, _ in self.adapters],
+            weights=weights,
             tokens=[[(active(span, t, n) & now).flatten().nonzero().squeeze(1) for span in interventions.config.spans]
                     for interventions, _ in self.adapters],
         )

@@ -59,7 +59,7 @@ class TrainSettings:
     clip: float = 1.0
     """Largest gradient norm."""
     seed: int = 0
-    dtype: str = "fp32"
+    dtype: str = "auto"
     """Of the base model's arithmetic: fp32, bf16 (autocast), or auto for bf16 where the hardware has it."""
 
     def __post_init__(self) -> None:

@@ -1,7 +1,8 @@
 """One ONNX Runtime session over an exported graph, its KV cache and its bound inputs."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -55,19 +56,28 @@ def open_graph(path: Path, device: str = "auto", threads: int | None = None) -> 
     ort = import_onnxruntime()
     chosen = choose_device(device, ort.get_available_providers())
     options = ort.SessionOptions()
-    options.log_severity_level = 3  # a warning for every overridable initializer would reach the user
+    options.log_severity_level = 4  # else a warning for every overridable initializer; errors come as exceptions
     options.intra_op_num_threads = threads or _usable_cores()
     providers: list[Any] = ["CPUExecutionProvider"]
     if chosen == "cuda":
         providers.insert(0, (_CUDA, {"arena_extend_strategy": "kSameAsRequested", "use_tf32": "0"}))
-    try:
+    with plain_failure():
         session = ort.InferenceSession(str(path), options, providers=providers)
-    except Exception as error:  # onnxruntime raises its own classes, all straight from Exception
-        raise ReftEdgeError(f"ONNX Runtime cannot load {path}: {str(error).splitlines()[0]}") from error
     if device == "cuda" and _CUDA not in session.get_providers():
         raise ReftEdgeError("CUDA was asked for, but ONNX Runtime could not start its CUDA provider; "
                             "check the driver and the CUDA libraries, or use --device cpu")
     return session
+
+
+@contextmanager
+def plain_failure() -> Iterator[None]:
+    """Turn ONNX Runtime's exceptions, which share no class but Exception, into a ReftEdgeError with their first line."""
+    try:
+        yield
+    except ReftEdgeError:
+        raise
+    except Exception as error:
+        raise ReftEdgeError(f"ONNX Runtime failed: {str(error).splitlines()[0]}") from error
 
 
 @dataclass
@@ -133,7 +143,8 @@ class GraphSession:
             ids[i, :len(row)], mask[i, :len(row)] = row, 1
         empty = np.zeros((len(rows), self._heads, 0, self._head_size), self.dtype)
         feeds = {"input_ids": ids, "attention_mask": mask, **dict.fromkeys(self._pasts, empty), **ports}
-        logits = self.session.run(["logits"], feeds)[0].astype(np.float32, copy=False)
+        with plain_failure():
+            logits = self.session.run(["logits"], feeds)[0].astype(np.float32, copy=False)
         return [logits[i, :len(row)] for i, row in enumerate(rows)]
 
     def _to_device(self, array: NDArray[np.generic]) -> Any:
@@ -164,7 +175,8 @@ class BoundSession:
             raise ReftEdgeError(f"the KV cache holds {cache.capacity} tokens; {total} were asked for")
         self._binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids, np.int64))
         self._binding.bind_cpu_input("attention_mask", np.ones((cache.batch, total), np.int64))
-        self._graph.session.run_with_iobinding(self._binding)
+        with plain_failure():
+            self._graph.session.run_with_iobinding(self._binding)
         cache.length = total
         logits: Logits = self._logits.numpy()[:, 0].astype(np.float32, copy=False)
         return logits

@@ -1,0 +1,97 @@
+"""Tiny random models with real tokenizers, made in seconds without a model hub.
+
+    python tests/tiny.py FOLDER
+
+writes what the runtime's tests need where there is no torch: an exported model, adapters for it and PyTorch's answers.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+VOCABULARY = 320
+HIDDEN, LAYERS = 64, 3
+SHARED = {
+    "vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": 96, "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.15,
+    "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
+}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {"tie_word_embeddings": True},
+    "mistral": {"tie_word_embeddings": False, "head_dim": 16},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"tie_word_embeddings": False, "head_dim": 16},
+    "phi3": {"tie_word_embeddings": False, "original_max_position_embeddings": 256},
+    "smollm3": {"tie_word_embeddings": True},
+    "granite": {"tie_word_embeddings": True, "logits_scaling": 2.0, "residual_multiplier": 0.5},
+    "gemma": {"tie_word_embeddings": True, "head_dim": 16},
+    "ernie4_5": {"tie_word_embeddings": True, "head_dim": 16},
+}
+TEMPLATE = ("{% for message in messages %}<|start|>{{ message['role'] }}\n{{ message['content'] }}<|end|>\n{% endfor %}"
+            "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}")
+TEXT = ("The quick brown fox jumps over the lazy dog. How are you today? I am well, thank you. "
+        "Water boils when it is hot; ice melts when it is warm. Who are you?") * 4
+
+
+def make_model(folder: Path, architecture: str = "llama", seed: int = 0, **changes: Any) -> Path:
+    """Save a tiny random model and tokenizer in the Hugging Face layout."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(architecture, **{**SHARED, **ARCHITECTURES[architecture], **changes})
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.uniform_(0.5, 1.5)
+            elif name.endswith("bias"):
+                parameter.uniform_(-0.2, 0.2)
+    model.save_pretrained(folder)
+    make_tokenizer(folder)
+    return folder
+
+
+def make_tokenizer(folder: Path) -> None:
+    """A byte-level BPE tokenizer with a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<|start|>", "<|end|>"], show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator([TEXT], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|start|>", eos_token="<|end|>", pad_token="<|end|>")
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(folder)
+
+
+def write_device_folder(folder: Path) -> None:
+    """An export, two adapters and PyTorch's greedy tokens, for tests on a machine without torch."""
+    import json
+
+    from reft_edge.export import export_model
+    from reft_edge.interventions import Interventions
+    from reft_edge.models import ModelFolder, load_model
+    from reft_edge.prompts import load_prompts
+    from reft_edge.steering import steered
+    from tests.torch_reference import greedy, random_adapter
+
+    folder.mkdir(parents=True, exist_ok=True)
+    source = ModelFolder(make_model(folder / "hf"), "tiny-llama")
+    export_model(source, folder / "export")
+    model, prompts = load_model(source), load_prompts(source.path)
+    ids = prompts.encode_prompt("Who are you?", "chat")
+    expected = {"base": greedy(model, ids, 24)}
+    for name, positions, seed in (("first", "f3+l3", 1), ("everywhere", "all+gen", 2)):
+        adapter = random_adapter(model, positions=positions, seed=seed, path=folder / f"{name}.safetensors")
+        with steered(model, (Interventions.from_adapter(adapter), 1.0)):
+            expected[name] = greedy(model, ids, 24)
+    (folder / "expected.json").write_text(json.dumps(expected))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    write_device_folder(Path(sys.argv[1]))
