@@ -68,7 +68,7 @@ def export_model(model: ModelFolder, output: Path, precision: str = "fp32", laye
         report("verifying against PyTorch")
         prompts = load_prompts(folder)
         verification = verify(folder, plain, manifest, torch_model, [prompts.encode_raw(text) for text in TEXTS])
-        require(verification, precision)
+        require(verification)
         plain.unlink()
         manifest = Manifest(**{**vars(manifest), "verification": verification.as_dict()})
         save_manifest(manifest, folder)

@@ -141,11 +141,13 @@ def export(
     figures = manifest.verification
     typer.echo(f"wrote {output}: {size / 1e6:,.0f} MB, {precision}, ports at {len(manifest.layers)} layers, "
                f"{time.perf_counter() - started:.0f} s")
-    typer.echo("verified against PyTorch, logits at every token of a few prompts:")
+    same = "" if precision == "fp32" else " with the same weights"
+    typer.echo(f"verified against PyTorch{same}, logits at every token of a few prompts:")
     typer.echo(f"  no adapter              max difference {figures['base_error']:.2g}; "
                "bitwise equal to the graph without ports")
     typer.echo(f"  adapter at every port   max difference {figures['steered_error']:.2g}, where it moves logits by "
-               f"{figures['effect']:.0f}; next token agrees at {figures['agreement']:.0%}")
+               f"{figures['effect']:.0f}")
+    typer.echo(f"  likeliest next token    that of the unquantised model at {figures['agreement']:.0%} of tokens")
 
 
 @app.command(rich_help_panel="Use", epilog='Example: `reft-edge run smol/ "Who are you?" --adapter emoji.safetensors:0.8`')

@@ -1,0 +1,194 @@
+"""Exported graphs against PyTorch, on a tiny random model of every supported architecture."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from reft_edge.adapter import INTERVENTIONS, fold
+from reft_edge.algebra import concat, scale
+from reft_edge.errors import ReftEdgeError
+from reft_edge.export import export_model
+from reft_edge.export.ports import insert_ports
+from reft_edge.export.residual import find_sites
+from reft_edge.export.verify import Verification
+from reft_edge.interventions import Interventions
+from reft_edge.manifest import load_manifest
+from reft_edge.models import ModelFolder, load_model
+from reft_edge.runtime.binding import port_inputs
+from reft_edge.runtime.session import GraphSession
+from reft_edge.steering import steered
+from tests.tiny import ARCHITECTURES, LAYERS, make_model
+from tests.torch_reference import greedy, logits, random_adapter
+
+ROW = [5, 80, 33, 120, 7, 61, 19, 200, 44, 3, 99, 150, 12, 77, 23, 8]
+TOLERANCE = 1e-3
+
+
+@pytest.fixture(scope="module", params=[name for name in ARCHITECTURES if name != "llama"])
+def exported(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    source = ModelFolder(make_model(folder / "hf", request.param), request.param)
+    manifest = export_model(source, folder / "export")
+    return load_model(source), GraphSession(folder / "export", manifest, "cpu"), manifest
+
+
+@pytest.fixture(scope="module")
+def llama(device_folder, tiny_model):
+    manifest = load_manifest(device_folder / "export")
+    return tiny_model, GraphSession(device_folder / "export", manifest, "cpu"), manifest
+
+
+def decode(graph, manifest, edit, ids, count):
+    ports = graph.to_device({**port_inputs(edit, manifest, graph.dtype), "reft.prompt_len": np.array([len(ids)])})
+    cache = graph.take_cache(1, len(ids) + count)
+    bound = graph.bind(cache, ports)
+    rows = [bound.prefill(np.array([ids]))[0]]
+    tokens = []
+    while len(tokens) < count and int(rows[-1].argmax()) not in manifest.eos_token_ids:
+        tokens.append(int(rows[-1].argmax()))
+        rows.append(bound.step(np.array([[tokens[-1]]]))[0])
+    return tokens
+
+
+def check_parity(model, graph, manifest, **fields):
+    adapter = random_adapter(model, **fields)
+    edit = fold(adapter)
+    with steered(model, (Interventions.from_adapter(adapter), 1.0)):
+        expected, tokens = logits(model, ROW).numpy(), greedy(model, ROW, 12)
+    found = graph.score([ROW], port_inputs(edit, manifest, graph.dtype))[0]
+    assert np.abs(found - expected).max() <= TOLERANCE
+    assert np.abs(expected - logits(model, ROW).numpy()).max() > 0.1
+    assert decode(graph, manifest, edit, ROW, 12) == tokens
+
+
+@pytest.mark.parametrize("positions", ["f7+l7", "all+gen"])
+def test_every_architecture_in_prefill_and_decode(exported, positions):
+    check_parity(*exported, positions=positions)
+
+
+def test_rank_0_is_bitwise_the_plain_graph(exported):
+    assert exported[2].verification["rank0_bitwise"] is True
+
+
+@pytest.mark.parametrize("intervention", INTERVENTIONS)
+def test_every_intervention(llama, intervention):
+    check_parity(*llama, intervention=intervention, positions="f3+l3")
+
+
+@pytest.mark.parametrize("positions", ["f3", "l2", "f7+l7", "f20+l20", "all", "gen", "all+gen", "l2+gen"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_position_spec(llama, positions, tied):
+    model, graph, manifest = llama
+    adapter = random_adapter(model, positions=positions, tied=tied)
+    with steered(model, (Interventions.from_adapter(adapter), 1.0)):
+        expected, tokens = logits(model, ROW).numpy(), greedy(model, ROW, 12)
+    found = graph.score([ROW], port_inputs(fold(adapter), manifest, graph.dtype))[0]
+    assert np.abs(found - expected).max() <= TOLERANCE
+    assert decode(graph, manifest, fold(adapter), ROW, 12) == tokens
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 5, 9])
+def test_short_prompts_are_clamped_as_in_pyreft(llama, length):
+    model, graph, manifest = llama
+    adapter = random_adapter(model, positions="f7+l7")
+    with steered(model, (Interventions.from_adapter(adapter), 1.0)):
+        expected = logits(model, ROW[:length]).numpy()
+    found = graph.score([ROW[:length]], port_inputs(fold(adapter), manifest, graph.dtype))[0]
+    assert np.abs(found - expected).max() <= TOLERANCE
+
+
+def test_two_scaled_adapters_of_unlike_shape(llama):
+    model, graph, manifest = llama
+    one = random_adapter(model, seed=1, positions="f2+l2", layers=(0, 2), rank=2)
+    two = random_adapter(model, "direft", seed=2, positions="all", layers=(1, 2), rank=5)
+    with steered(model, (Interventions.from_adapter(one), 0.7), (Interventions.from_adapter(two), -0.4)):
+        expected = logits(model, ROW).numpy()
+    edit = concat([scale(fold(one), 0.7), scale(fold(two), -0.4)])
+    found = graph.score([ROW], port_inputs(edit, manifest, graph.dtype))[0]
+    assert np.abs(found - expected).max() <= TOLERANCE
+
+
+def test_int4_is_verified_and_smaller(tmp_path, device_folder):
+    source = ModelFolder(make_model(tmp_path / "hf", hidden_size=128, intermediate_size=256), "tiny")
+    manifests = {precision: export_model(source, tmp_path / precision, precision) for precision in ("fp32", "int4")}
+    assert manifests["int4"].verification["rank0_bitwise"]
+    assert manifests["int4"].verification["steered_error"] <= TOLERANCE < manifests["int4"].verification["effect"]
+    assert manifests["int4"].verification["agreement"] < manifests["fp32"].verification["agreement"] == 1
+    sizes = {precision: (tmp_path / precision / "model.onnx.data").stat().st_size for precision in manifests}
+    assert sizes["int4"] < sizes["fp32"] / 3
+    assert manifests["int4"].base_fingerprint == manifests["fp32"].base_fingerprint
+
+
+def test_ports_only_where_asked(tmp_path, device_folder):
+    source = ModelFolder(device_folder / "hf", "tiny-llama")
+    manifest = export_model(source, tmp_path / "export", layers="1")
+    assert manifest.layers == (1,)
+    assert [name for name in manifest.ports if name.startswith("reft.layers.")] == [
+        f"reft.layers.1.{part}" for part in ("A", "b", "B", "columns")]
+    assert load_manifest(tmp_path / "export") == manifest
+    assert sorted(file.name for file in (tmp_path / "export").iterdir()) == [
+        "chat_template.jinja", "genai_config.json", "model.onnx", "model.onnx.data", "reft_edge.json", "tokenizer.json",
+        "tokenizer_config.json"]
+
+
+def test_a_failed_export_leaves_the_old_one(tmp_path, device_folder, monkeypatch):
+    target = tmp_path / "export"
+    shutil.copytree(device_folder / "export", target)
+    before = (target / "reft_edge.json").read_bytes()
+    monkeypatch.setattr(Verification, "failures", lambda self: ["made to fail"])
+    with pytest.raises(ReftEdgeError, match="failed its verification and was not kept: made to fail"):
+        export_model(ModelFolder(device_folder / "hf", "tiny-llama"), target)
+    assert (target / "reft_edge.json").read_bytes() == before
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_verification_judges_its_figures():
+    good = Verification(base_error=1e-5, steered_error=1e-5, effect=5, agreement=1, rank0_bitwise=True)
+    assert good.failures() == []
+    bad = Verification(base_error=float("nan"), steered_error=0.5, effect=5, agreement=0.2, rank0_bitwise=False)
+    assert len(bad.failures()) == 2
+
+
+def test_a_port_in_the_wrong_place_fails_verification(tmp_path, device_folder, monkeypatch):
+    """The self-check is real: ports one layer off are found out."""
+    sites = find_sites
+
+    def shifted(graph, num_layers):
+        found = sites(graph, num_layers)
+        return [type(site)((site.layer + 1) % num_layers, site.norm) for site in found]
+
+    monkeypatch.setattr("reft_edge.export.ports.find_sites", shifted)
+    with pytest.raises(ReftEdgeError, match="logits differ from PyTorch's"):
+        export_model(ModelFolder(device_folder / "hf", "tiny-llama"), tmp_path / "export")
+    assert not (tmp_path / "export").exists()
+
+
+def test_other_folders_are_not_overwritten(tmp_path, device_folder):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ReftEdgeError, match="is not empty and was not written by reft-edge"):
+        export_model(ModelFolder(device_folder / "hf", "tiny-llama"), tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_unknown_architectures_and_precisions_are_named(tmp_path, device_folder):
+    source = ModelFolder(device_folder / "hf", "tiny-llama")
+    with pytest.raises(ReftEdgeError, match="unknown precision 'int2'; choose one of fp32, int4"):
+        export_model(source, tmp_path / "a", "int2")
+    with pytest.raises(ReftEdgeError, match="no layer 9"):
+        export_model(source, tmp_path / "a", layers="9")
+    shutil.copytree(source.path, tmp_path / "hf")
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    (tmp_path / "hf/config.json").write_text(json.dumps({**config, "architectures": ["BloomForCausalLM"]}))
+    with pytest.raises(ReftEdgeError, match=r"could not build hf: .*not currently supported"):
+        export_model(ModelFolder(tmp_path / "hf", "hf"), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_graph_without_the_residual_stream_is_refused(device_folder):
+    model = ir.load(device_folder / "export/model.onnx")
+    with pytest.raises(ReftEdgeError, match=rf"layers \[{LAYERS}, {LAYERS + 1}\]: looked for"):
+        insert_ports(model, LAYERS + 2, [0])
