@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from reft_edge.adapter import load_adapter
-from reft_edge.cli import _training_bar
+from reft_edge.cli import training_bar
 from reft_edge.data import load_dataset
 from reft_edge.export import export_model
 from reft_edge.interventions import Interventions
@@ -78,7 +78,7 @@ def main() -> None:
                 file.write(json.dumps({"prompt": prompt(row), "completion": LABELS[row["label"]]}) + "\n")
         settings = TrainSettings(positions="f3+l3", rank=4, lr=options.lr, epochs=options.epochs, seed=options.seed,
                                  dtype=options.dtype, prompt_format="raw")
-        with _training_bar(console) as on_step:
+        with training_bar(console) as on_step:
             result = train(model, folder.name, load_dataset(work / "train.jsonl", prompts, "raw", 1024),
                            work / "sst2.safetensors", settings, on_step=on_step)
         adapter = load_adapter(work / "sst2.safetensors")

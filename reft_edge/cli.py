@@ -96,7 +96,7 @@ def train(
         if rows.left_out:
             console.print(f"{rows.left_out} of {rows.left_out + len(rows.examples)} rows are longer than "
                           f"{max_length} tokens and are left out")
-        with _training_bar(console) as on_step:
+        with training_bar(console) as on_step:
             result = run_training(
                 load_model(folder), folder.name, rows, output, settings, evaluation=held_out, resume=resume,
                 save_every=save_every, device=device, report=console.print, on_step=on_step)
@@ -267,7 +267,8 @@ def _extra(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _training_bar(console: "Console") -> Iterator[Any]:
+def training_bar(console: "Console") -> Iterator[Any]:
+    """A progress bar with loss and tokens a second; gives the callback that moves it."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"),
