@@ -41,7 +41,9 @@ def prompt(row: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", type=Path)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--split", default="test")
@@ -69,21 +71,44 @@ def main() -> None:
 
     @torch.no_grad()
     def torch_answers() -> list[int]:
-        return [int(model(input_ids=torch.tensor([ids]), logits_to_keep=1).logits[0, -1, targets].argmax()) for ids in tokens]
+        return [
+            int(model(input_ids=torch.tensor([ids]), logits_to_keep=1).logits[0, -1, targets].argmax())
+            for ids in tokens
+        ]
 
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         with (work / "train.jsonl").open("w") as file:
             for row in rows(options.data / "train.jsonl", options.train_rows):
                 file.write(json.dumps({"prompt": prompt(row), "completion": LABELS[row["label"]]}) + "\n")
-        settings = TrainSettings(positions="f3+l3", rank=4, lr=options.lr, epochs=options.epochs, seed=options.seed,
-                                 dtype=options.dtype, prompt_format="raw")
+        settings = TrainSettings(
+            positions="f3+l3",
+            rank=4,
+            lr=options.lr,
+            epochs=options.epochs,
+            seed=options.seed,
+            dtype=options.dtype,
+            prompt_format="raw",
+        )
         with training_bar(console) as on_step:
-            result = train(model, folder.name, load_dataset(work / "train.jsonl", prompts, "raw", 1024),
-                           work / "sst2.safetensors", settings, on_step=on_step)
+            result = train(
+                model,
+                folder.name,
+                load_dataset(work / "train.jsonl", prompts, "raw", 1024),
+                work / "sst2.safetensors",
+                settings,
+                on_step=on_step,
+            )
         adapter = load_adapter(work / "sst2.safetensors")
-        figures = {"rows": len(held_out), "train_rows": options.train_rows, "steps": result.steps, "seconds": round(result.seconds),
-                   "parameters": result.parameters, "share": result.parameters / result.base_parameters, "bytes": result.size}
+        figures = {
+            "rows": len(held_out),
+            "train_rows": options.train_rows,
+            "steps": result.steps,
+            "seconds": round(result.seconds),
+            "parameters": result.parameters,
+            "share": result.parameters / result.base_parameters,
+            "bytes": result.size,
+        }
         figures["base, PyTorch"] = accuracy(torch_answers())
         with steered(model, (Interventions.from_adapter(adapter), 1.0)):
             in_torch = torch_answers()
@@ -93,10 +118,14 @@ def main() -> None:
             steered_model = SteeredModel(work / precision)
             steered_model.load_adapter(work / "sst2.safetensors", name="sst2")
             for adapter_name in (None, "sst2"):
-                answers = [int(steered_model.logits([ids], adapter_name)[0][-1, targets].argmax()) for ids in tokens]
+                answers = [
+                    int(steered_model.logits([ids], adapter_name)[0][-1, targets].argmax()) for ids in tokens
+                ]
                 figures[f"{'adapter' if adapter_name else 'base'}, ONNX {precision}"] = accuracy(answers)
             if precision == "fp32":
-                figures["same answers, PyTorch and ONNX fp32"] = float(np.mean(np.array(answers) == np.array(in_torch)))
+                figures["same answers, PyTorch and ONNX fp32"] = float(
+                    np.mean(np.array(answers) == np.array(in_torch))
+                )
             started = time.perf_counter()
             steered_model.load_adapter(work / "sst2.safetensors", name="again")
             figures[f"adapter load ms, {precision}"] = round((time.perf_counter() - started) * 1000, 2)

@@ -23,8 +23,13 @@ __all__ = ["PRECISIONS", "export_model"]
 Report = Callable[[str], None]
 
 
-def export_model(model: ModelFolder, output: Path, precision: str = "fp32", layers: str = "all",
-                 report: Report = lambda step: None) -> Manifest:
+def export_model(
+    model: ModelFolder,
+    output: Path,
+    precision: str = "fp32",
+    layers: str = "all",
+    report: Report = lambda step: None,
+) -> Manifest:
     """Build the graph, insert ports after `layers`, verify against PyTorch, and write the folder `output`.
 
     `report` is told each step. Nothing is left at `output` unless everything succeeded; an earlier export there is
@@ -62,12 +67,23 @@ def export_model(model: ModelFolder, output: Path, precision: str = "fp32", laye
             context_length=genai["context_length"],
             eos_token_ids=tuple(eos if isinstance(eos, list) else [eos]),
             ports=ports,
-            versions={package: _version(package) for package in
-                      ("reft-edge", "onnxruntime", "onnxruntime-genai", "onnx-ir", "torch", "transformers")},
+            versions={
+                package: _version(package)
+                for package in (
+                    "reft-edge",
+                    "onnxruntime",
+                    "onnxruntime-genai",
+                    "onnx-ir",
+                    "torch",
+                    "transformers",
+                )
+            },
         )
         report("verifying against PyTorch")
         prompts = load_prompts(folder)
-        verification = verify(folder, plain, manifest, torch_model, [prompts.encode_raw(text) for text in TEXTS])
+        verification = verify(
+            folder, plain, manifest, torch_model, [prompts.encode_raw(text) for text in TEXTS]
+        )
         require(verification)
         plain.unlink()
         manifest = Manifest(**{**vars(manifest), "verification": verification.as_dict()})

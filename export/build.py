@@ -14,20 +14,35 @@ _OPTIONS = {
 }
 
 
-def build_graph(model: Path, output: Path, precision: str, work: Path,
-                progress: Callable[[str], None] = lambda step: None) -> None:
+def build_graph(
+    model: Path, output: Path, precision: str, work: Path, progress: Callable[[str], None] = lambda step: None
+) -> None:
     """Write `model.onnx`, its weights, `genai_config.json` and the tokenizer of a Hugging Face folder to `output`.
 
     `precision` is one of PRECISIONS, `work` an empty folder for temporary files; `progress` is told each step.
     Raises ReftEdgeError with the builder's own last words if it fails, for instance for an unknown architecture.
     """
-    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(model), "-o", str(output),
-               "-p", precision, "-e", "cpu", "-c", str(work)]
+    command = [
+        sys.executable,
+        "-m",
+        "onnxruntime_genai.models.builder",
+        "-i",
+        str(model),
+        "-o",
+        str(output),
+        "-p",
+        precision,
+        "-e",
+        "cpu",
+        "-c",
+        str(work),
+    ]
     if _OPTIONS[precision]:
         command += ["--extra_options", *_OPTIONS[precision]]
     log: list[str] = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-                          env=None) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=None
+    ) as process:
         assert process.stdout is not None
         try:
             for line in process.stdout:

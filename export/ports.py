@@ -40,17 +40,18 @@ class _Builder:
     def __init__(self, graph: ir.Graph, prefix: str) -> None:
         self.graph, self.prefix, self.nodes = graph, prefix, list[ir.Node]()
 
-    def __call__(self, op: str, inputs: Sequence[ir.Value | None], output: str, **attributes: int) -> ir.Value:
+    def __call__(
+        self, op: str, inputs: Sequence[ir.Value | None], output: str, **attributes: int
+    ) -> ir.Value:
         name = f"/{self.prefix}/{output}"
-        node = ir.node(op, inputs, attributes, outputs=[ir.Value(name=f"{name}/output_0")], name=f"{name}/{op}")
+        node = ir.node(
+            op, inputs, attributes, outputs=[ir.Value(name=f"{name}/output_0")], name=f"{name}/{op}"
+        )
         self.nodes.append(node)
         return node.outputs[0]
 
     def constant(self, name: str, content: int | list[int]) -> ir.Value:
-        tensor = ir.tensor(np.array(content, np.int64), name=f"/{self.prefix}/{name}")
-        value = ir.Value(name=tensor.name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape)
-        self.graph.register_initializer(value)
-        return value
+        return _initializer(self.graph, f"/{self.prefix}/{name}", np.array(content, np.int64))
 
 
 def insert_ports(model: ir.Model, num_layers: int, layers: Sequence[int]) -> dict[str, list[str | int]]:
@@ -66,10 +67,8 @@ def insert_ports(model: ir.Model, num_layers: int, layers: Sequence[int]) -> dic
     table: dict[str, list[str | int]] = {}
 
     def port(name: str, shape: list[str | int], default: np.ndarray) -> ir.Value:
-        tensor = ir.tensor(default, name=name)
-        value = ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(shape))
+        value = _initializer(graph, name, default, shape)
         graph.inputs.append(value)
-        graph.register_initializer(value)
         table[name] = shape
         return value
 
@@ -99,17 +98,35 @@ def insert_ports(model: ir.Model, num_layers: int, layers: Sequence[int]) -> dic
         site.norm.replace_input_with(1, edited)
 
     op = _Builder(graph, "reft/head")
-    kept = op("Slice", [hidden, op("Unsqueeze", [op("Neg", [keep], "from"), op.constant("zero", [0])], "starts"),
-                        op.constant("end", [_END]), op.constant("sequence", [1])], "kept")
+    kept = op(
+        "Slice",
+        [
+            hidden,
+            op("Unsqueeze", [op("Neg", [keep], "from"), op.constant("zero", [0])], "starts"),
+            op.constant("end", [_END]),
+            op.constant("sequence", [1]),
+        ],
+        "kept",
+    )
     graph.insert_before(head, op.nodes)
     head.replace_input_with(0, kept)
     logits = next(output for output in graph.outputs if output.name == "logits")
-    logits.shape = ir.Shape(["batch_size", "logits_length", *logits.shape[2:]]) if logits.shape is not None else None
+    logits.shape = (
+        ir.Shape(["batch_size", "logits_length", *logits.shape[2:]]) if logits.shape is not None else None
+    )
     return table
 
 
-def _gate(op: _Builder, ids: ir.Value, mask: ir.Value, prompt_len: ir.Value, first: ir.Value, last: ir.Value,
-          after: ir.Value, scale: ir.Value) -> ir.Value:
+def _gate(
+    op: _Builder,
+    ids: ir.Value,
+    mask: ir.Value,
+    prompt_len: ir.Value,
+    first: ir.Value,
+    last: ir.Value,
+    after: ir.Value,
+    scale: ir.Value,
+) -> ir.Value:
     """`[batch, sequence, gates]`, in the graph's float type."""
     zero, one, two = (op.constant(name, content) for name, content in (("zero", 0), ("one", 1), ("two", 2)))
     unlimited = op.constant("unlimited", UNLIMITED)
@@ -127,13 +144,35 @@ def _gate(op: _Builder, ids: ir.Value, mask: ir.Value, prompt_len: ir.Value, fir
     prefix = op("And", [op("Less", [t, first], "in_first"), op("Less", [t, half], "in_first_half")], "prefix")
     in_prompt = op("Less", [t, n], "in_prompt")
     near_end = op("GreaterOrEqual", [t, op("Sub", [n, last], "last_start")], "in_last")
-    second_half = op("Or", [op("GreaterOrEqual", [last, unlimited], "last_unlimited"),
-                            op("GreaterOrEqual", [t, op("Sub", [n, half], "half_start")], "past_half")], "in_last_half")
+    second_half = op(
+        "Or",
+        [
+            op("GreaterOrEqual", [last, unlimited], "last_unlimited"),
+            op("GreaterOrEqual", [t, op("Sub", [n, half], "half_start")], "past_half"),
+        ],
+        "in_last_half",
+    )
     suffix = op("And", [op("And", [near_end, in_prompt], "in_suffix"), second_half], "suffix")
-    generated = op("And", [op("Not", [in_prompt], "after_prompt"),
-                           op("Less", [t, op("Add", [n, after], "after_end")], "in_after")], "generated")
+    generated = op(
+        "And",
+        [
+            op("Not", [in_prompt], "after_prompt"),
+            op("Less", [t, op("Add", [n, after], "after_end")], "in_after"),
+        ],
+        "generated",
+    )
     opened = op("Or", [op("Or", [prefix, suffix], "on_prompt"), generated], "open")
     return op("Mul", [op("CastLike", [opened, scale], "open_as_float"), scale], "gate")
+
+
+def _initializer(
+    graph: ir.Graph, name: str, content: np.ndarray, shape: Sequence[int | str] | None = None
+) -> ir.Value:
+    tensor = ir.tensor(content, name=name)
+    type_, shape_ = ir.TensorType(tensor.dtype), ir.Shape(content.shape if shape is None else shape)
+    value = ir.Value(name=name, const_value=tensor, type=type_, shape=shape_)
+    graph.register_initializer(value)
+    return value
 
 
 def _float_type(graph: ir.Graph) -> np.dtype:
@@ -147,4 +186,4 @@ def _hidden_size(site: Site) -> int:
     weight = site.norm.inputs[2]
     assert weight is not None
     assert weight.shape is not None
-    return int(weight.shape[0])
+    return int(weight.shape.numpy()[0])

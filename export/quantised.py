@@ -17,7 +17,7 @@ _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
 _SPLIT = {"gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1)}
 
 
-def use_graph_weights(model: nn.Module, graph: ir.Graph) -> None:
+def use_graph_weights(model: Any, graph: ir.Graph) -> None:
     """Give the PyTorch model the weights of a quantised graph, in place.
 
     Raises ReftEdgeError if a quantised matrix has no counterpart in the model.
@@ -32,15 +32,22 @@ def use_graph_weights(model: nn.Module, graph: ir.Graph) -> None:
         if node.op_type != "MatMulNBits":
             continue
         number = {name: int(node.attributes[name].as_int()) for name in ("bits", "K", "N")}
-        weight = _dequantise(_array(node.inputs[1]), _array(node.inputs[2]), _array(_optional(node, 3)), number["bits"],
-                             (number["N"], number["K"]))
+        weight = _dequantise(
+            _array(node.inputs[1]),
+            _array(node.inputs[2]),
+            _array(_optional(node, 3)),
+            number["bits"],
+            (number["N"], number["K"]),
+        )
         match = _IN_BLOCK.fullmatch(node.name or "")
         if match:
             _assign_in_block(blocks[int(match[1])], match[2], weight)
         elif (node.name or "").startswith("/lm_head/"):
             _assign(model.get_output_embeddings(), weight)
         else:
-            raise ReftEdgeError(f"cannot check the quantised matrix {node.name}: it is in no block of the model")
+            raise ReftEdgeError(
+                f"cannot check the quantised matrix {node.name}: it is in no block of the model"
+            )
 
 
 def exact_activations(model: ir.Model) -> None:
@@ -51,24 +58,32 @@ def exact_activations(model: ir.Model) -> None:
 
 
 def _assign_in_block(block: nn.Module, name: str, weight: Tensor) -> None:
-    linear = {path.rsplit(".", 1)[-1]: module for path, module in block.named_modules() if isinstance(module, nn.Linear)}
+    linear = {
+        path.rsplit(".", 1)[-1]: module
+        for path, module in block.named_modules()
+        if isinstance(module, nn.Linear)
+    }
     if name in linear:
         _assign(linear[name], weight)
     elif name in _FUSED and all(part in linear for part in _FUSED[name]):
         parts = [linear[part] for part in _FUSED[name]]
-        for part, rows in zip(parts, weight.split([part.out_features for part in parts]), strict=True):
+        for part, rows in zip(parts, torch.split(weight, [part.out_features for part in parts]), strict=True):
             _assign(part, rows)
     elif name in _SPLIT and _SPLIT[name][0] in linear:
         whole, half = _SPLIT[name]
-        rows = linear[whole].out_features // 2
-        linear[whole].weight.data[half * rows:(half + 1) * rows] = weight
+        size = linear[whole].out_features // 2
+        linear[whole].weight.data[half * size : (half + 1) * size] = weight
     else:
-        raise ReftEdgeError(f"cannot check the quantised matrix {name}: the block has {', '.join(sorted(linear))}")
+        raise ReftEdgeError(
+            f"cannot check the quantised matrix {name}: the block has {', '.join(sorted(linear))}"
+        )
 
 
-def _assign(module: nn.Module, weight: Tensor) -> None:
+def _assign(module: Any, weight: Tensor) -> None:
     if module.weight.shape != weight.shape:
-        raise ReftEdgeError(f"a quantised matrix is {list(weight.shape)}, the model's {list(module.weight.shape)}")
+        raise ReftEdgeError(
+            f"a quantised matrix is {list(weight.shape)}, the model's {list(module.weight.shape)}"
+        )
     module.weight = nn.Parameter(weight.clone(), requires_grad=False)
 
 
@@ -79,8 +94,14 @@ def _dequantise(data: Any, scales: Any, zeros: Any, bits: int, shape: tuple[int,
     scales = scales.reshape(rows, -1)
     blocks = scales.shape[1]
     size = q.shape[1] // blocks
-    zero = np.full((rows, blocks), 1 << (bits - 1)) if zeros is None else _unpack(zeros.reshape(rows, -1), bits)[:, :blocks]
-    values = (q.reshape(rows, blocks, size) - zero[..., None].astype(np.float32)) * scales[..., None].astype(np.float32)
+    zero = (
+        np.full((rows, blocks), 1 << (bits - 1))
+        if zeros is None
+        else _unpack(zeros.reshape(rows, -1), bits)[:, :blocks]
+    )
+    values = (q.reshape(rows, blocks, size) - zero[..., None].astype(np.float32)) * scales[..., None].astype(
+        np.float32
+    )
     return torch.from_numpy(values.reshape(rows, -1)[:, :columns].astype(np.float32))
 
 

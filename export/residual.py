@@ -45,7 +45,8 @@ def find_sites(graph: ir.Graph, num_layers: int) -> list[Site]:
         raise ReftEdgeError(
             f"cannot place ports after layers {missing}: looked for {' or '.join(_SKIP_NORMS)} nodes named like "
             f"/model/layers.1/input_layernorm/SkipLayerNorm and found {len(norms)} of {num_layers}; "
-            "this architecture's graph is not supported")
+            "this architecture's graph is not supported"
+        )
     return [Site(layer, norms[layer]) for layer in range(num_layers)]
 
 
@@ -59,7 +60,9 @@ def find_head_input(graph: ir.Graph) -> tuple[ir.Node, ir.Value]:
     while node is not None and node.op_type not in ("MatMul", "MatMulNBits"):
         node = _present(node.inputs[0]).producer()
     if node is None:
-        raise ReftEdgeError("cannot find the language-model head: no MatMul leads to an output named `logits`")
+        raise ReftEdgeError(
+            "cannot find the language-model head: no MatMul leads to an output named `logits`"
+        )
     return node, _present(node.inputs[0])
 
 

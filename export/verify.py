@@ -9,7 +9,6 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from reft_edge.adapter import AdapterConfig, fold
 from reft_edge.errors import ReftEdgeError
@@ -61,14 +60,26 @@ class Verification:
         return asdict(self)
 
 
-def random_adapter(manifest: Manifest, positions: str = "f7+l7", rank: int = 4, seed: int = 0) -> Interventions:
+def random_adapter(
+    manifest: Manifest, positions: str = "f7+l7", rank: int = 4, seed: int = 0
+) -> Interventions:
     """A LoReFT adapter with random weights at every port, strong enough to move logits by several units."""
-    config = AdapterConfig("loreft", manifest.base_name, manifest.base_fingerprint, manifest.hidden_size,
-                           manifest.num_layers, manifest.layers, rank, positions)
+    config = AdapterConfig(
+        "loreft",
+        manifest.base_name,
+        manifest.base_fingerprint,
+        manifest.hidden_size,
+        manifest.num_layers,
+        manifest.layers,
+        rank,
+        positions,
+    )
     return Interventions(config, seed=seed)
 
 
-def verify(folder: Path, plain_graph: Path, manifest: Manifest, model: nn.Module, rows: Sequence[Sequence[int]]) -> Verification:
+def verify(
+    folder: Path, plain_graph: Path, manifest: Manifest, model: Any, rows: Sequence[Sequence[int]]
+) -> Verification:
     """Run `rows` of token ids through the graph with ports, the one without, and the PyTorch model.
 
     A quantised graph's weights are copied into `model`.
@@ -104,7 +115,7 @@ def verify(folder: Path, plain_graph: Path, manifest: Manifest, model: nn.Module
 
 
 @torch.no_grad()
-def torch_logits(model: nn.Module, row: Sequence[int]) -> Logits:
+def torch_logits(model: Any, row: Sequence[int]) -> Logits:
     """PyTorch's logits for one row of tokens, `[tokens, vocabulary]`, float32."""
     logits: NDArray[np.float32] = model(input_ids=torch.tensor([list(row)])).logits[0].float().numpy()
     return logits
@@ -118,7 +129,11 @@ def _plain_logits(graph: Path, manifest: Manifest, rows: Sequence[Sequence[int]]
     logits = []
     for row in rows:
         ids = np.array([row], np.int64)
-        feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), **{value.name: empty for value in pasts}}
+        feeds = {
+            "input_ids": ids,
+            "attention_mask": np.ones_like(ids),
+            **{value.name: empty for value in pasts},
+        }
         with plain_failure():
             logits.append(session.run(["logits"], feeds)[0][0].astype(np.float32, copy=False))
     return logits
@@ -131,4 +146,6 @@ def _largest_difference(left: Sequence[Logits], right: Sequence[Logits]) -> floa
 def require(verification: Verification) -> None:
     """Raise ReftEdgeError with the figures if the export cannot be trusted."""
     if failures := verification.failures():
-        raise ReftEdgeError("the exported graph failed its verification and was not kept: " + "; ".join(failures))
+        raise ReftEdgeError(
+            "the exported graph failed its verification and was not kept: " + "; ".join(failures)
+        )

@@ -103,13 +103,16 @@ class Adapter:
         expected = self.config.shapes()
         if self.tensors.keys() != expected.keys():
             missing, extra = sorted(expected.keys() - self.tensors), sorted(self.tensors.keys() - expected)
-            raise AdapterFileError(f"a {self.config.intervention} adapter has tensors {sorted(expected)}; "
-                                   f"missing: {missing or 'none'}, unexpected: {extra or 'none'}")
+            raise AdapterFileError(
+                f"a {self.config.intervention} adapter has tensors {sorted(expected)}; "
+                f"missing: {missing or 'none'}, unexpected: {extra or 'none'}"
+            )
         for name, shape in expected.items():
             tensor = self.tensors[name]
             if tensor.shape != shape or tensor.dtype != np.float32:
-                raise AdapterFileError(f"tensor {name} is {tensor.dtype} {list(tensor.shape)}; "
-                                       f"expected float32 {list(shape)}")
+                raise AdapterFileError(
+                    f"tensor {name} is {tensor.dtype} {list(tensor.shape)}; expected float32 {list(shape)}"
+                )
             if not np.isfinite(tensor).all():
                 raise AdapterFileError(f"tensor {name} holds NaN or infinity; train the adapter again")
 
@@ -125,8 +128,10 @@ def fold(adapter: Adapter) -> Edit:
     """
     config = adapter.config
     if config.act_fn != "linear":
-        raise ReftEdgeError(f"the adapter's act_fn is {config.act_fn!r}, which no linear port can carry; "
-                            "train it with act_fn `linear` to run it on an exported model")
+        raise ReftEdgeError(
+            f"the adapter's act_fn is {config.act_fn!r}, which no linear port can carry; "
+            "train it with act_fn `linear` to run it on an exported model"
+        )
     rows_a, bias, rows_b = folded_rows(config.intervention, adapter.tensors)
     if rows_a is None:
         rows_a = np.zeros_like(rows_b)
@@ -204,11 +209,15 @@ def _read_header(file: BinaryIO) -> AdapterConfig:
     size = os.fstat(file.fileno()).st_size
     prefix = file.read(8)
     if len(prefix) < 8:
-        raise AdapterFileError("it is shorter than a safetensors header; the file is truncated or of another kind")
+        raise AdapterFileError(
+            "it is shorter than a safetensors header; the file is truncated or of another kind"
+        )
     length = int.from_bytes(prefix, "little")
     if length > _MAX_HEADER or length > size - 8:
-        raise AdapterFileError(f"its header claims {length:,} bytes of a file of {size:,} (at most {_MAX_HEADER:,} "
-                               "are accepted); the file is truncated or not a safetensors file")
+        raise AdapterFileError(
+            f"its header claims {length:,} bytes of a file of {size:,} (at most {_MAX_HEADER:,} "
+            "are accepted); the file is truncated or not a safetensors file"
+        )
     header = _parse_json(file.read(length), "header")
     config = _config_from_metadata(header.pop("__metadata__", None))
     _check_layout(header, config, size - 8 - length)
@@ -217,17 +226,24 @@ def _read_header(file: BinaryIO) -> AdapterConfig:
 
 def _config_from_metadata(metadata: Any) -> AdapterConfig:
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
-        raise AdapterFileError(f"its metadata does not say format {FORMAT!r}; train one with `reft-edge train`")
+        raise AdapterFileError(
+            f"its metadata does not say format {FORMAT!r}; train one with `reft-edge train`"
+        )
     if metadata.get("version") != VERSION:
-        raise AdapterFileError(f"it has version {metadata.get('version')!r} of the format; this reft-edge reads "
-                               f"version {VERSION!r}: upgrade reft-edge, or train the adapter again")
+        raise AdapterFileError(
+            f"it has version {metadata.get('version')!r} of the format; this reft-edge reads "
+            f"version {VERSION!r}: upgrade reft-edge, or train the adapter again"
+        )
     described = metadata.get("adapter")
     if not isinstance(described, str):
         raise AdapterFileError("its metadata has no `adapter` description")
     fields = _parse_json(described.encode(), "adapter description")
     known = {f.name: f for f in dataclasses.fields(AdapterConfig)}
-    required = {name for name, f in known.items()
-                if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
+    required = {
+        name
+        for name, f in known.items()
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }
     if unknown := sorted(fields.keys() - known):
         raise AdapterFileError(f"its description has unknown fields {unknown}")
     if missing := sorted(required - fields.keys()):
@@ -241,12 +257,16 @@ def _check_layout(header: dict[str, Any], config: AdapterConfig, data_size: int)
     expected = config.shapes()
     if header.keys() != expected.keys():
         missing, extra = sorted(expected.keys() - header), sorted(header.keys() - expected)
-        raise AdapterFileError(f"a {config.intervention} adapter has tensors {sorted(expected)}; "
-                               f"missing: {missing or 'none'}, unexpected: {extra or 'none'}")
+        raise AdapterFileError(
+            f"a {config.intervention} adapter has tensors {sorted(expected)}; "
+            f"missing: {missing or 'none'}, unexpected: {extra or 'none'}"
+        )
     needed = 4 * sum(math.prod(shape) for shape in expected.values())
     if needed != data_size:
-        raise AdapterFileError(f"its description needs {needed:,} bytes of tensors, the file holds {data_size:,}; "
-                               "the file is truncated or its description is wrong")
+        raise AdapterFileError(
+            f"its description needs {needed:,} bytes of tensors, the file holds {data_size:,}; "
+            "the file is truncated or its description is wrong"
+        )
     if data_size > _MAX_DATA:
         raise AdapterFileError(f"it holds {data_size:,} bytes of tensors; at most {_MAX_DATA:,} are accepted")
     for name, shape in expected.items():
@@ -260,7 +280,9 @@ def _parse_json(content: bytes, what: str) -> dict[str, Any]:
     def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         if len(set(names)) < len(names):
-            raise AdapterFileError(f"its {what} names {sorted({n for n in names if names.count(n) > 1})} twice")
+            raise AdapterFileError(
+                f"its {what} names {sorted({n for n in names if names.count(n) > 1})} twice"
+            )
         return dict(pairs)
 
     def refuse(constant: str) -> None:
@@ -290,7 +312,9 @@ def _check_config(config: AdapterConfig) -> None:
         if not is_int(value) or not 1 <= value <= limit:
             raise AdapterFileError(f"{name} is {value!r}; expected a whole number from 1 to {limit:,}")
     if config.intervention not in INTERVENTIONS:
-        raise AdapterFileError(f"unknown intervention {config.intervention!r}; known: {', '.join(INTERVENTIONS)}")
+        raise AdapterFileError(
+            f"unknown intervention {config.intervention!r}; known: {', '.join(INTERVENTIONS)}"
+        )
     if config.intervention == "steering" and config.rank != 1:
         raise AdapterFileError(f"a steering vector has rank 1, not {config.rank}")
     if config.rank > config.hidden_size:
@@ -301,8 +325,10 @@ def _check_config(config: AdapterConfig) -> None:
     if list(layers) != sorted(set(layers)):
         raise AdapterFileError(f"layers {list(layers)} are not ascending without repeats")
     if layers[0] < 0 or layers[-1] >= config.num_layers:
-        raise AdapterFileError(f"layers {list(layers)} go beyond a model of {config.num_layers} layers "
-                               f"(0 to {config.num_layers - 1})")
+        raise AdapterFileError(
+            f"layers {list(layers)} go beyond a model of {config.num_layers} layers "
+            f"(0 to {config.num_layers - 1})"
+        )
     if not re.fullmatch(r"[a-z][a-z0-9_]{0,31}", config.act_fn):
         raise AdapterFileError(f"act_fn {config.act_fn!r} is not an activation's name")
     if config.intervention in LINEAR_ONLY and config.act_fn != "linear":

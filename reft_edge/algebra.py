@@ -94,7 +94,8 @@ def apply(edit: Edit, layer: int, h: Array, t: NDArray[np.int64], n: int) -> Arr
     if part is None:
         return h
     opened = np.stack([active(gate.span, t, n) * np.float32(gate.scale) for gate in edit.gates], axis=1)
-    return h + ((h @ part.A + part.b) * opened[:, part.gates].astype(np.float32)) @ part.B
+    gated = (h @ part.A + part.b) * opened[:, part.gates].astype(np.float32)
+    return (h + gated @ part.B).astype(np.float32, copy=False)
 
 
 def _join(left: LayerEdit, right: LayerEdit) -> LayerEdit:

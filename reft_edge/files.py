@@ -46,12 +46,16 @@ def replace_folder(target: Path, marker: str) -> Iterator[Path]:
     if target.exists() and not target.is_dir():
         raise ReftEdgeError(f"{target} is a file; give a folder")
     if target.is_dir() and any(target.iterdir()) and not (target / marker).is_file():
-        raise ReftEdgeError(f"{target} is not empty and was not written by reft-edge; give another folder or empty it")
+        raise ReftEdgeError(
+            f"{target} is not empty and was not written by reft-edge; give another folder or empty it"
+        )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     except OSError as error:
-        raise ReftEdgeError(f"cannot write beside {target}: {error.strerror}; choose another place") from error
+        raise ReftEdgeError(
+            f"cannot write beside {target}: {error.strerror}; choose another place"
+        ) from error
     try:
         yield temporary
         temporary.chmod(0o777 & ~_umask())

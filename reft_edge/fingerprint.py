@@ -19,7 +19,11 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         flat = parameter.detach().flatten()
-        index = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64).round().long()
+        index = (
+            torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64)
+            .round()
+            .long()
+        )
         sample = flat[index.to(flat.device)].to(torch.bfloat16).cpu().view(torch.int16)
         digest.update(f"{name} {list(parameter.shape)}\n".encode())
         digest.update(sample.numpy().astype("<i2").tobytes())

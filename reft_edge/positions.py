@@ -65,7 +65,9 @@ def parse_positions(spec: str, tied: bool) -> tuple[Span, ...]:
             raise ReftEdgeError(f"positions {spec!r}: `{name}` is given twice; name each part once")
         parts[name] = span
     if "all" in parts and ("f" in parts or "l" in parts):
-        raise ReftEdgeError(f"positions {spec!r}: `all` already covers every prompt token; drop the f and l parts")
+        raise ReftEdgeError(
+            f"positions {spec!r}: `all` already covers every prompt token; drop the f and l parts"
+        )
     if not tied:
         return tuple(parts.values())
     return (
@@ -84,6 +86,8 @@ def _parse_part(spec: str, part: str) -> tuple[str, Span]:
         return part, Span(after=UNLIMITED)
     match = re.fullmatch(r"([fl])([1-9]\d{0,6})", part)
     if match is None:
-        raise ReftEdgeError(f"positions {spec!r}: cannot read {part!r}; join parts like f7, l7, all, gen with `+`")
+        raise ReftEdgeError(
+            f"positions {spec!r}: cannot read {part!r}; join parts like f7, l7, all, gen with `+`"
+        )
     count = int(match[2])
     return match[1], Span(first=count) if match[1] == "f" else Span(last=count)

@@ -50,8 +50,14 @@ class Prompts:
         if self.template is None:
             raise ReftEdgeError("the model has no chat template; give prompts as raw text (--raw)")
         try:
-            return _environment().from_string(self.template).render(
-                messages=messages, add_generation_prompt=add_generation_prompt, tools=None, **self.special_tokens)
+            template = _environment().from_string(self.template)
+            text: str = template.render(
+                messages=messages,
+                add_generation_prompt=add_generation_prompt,
+                tools=None,
+                **self.special_tokens,
+            )
+            return text
         except (SecurityError, TemplateError, OverflowError, MemoryError, RecursionError) as error:
             raise ReftEdgeError(f"the model's chat template failed: {error}") from error
 
@@ -72,8 +78,11 @@ def load_prompts(folder: Path) -> Prompts:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     config = _read_json(folder / "tokenizer_config.json")
-    special = {name: text for name in ("bos_token", "eos_token", "unk_token", "pad_token")
-               if (text := _token_text(config.get(name))) is not None}
+    special = {
+        name: text
+        for name in ("bos_token", "eos_token", "unk_token", "pad_token")
+        if (text := _token_text(config.get(name))) is not None
+    }
     return Prompts(tokenizer, _template(folder, config), special)
 
 
@@ -118,7 +127,9 @@ def _environment() -> Any:
     def strftime_now(pattern: str) -> str:
         return datetime.now().strftime(pattern)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+    )
     environment.filters["tojson"] = tojson
     environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
     return environment

@@ -13,14 +13,20 @@ from reft_edge.interventions import Interventions, Weights
 from reft_edge.positions import active
 
 
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
+def decoder_layers(model: Any) -> nn.ModuleList:
     """The model's blocks in order. Raises ReftEdgeError if there is no single list of `num_hidden_layers` blocks."""
     count = model.config.num_hidden_layers
-    found = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
-    blocks = [module for module in found if type(module[0]).__name__.endswith(("DecoderLayer", "Block", "Layer"))]
+    found = [
+        module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count
+    ]
+    blocks = [
+        module for module in found if type(module[0]).__name__.endswith(("DecoderLayer", "Block", "Layer"))
+    ]
     if len(blocks) != 1:
-        raise ReftEdgeError(f"cannot tell which modules are the {count} blocks of {type(model).__name__}; "
-                            f"found {len(blocks)} lists of that many blocks")
+        raise ReftEdgeError(
+            f"cannot tell which modules are the {count} blocks of {type(model).__name__}; "
+            f"found {len(blocks)} lists of that many blocks"
+        )
     return blocks[0]
 
 
@@ -41,7 +47,7 @@ class Steering:
     passes (decode steps) keep the lengths of that pass.
     """
 
-    def __init__(self, model: nn.Module, adapters: Sequence[tuple[Interventions, float]]) -> None:
+    def __init__(self, model: Any, adapters: Sequence[tuple[Interventions, float]]) -> None:
         """`adapters`: interventions and the scale of each. Raises ReftEdgeError if a layer does not exist."""
         self.adapters = list(adapters)
         self._step: _Step | None = None
@@ -49,11 +55,17 @@ class Steering:
         self._lengths: Tensor | None = None
         blocks = decoder_layers(model)
         for interventions, _ in self.adapters:
-            if interventions.config.num_layers != len(blocks) or interventions.config.hidden_size != model.config.hidden_size:
+            if (
+                interventions.config.num_layers != len(blocks)
+                or interventions.config.hidden_size != model.config.hidden_size
+            ):
                 raise ReftEdgeError(
                     f"the adapter is for {interventions.config.num_layers} layers of size "
-                    f"{interventions.config.hidden_size}; this model has {len(blocks)} of {model.config.hidden_size}")
-        edited = sorted({layer for interventions, _ in self.adapters for layer in interventions.config.layers})
+                    f"{interventions.config.hidden_size}; this model has {len(blocks)} of {model.config.hidden_size}"
+                )
+        edited = sorted(
+            {layer for interventions, _ in self.adapters for layer in interventions.config.layers}
+        )
         self._handles = [model.register_forward_pre_hook(self._begin, with_kwargs=True)]
         self._handles += [blocks[layer].register_forward_hook(self._hook(layer)) for layer in edited]
 
@@ -80,8 +92,8 @@ class Steering:
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         if mask is None:
             mask = ids.new_ones(ids.shape[0], past + ids.shape[1], dtype=torch.long)
-        now = mask[:, -ids.shape[1]:].bool()
-        t = (mask.long().cumsum(dim=1) - 1)[:, -ids.shape[1]:]
+        now = mask[:, -ids.shape[1] :].bool()
+        t = (mask.long().cumsum(dim=1) - 1)[:, -ids.shape[1] :]
         if self._given is not None:
             self._lengths = self._given
         elif past == 0 or self._lengths is None or self._lengths.shape[0] != ids.shape[0]:
@@ -91,8 +103,13 @@ class Steering:
             weights = [interventions.weights() for interventions, _ in self.adapters]
         self._step = _Step(
             weights=weights,
-            tokens=[[(active(span, t, n) & now).flatten().nonzero().squeeze(1) for span in interventions.config.spans]
-                    for interventions, _ in self.adapters],
+            tokens=[
+                [
+                    (active(span, t, n) & now).flatten().nonzero().squeeze(1)
+                    for span in interventions.config.spans
+                ]
+                for interventions, _ in self.adapters
+            ],
         )
 
     def _hook(self, layer: int) -> Any:
@@ -124,7 +141,7 @@ class Steering:
 
 
 @contextmanager
-def steered(model: nn.Module, *adapters: tuple[Interventions, float]) -> Iterator[Steering]:
+def steered(model: Any, *adapters: tuple[Interventions, float]) -> Iterator[Steering]:
     """`Steering` for the length of a block."""
     steering = Steering(model, adapters)
     try:

@@ -116,7 +116,7 @@ class TrainResult:
 class Trainer:
     """A training under way; everything that a checkpoint must bring back is `state()`."""
 
-    model: nn.Module
+    model: Any
     interventions: Interventions
     settings: TrainSettings
     data: Dataset
@@ -126,8 +126,9 @@ class Trainer:
     def __post_init__(self) -> None:
         self.interventions.to(self.device)
         rotation = self.interventions.rotation
-        groups: list[dict[str, Any]] = [{"params": list(self.interventions.trained.values()),
-                                         "weight_decay": self.settings.weight_decay}]
+        groups: list[dict[str, Any]] = [
+            {"params": list(self.interventions.trained.values()), "weight_decay": self.settings.weight_decay}
+        ]
         if rotation is not None:
             groups.append({"params": [rotation.vectors], "weight_decay": 0.0})
         self.optimizer = torch.optim.AdamW(groups, lr=self.settings.lr)
@@ -154,12 +155,22 @@ class Trainer:
             labels = sum(len(row.completion) for row in rows)
             loss = 0.0
             for start in range(0, len(rows), self.settings.batch_size):
-                part = batch_loss(self.model, steering, rows[start:start + self.settings.batch_size],
-                                  self.device, self.autocast) / labels
+                part = (
+                    batch_loss(
+                        self.model,
+                        steering,
+                        rows[start : start + self.settings.batch_size],
+                        self.device,
+                        self.autocast,
+                    )
+                    / labels
+                )
                 part.backward()  # type: ignore[no-untyped-call]
                 loss += float(part.detach())
             if not math.isfinite(loss):
-                raise ReftEdgeError(f"the loss is {loss} at step {self.step + 1}; lower the learning rate (--lr)")
+                raise ReftEdgeError(
+                    f"the loss is {loss} at step {self.step + 1}; lower the learning rate (--lr)"
+                )
             nn.utils.clip_grad_norm_(self.interventions.parameters(), self.settings.clip)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
@@ -172,7 +183,9 @@ class Trainer:
 
     def state(self) -> dict[str, Tensor]:
         """Parameters, optimiser moments and losses so far, by name."""
-        tensors = {f"module.{name}": tensor.detach() for name, tensor in self.interventions.state_dict().items()}
+        tensors = {
+            f"module.{name}": tensor.detach() for name, tensor in self.interventions.state_dict().items()
+        }
         for name, parameter in self.interventions.named_parameters():
             for key, moment in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer.{name}.{key}"] = moment
@@ -182,13 +195,16 @@ class Trainer:
     def restore(self, tensors: dict[str, Tensor], step: int) -> None:
         """Continue from `state()` as it was after `step` steps."""
         prefix = "module."
-        self.interventions.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in tensors.items()
-                                            if name.startswith(prefix)})
+        self.interventions.load_state_dict(
+            {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        )
         for name, parameter in self.interventions.named_parameters():
             moments = f"optimizer.{name}."
-            self.optimizer.state[parameter] = {key.removeprefix(moments): tensor.to(parameter.device)
-                                               if tensor.ndim else tensor
-                                               for key, tensor in tensors.items() if key.startswith(moments)}
+            self.optimizer.state[parameter] = {
+                key.removeprefix(moments): tensor.to(parameter.device) if tensor.ndim else tensor
+                for key, tensor in tensors.items()
+                if key.startswith(moments)
+            }
         self.losses = tensors["losses"].tolist()
         self.step = step
 
@@ -200,13 +216,22 @@ class Trainer:
         epoch, index = divmod(step, self._steps_an_epoch())
         order = np.random.default_rng([self.settings.seed, epoch]).permutation(len(self.data.examples))
         size = self.settings.batch_size * self.settings.accumulate
-        return [self.data.examples[i] for i in order[index * size:(index + 1) * size]]
+        return [self.data.examples[i] for i in order[index * size : (index + 1) * size]]
 
 
-def train(model: nn.Module, base_name: str, data: Dataset, output: Path, settings: TrainSettings,
-          evaluation: Dataset | None = None, resume: bool = False, save_every: int = 50,
-          device: str | None = None, report: Callable[[str], None] = lambda message: None,
-          on_step: Callable[[StepReport], None] = lambda step: None) -> TrainResult:
+def train(
+    model: Any,
+    base_name: str,
+    data: Dataset,
+    output: Path,
+    settings: TrainSettings,
+    evaluation: Dataset | None = None,
+    resume: bool = False,
+    save_every: int = 50,
+    device: str | None = None,
+    report: Callable[[str], None] = lambda message: None,
+    on_step: Callable[[StepReport], None] = lambda step: None,
+) -> TrainResult:
     """Train an adapter for a frozen causal language model and write it to `output`.
 
     A checkpoint beside `output` is written every `save_every` steps and when interrupted, and removed at the end;
@@ -218,12 +243,20 @@ def train(model: nn.Module, base_name: str, data: Dataset, output: Path, setting
         raise ReftEdgeError(f"the folder of {output} does not exist; make it first")
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     config = adapter_config(model, base_name, settings)
-    trainer = Trainer(model.to(place), Interventions(config, settings.dropout, settings.seed), settings, data, place)
-    checkpoint = Checkpoint(output.with_name(output.name + ".checkpoint"), {
-        "settings": dataclasses.asdict(settings), "data": data.digest, "base": config.base_fingerprint})
+    trainer = Trainer(
+        model.to(place), Interventions(config, settings.dropout, settings.seed), settings, data, place
+    )
+    checkpoint = Checkpoint(
+        output.with_name(output.name + ".checkpoint"),
+        {"settings": dataclasses.asdict(settings), "data": data.digest, "base": config.base_fingerprint},
+    )
     if resume:
         found = checkpoint.load(trainer)
-        report(f"continuing after step {trainer.step}" if found else "there is no checkpoint; starting from the beginning")
+        report(
+            f"continuing after step {trainer.step}"
+            if found
+            else "there is no checkpoint; starting from the beginning"
+        )
 
     def after_step(step: StepReport) -> None:
         if step.step % save_every == 0 and step.step < step.steps:
@@ -240,29 +273,49 @@ def train(model: nn.Module, base_name: str, data: Dataset, output: Path, setting
         held_out = None
         if evaluation is not None:
             report("evaluating on the held-out file")
-            held_out = evaluate(model, steering, evaluation.examples, settings.batch_size, place, trainer.autocast)
-    loss = float(np.mean(trainer.losses[-max(1, len(trainer.losses) // 10):]))
+            held_out = evaluate(
+                model, steering, evaluation.examples, settings.batch_size, place, trainer.autocast
+            )
+    loss = float(np.mean(trainer.losses[-max(1, len(trainer.losses) // 10) :]))
     adapter = trainer.interventions.to_adapter(
-        dataclasses.replace(config, training=_provenance(settings, data, trainer, loss, held_out)))
+        dataclasses.replace(config, training=_provenance(settings, data, trainer, loss, held_out))
+    )
     save_adapter(adapter, output)
     checkpoint.path.unlink(missing_ok=True)
-    return TrainResult(output, output.stat().st_size, adapter.num_parameters,
-                       sum(parameter.numel() for parameter in model.parameters()),
-                       trainer.steps, loss, held_out, time.perf_counter() - started)
+    return TrainResult(
+        output,
+        output.stat().st_size,
+        adapter.num_parameters,
+        sum(parameter.numel() for parameter in model.parameters()),
+        trainer.steps,
+        loss,
+        held_out,
+        time.perf_counter() - started,
+    )
 
 
-def adapter_config(model: nn.Module, base_name: str, settings: TrainSettings) -> AdapterConfig:
+def adapter_config(model: Any, base_name: str, settings: TrainSettings) -> AdapterConfig:
     """The description of an adapter for this model. Raises ReftEdgeError for layers or a rank it cannot have."""
     num_layers = len(decoder_layers(model))
     return AdapterConfig(
-        intervention=settings.intervention, base_name=base_name, base_fingerprint=fingerprint(model),
-        hidden_size=model.config.hidden_size, num_layers=num_layers, layers=parse_layers(settings.layers, num_layers),
-        rank=settings.rank, positions=settings.positions, tied=settings.tied, act_fn=settings.act_fn,
-        add_bias=settings.add_bias, prompt_format=settings.prompt_format)
+        intervention=settings.intervention,
+        base_name=base_name,
+        base_fingerprint=fingerprint(model),
+        hidden_size=model.config.hidden_size,
+        num_layers=num_layers,
+        layers=parse_layers(settings.layers, num_layers),
+        rank=settings.rank,
+        positions=settings.positions,
+        tied=settings.tied,
+        act_fn=settings.act_fn,
+        add_bias=settings.add_bias,
+        prompt_format=settings.prompt_format,
+    )
 
 
-def batch_loss(model: nn.Module, steering: Steering, rows: Sequence[Example], device: torch.device,
-               autocast: bool) -> Tensor:
+def batch_loss(
+    model: Any, steering: Steering, rows: Sequence[Example], device: torch.device, autocast: bool
+) -> Tensor:
     """Summed negative log-likelihood, in nats, of the rows' completions; logits are only computed where they count."""
     length = max(len(row.prompt) + len(row.completion) for row in rows) - 1
     ids, mask = torch.zeros(2, len(rows), length, dtype=torch.long).unbind()
@@ -270,19 +323,24 @@ def batch_loss(model: nn.Module, steering: Steering, rows: Sequence[Example], de
     targets: list[int] = []
     for i, row in enumerate(rows):
         tokens = (row.prompt + row.completion)[:-1]
-        ids[i, :len(tokens)] = torch.tensor(tokens)
-        mask[i, :len(tokens)] = 1
-        counts[i, len(row.prompt) - 1:len(tokens)] = True
+        ids[i, : len(tokens)] = torch.tensor(tokens)
+        mask[i, : len(tokens)] = 1
+        counts[i, len(row.prompt) - 1 : len(tokens)] = True
         targets.extend(row.completion)
     lengths = torch.tensor([len(row.prompt) for row in rows], device=device)
-    with steering.prompts(lengths), only_logits_of(model, counts.to(device)), \
-            torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
+    with (
+        steering.prompts(lengths),
+        only_logits_of(model, counts.to(device)),
+        torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast),
+    ):
         logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
-    return nn.functional.cross_entropy(logits[0].float(), torch.tensor(targets, device=device), reduction="sum")
+    return nn.functional.cross_entropy(
+        logits[0].float(), torch.tensor(targets, device=device), reduction="sum"
+    )
 
 
 @contextmanager
-def only_logits_of(model: nn.Module, tokens: Tensor) -> Iterator[None]:
+def only_logits_of(model: Any, tokens: Tensor) -> Iterator[None]:
     """Inside the block, the language-model head sees only these tokens (bool, [batch, sequence]), as one row."""
     head = model.get_output_embeddings()
     handle = head.register_forward_pre_hook(lambda module, args: (args[0][tokens][None],))
@@ -293,7 +351,7 @@ def only_logits_of(model: nn.Module, tokens: Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: Any) -> Iterator[None]:
     """Inside the block, no parameter of the model takes a gradient and the model is in evaluation mode."""
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     training = model.training
@@ -307,14 +365,22 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, steering: Steering, rows: Sequence[Example], batch_size: int, device: torch.device,
-             autocast: bool) -> float:
+def evaluate(
+    model: Any,
+    steering: Steering,
+    rows: Sequence[Example],
+    batch_size: int,
+    device: torch.device,
+    autocast: bool,
+) -> float:
     """Mean negative log-likelihood of the completions, in nats a token, dropout off."""
     modules = [interventions for interventions, _ in steering.adapters]
     for module in modules:
         module.eval()
-    total = sum(float(batch_loss(model, steering, rows[start:start + batch_size], device, autocast))
-                for start in range(0, len(rows), batch_size))
+    total = sum(
+        float(batch_loss(model, steering, rows[start : start + batch_size], device, autocast))
+        for start in range(0, len(rows), batch_size)
+    )
     for module in modules:
         module.train()
     return total / sum(len(row.completion) for row in rows)
@@ -364,11 +430,15 @@ class Checkpoint:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             step, other = int(metadata["step"]), json.loads(metadata["belongs_to"])
         except (SafetensorError, KeyError, ValueError) as error:
-            raise ReftEdgeError(f"{self.path} is not a usable checkpoint ({error}); delete it to start again") from error
+            raise ReftEdgeError(
+                f"{self.path} is not a usable checkpoint ({error}); delete it to start again"
+            ) from error
         if differing := sorted(_flatten(self.belongs_to).items() ^ _flatten(other).items()):
             names = sorted({name for name, _ in differing})
-            raise ReftEdgeError(f"{self.path} is of another training; these differ: {', '.join(names)}. "
-                                "Use the same settings and data, or delete it to start again")
+            raise ReftEdgeError(
+                f"{self.path} is of another training; these differ: {', '.join(names)}. "
+                "Use the same settings and data, or delete it to start again"
+            )
         trainer.restore(tensors, step)
         return True
 
@@ -378,8 +448,9 @@ def _flatten(belongs_to: dict[str, Any]) -> dict[str, str]:
     return flat | {key: json.dumps(value) for key, value in belongs_to["settings"].items()}
 
 
-def _provenance(settings: TrainSettings, data: Dataset, trainer: Trainer, loss: float,
-                evaluation: float | None) -> dict[str, Any]:
+def _provenance(
+    settings: TrainSettings, data: Dataset, trainer: Trainer, loss: float, evaluation: float | None
+) -> dict[str, Any]:
     described = ("intervention", "layers", "rank", "positions", "tied", "act_fn", "add_bias", "prompt_format")
     kept = {name: value for name, value in dataclasses.asdict(settings).items() if name not in described}
     return {

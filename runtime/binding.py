@@ -16,11 +16,15 @@ def port_inputs(edit: Edit, manifest: Manifest, dtype: np.dtype[np.generic]) -> 
     Raises ReftEdgeError if the edit is for another hidden size or a layer without a port.
     """
     if edit.hidden_size != manifest.hidden_size:
-        raise ReftEdgeError(f"the adapter edits hidden states of size {edit.hidden_size}; "
-                            f"this model's have {manifest.hidden_size}")
+        raise ReftEdgeError(
+            f"the adapter edits hidden states of size {edit.hidden_size}; "
+            f"this model's have {manifest.hidden_size}"
+        )
     if unported := sorted(edit.layers.keys() - set(manifest.layers)):
-        raise ReftEdgeError(f"the adapter edits layers {unported}, which have no port in this folder; "
-                            "export the model again with --layers that cover them")
+        raise ReftEdgeError(
+            f"the adapter edits layers {unported}, which have no port in this folder; "
+            "export the model again with --layers that cover them"
+        )
 
     def per_gate(numbers: list[float], kind: np.dtype[np.generic]) -> NDArray[np.generic]:
         return np.array(numbers, kind).reshape(1, 1, -1)

@@ -110,8 +110,16 @@ class SteeredModel:
         """The whole answer; options as for `stream`."""
         return self.stream(prompt, adapter, **options).text()
 
-    def stream(self, prompt: str | list[Message], adapter: AdapterChoice = None, *, raw: bool | None = None,
-               max_tokens: int = 256, stop: Sequence[str] = (), sampling: Sampling | None = None) -> Generation:
+    def stream(
+        self,
+        prompt: str | list[Message],
+        adapter: AdapterChoice = None,
+        *,
+        raw: bool | None = None,
+        max_tokens: int = 256,
+        stop: Sequence[str] = (),
+        sampling: Sampling | None = None,
+    ) -> Generation:
         """The answer piece by piece.
 
         `prompt`: a user message or a list of {"role", "content"}. `raw`: True takes the prompt as it stands, False
@@ -126,13 +134,17 @@ class SteeredModel:
         chosen = self._chosen(adapter)
         ids = self._encode(prompt, chosen, raw)
         if len(ids) >= self.manifest.context_length:
-            raise ReftEdgeError(f"the prompt has {len(ids)} tokens; this model's context is "
-                                f"{self.manifest.context_length}: shorten it")
+            raise ReftEdgeError(
+                f"the prompt has {len(ids)} tokens; this model's context is "
+                f"{self.manifest.context_length}: shorten it"
+            )
         bound = self._bind(chosen)
         limit = min(max_tokens, self.manifest.context_length - len(ids))
         generation = Generation(iter(()), len(ids))
         text = TextStream(self.prompts.tokenizer, [stop] if isinstance(stop, str) else stop)
-        generation._pieces = self._run(generation, ids, bound, limit, text, Sampler(sampling or Sampling(), ids))
+        generation._pieces = self._run(
+            generation, ids, bound, limit, text, Sampler(sampling or Sampling(), ids)
+        )
         return generation
 
     def logits(self, rows: Sequence[Sequence[int]], adapter: AdapterChoice = None) -> list[Logits]:
@@ -146,8 +158,15 @@ class SteeredModel:
             inputs["reft.prompt_len"] = np.array([len(row) for row in rows], np.int64)
         return self._graph.score(rows, inputs)
 
-    def _run(self, generation: Generation, ids: list[int], bound: _Bound, limit: int, text: TextStream,
-             sampler: Sampler) -> Iterator[str]:
+    def _run(
+        self,
+        generation: Generation,
+        ids: list[int],
+        bound: _Bound,
+        limit: int,
+        text: TextStream,
+        sampler: Sampler,
+    ) -> Iterator[str]:
         started = time.perf_counter()
         cache = self._graph.take_cache(1, len(ids) + limit)
         try:
@@ -174,12 +193,16 @@ class SteeredModel:
         finally:
             self._graph.return_cache(cache)
 
-    def _encode(self, prompt: str | list[Message], chosen: Mapping[str, float], raw: bool | None) -> list[int]:
+    def _encode(
+        self, prompt: str | list[Message], chosen: Mapping[str, float], raw: bool | None
+    ) -> list[int]:
         if raw is None:
             formats = {self._adapters[name].config.prompt_format for name in chosen}
             if len(formats) > 1:
-                raise ReftEdgeError("the adapters were trained on unlike prompts, some raw, some through the chat "
-                                    "template; say which to use (raw=True or raw=False)")
+                raise ReftEdgeError(
+                    "the adapters were trained on unlike prompts, some raw, some through the chat "
+                    "template; say which to use (raw=True or raw=False)"
+                )
             raw = formats == {"raw"} or (not formats and self.prompts.template is None)
         if isinstance(prompt, str):
             ids = self.prompts.encode_prompt(prompt, "raw" if raw else "chat")
@@ -199,7 +222,9 @@ class SteeredModel:
         scales = dict(adapter) if isinstance(adapter, Mapping) else dict.fromkeys(adapter, 1.0)
         for name, factor in scales.items():
             if name not in self._adapters:
-                raise ReftEdgeError(f"no adapter {name!r} is loaded; loaded: {', '.join(self._adapters) or 'none'}")
+                raise ReftEdgeError(
+                    f"no adapter {name!r} is loaded; loaded: {', '.join(self._adapters) or 'none'}"
+                )
             if not np.isfinite(factor):
                 raise ReftEdgeError(f"the scale of adapter {name!r} is {factor}; expected a finite number")
         return {name: float(factor) for name, factor in scales.items() if factor != 0}

@@ -67,7 +67,7 @@ def probabilities(logits: NDArray[np.float32], sampling: Sampling) -> NDArray[np
     p = np.exp(scaled - scaled.max())
     p /= p.sum()
     if 0 < sampling.top_k < len(p):
-        p[np.argpartition(p, -sampling.top_k)[:-sampling.top_k]] = 0
+        p[np.argpartition(p, -sampling.top_k)[: -sampling.top_k]] = 0
         p /= p.sum()
     if sampling.top_p < 1:
         order = np.argsort(-p, kind="stable")
@@ -75,7 +75,8 @@ def probabilities(logits: NDArray[np.float32], sampling: Sampling) -> NDArray[np
         p[order[before >= sampling.top_p]] = 0
     if sampling.min_p > 0:
         p[p < sampling.min_p * p.max()] = 0
-    return p / p.sum()
+    kept: NDArray[np.float64] = p / p.sum()
+    return kept
 
 
 def _penalise(logits: NDArray[np.float32], seen: NDArray[np.int64], penalty: float) -> NDArray[np.float32]:

@@ -28,8 +28,10 @@ def import_onnxruntime() -> ModuleType:
     try:
         import onnxruntime
     except ImportError as error:
-        raise ReftEdgeError("ONNX Runtime is not installed; install reft-edge with one of its extras: "
-                            "pip install 'reft-edge[cpu]' or pip install 'reft-edge[cuda]'") from error
+        raise ReftEdgeError(
+            "ONNX Runtime is not installed; install reft-edge with one of its extras: "
+            "pip install 'reft-edge[cpu]' or pip install 'reft-edge[cuda]'"
+        ) from error
     return onnxruntime  # type: ignore[no-any-return]
 
 
@@ -41,8 +43,10 @@ def choose_device(device: str, available: Sequence[str]) -> str:
     if device not in DEVICES:
         raise ReftEdgeError(f"unknown device {device!r}; choose one of {', '.join(DEVICES)}")
     if device == "cuda" and _CUDA not in available:
-        raise ReftEdgeError(f"this ONNX Runtime has no CUDA provider (it has {', '.join(available)}); "
-                            "install reft-edge[cuda] in place of reft-edge[cpu], or use --device cpu")
+        raise ReftEdgeError(
+            f"this ONNX Runtime has no CUDA provider (it has {', '.join(available)}); "
+            "install reft-edge[cuda] in place of reft-edge[cpu], or use --device cpu"
+        )
     if device == "auto":
         return "cuda" if _CUDA in available else "cpu"
     return device
@@ -56,7 +60,9 @@ def open_graph(path: Path, device: str = "auto", threads: int | None = None) -> 
     ort = import_onnxruntime()
     chosen = choose_device(device, ort.get_available_providers())
     options = ort.SessionOptions()
-    options.log_severity_level = 4  # else a warning for every overridable initializer; errors come as exceptions
+    options.log_severity_level = (
+        4  # else a warning for every overridable initializer; errors come as exceptions
+    )
     options.intra_op_num_threads = threads or _usable_cores()
     providers: list[Any] = ["CPUExecutionProvider"]
     if chosen == "cuda":
@@ -64,8 +70,10 @@ def open_graph(path: Path, device: str = "auto", threads: int | None = None) -> 
     with plain_failure():
         session = ort.InferenceSession(str(path), options, providers=providers)
     if device == "cuda" and _CUDA not in session.get_providers():
-        raise ReftEdgeError("CUDA was asked for, but ONNX Runtime could not start its CUDA provider; "
-                            "check the driver and the CUDA libraries, or use --device cpu")
+        raise ReftEdgeError(
+            "CUDA was asked for, but ONNX Runtime could not start its CUDA provider; "
+            "check the driver and the CUDA libraries, or use --device cpu"
+        )
     return session
 
 
@@ -94,7 +102,9 @@ class KVCache:
 class GraphSession:
     """An exported graph, ready to prefill and decode."""
 
-    def __init__(self, folder: Path, manifest: Manifest, device: str = "auto", threads: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, manifest: Manifest, device: str = "auto", threads: int | None = None
+    ) -> None:
         self.session = open_graph(folder / manifest.graph, device, threads)
         self.device = "cuda" if _CUDA in self.session.get_providers() else "cpu"
         self._ort = import_onnxruntime()
@@ -103,7 +113,8 @@ class GraphSession:
         self._pasts = [name for name in inputs if name.startswith("past_key_values.")]
         self._heads = int(inputs[self._pasts[0]].shape[1])
         self.dtype: np.dtype[np.generic] = np.dtype(
-            {"tensor(float)": np.float32, "tensor(float16)": np.float16}[inputs[self._pasts[0]].type])
+            {"tensor(float)": np.float32, "tensor(float16)": np.float16}[inputs[self._pasts[0]].type]
+        )
         logits = next(value for value in self.session.get_outputs() if value.name == "logits")
         self._logits_dtype = {"tensor(float)": np.float32, "tensor(float16)": np.float16}[logits.type]
         self._vocabulary = int(logits.shape[2])
@@ -123,8 +134,10 @@ class GraphSession:
                 return cache
         capacity = -(-tokens // _CACHE_STEP) * _CACHE_STEP
         shape = [batch, self._heads, capacity, self._head_size]
-        values = {name: self._ort.OrtValue.ortvalue_from_shape_and_type(shape, self.dtype.type, self.device)
-                  for name in self._pasts}
+        values = {
+            name: self._ort.OrtValue.ortvalue_from_shape_and_type(shape, self.dtype.type, self.device)
+            for name in self._pasts
+        }
         return KVCache(values, batch, capacity)
 
     def return_cache(self, cache: KVCache) -> None:
@@ -140,12 +153,12 @@ class GraphSession:
         length = max(len(row) for row in rows)
         ids, mask = np.zeros((2, len(rows), length), np.int64)
         for i, row in enumerate(rows):
-            ids[i, :len(row)], mask[i, :len(row)] = row, 1
+            ids[i, : len(row)], mask[i, : len(row)] = row, 1
         empty = np.zeros((len(rows), self._heads, 0, self._head_size), self.dtype)
         feeds = {"input_ids": ids, "attention_mask": mask, **dict.fromkeys(self._pasts, empty), **ports}
         with plain_failure():
             logits = self.session.run(["logits"], feeds)[0].astype(np.float32, copy=False)
-        return [logits[i, :len(row)] for i, row in enumerate(rows)]
+        return [logits[i, : len(row)] for i, row in enumerate(rows)]
 
     def _to_device(self, array: NDArray[np.generic]) -> Any:
         return self._ort.OrtValue.ortvalue_from_numpy(array, self.device)
@@ -184,7 +197,7 @@ class BoundSession:
     def prefill(self, ids: Ids, chunk: int = PREFILL_CHUNK) -> Logits:
         """Run a whole prompt in chunks, which bounds memory on long ones; logits of its last token."""
         for start in range(0, ids.shape[1], chunk):
-            logits = self.step(ids[:, start:start + chunk])
+            logits = self.step(ids[:, start : start + chunk])
         return logits
 
 

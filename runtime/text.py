@@ -21,10 +21,10 @@ class TextStream:
         found = [at for text in self._stop if (at := self._held.find(text)) >= 0]
         if found:
             self.stopped = True
-            ready, self._held = self._held[:min(found)], ""
+            ready, self._held = self._held[: min(found)], ""
             return ready
         keep = max((_overlap(self._held, text) for text in self._stop), default=0)
-        ready, self._held = self._held[:len(self._held) - keep], self._held[len(self._held) - keep:]
+        ready, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return ready
 
     def flush(self) -> str:
@@ -35,4 +35,6 @@ class TextStream:
 
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that begins `stop`."""
-    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
+    return next(
+        (size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0
+    )

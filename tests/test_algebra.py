@@ -15,11 +15,28 @@ from reft_edge.positions import active
 D, LAYERS = 12, 4
 
 
-def make_adapter(intervention: str, seed: int = 0, rank: int = 3, positions: str = "f2+l2", tied: bool = False,
-                 layers: tuple[int, ...] = (0, 2), **fields: Any) -> Adapter:
+def make_adapter(
+    intervention: str,
+    seed: int = 0,
+    rank: int = 3,
+    positions: str = "f2+l2",
+    tied: bool = False,
+    layers: tuple[int, ...] = (0, 2),
+    **fields: Any,
+) -> Adapter:
     random = np.random.default_rng(seed)
-    config = AdapterConfig(intervention, "base", "0" * 16, D, LAYERS, layers, 1 if intervention == "steering" else rank,
-                           positions, tied, **fields)
+    config = AdapterConfig(
+        intervention,
+        "base",
+        "0" * 16,
+        D,
+        LAYERS,
+        layers,
+        1 if intervention == "steering" else rank,
+        positions,
+        tied,
+        **fields,
+    )
     tensors = {name: random.normal(size=shape).astype(np.float32) for name, shape in config.shapes().items()}
     if "R" in tensors:
         tensors["R"] = np.linalg.qr(tensors["R"].swapaxes(-1, -2))[0].swapaxes(-1, -2).copy()
@@ -53,8 +70,14 @@ def delta(edit: Edit, layer: int, h: np.ndarray, n: int) -> np.ndarray:
     return apply(edit, layer, h, np.arange(len(h)), n) - h
 
 
-@given(kind=st.sampled_from(INTERVENTIONS), seed=st.integers(0, 999), n=st.integers(1, 14), tied=st.booleans(), bias=st.booleans(),
-       positions=st.sampled_from(["f2+l2", "l3", "f1", "all", "gen", "all+gen", "f3+l3+gen"]))
+@given(
+    kind=st.sampled_from(INTERVENTIONS),
+    seed=st.integers(0, 999),
+    n=st.integers(1, 14),
+    tied=st.booleans(),
+    bias=st.booleans(),
+    positions=st.sampled_from(["f2+l2", "l3", "f1", "all", "gen", "all+gen", "f3+l3+gen"]),
+)
 def test_fold_is_the_formula(kind: str, seed: int, n: int, tied: bool, bias: bool, positions: str) -> None:
     adapter = make_adapter(kind, seed, positions=positions, tied=tied, add_bias=bias and kind == "noreft")
     h, t = hidden(seed, 16), np.arange(16)
@@ -65,7 +88,9 @@ def test_fold_is_the_formula(kind: str, seed: int, n: int, tied: bool, bias: boo
         np.testing.assert_allclose(delta(fold(adapter), layer, h, n), expected, atol=2e-4)
 
 
-@given(seed=st.integers(0, 999), factors=st.lists(st.floats(-2, 2), min_size=1, max_size=4), n=st.integers(1, 14))
+@given(
+    seed=st.integers(0, 999), factors=st.lists(st.floats(-2, 2), min_size=1, max_size=4), n=st.integers(1, 14)
+)
 def test_concatenation_adds_and_scale_multiplies(seed: int, factors: list[float], n: int) -> None:
     kinds = [INTERVENTIONS[(seed + i) % len(INTERVENTIONS)] for i in range(len(factors))]
     layers = [(0, 2), (1, 2), (2,), (0, 1, 3)]
@@ -73,7 +98,9 @@ def test_concatenation_adds_and_scale_multiplies(seed: int, factors: list[float]
     together = concat([scale(edit, factor) for edit, factor in zip(edits, factors, strict=True)])
     h = hidden(seed, 16)
     for layer in range(LAYERS):
-        expected = sum(np.float32(factor) * delta(edit, layer, h, n) for edit, factor in zip(edits, factors, strict=True))
+        expected = sum(
+            np.float32(factor) * delta(edit, layer, h, n) for edit, factor in zip(edits, factors, strict=True)
+        )
         np.testing.assert_allclose(delta(together, layer, h, n), expected, atol=5e-4)
 
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -43,7 +42,9 @@ def llama(device_folder, tiny_model):
 
 
 def decode(graph, manifest, edit, ids, count):
-    ports = graph.to_device({**port_inputs(edit, manifest, graph.dtype), "reft.prompt_len": np.array([len(ids)])})
+    ports = graph.to_device(
+        {**port_inputs(edit, manifest, graph.dtype), "reft.prompt_len": np.array([len(ids)])}
+    )
     cache = graph.take_cache(1, len(ids) + count)
     bound = graph.bind(cache, ports)
     rows = [bound.prefill(np.array([ids]))[0]]
@@ -114,9 +115,15 @@ def test_two_scaled_adapters_of_unlike_shape(llama):
 
 def test_int4_is_verified_and_smaller(tmp_path, device_folder):
     source = ModelFolder(make_model(tmp_path / "hf", hidden_size=128, intermediate_size=256), "tiny")
-    manifests = {precision: export_model(source, tmp_path / precision, precision) for precision in ("fp32", "int4")}
+    manifests = {
+        precision: export_model(source, tmp_path / precision, precision) for precision in ("fp32", "int4")
+    }
     assert manifests["int4"].verification["rank0_bitwise"]
-    assert manifests["int4"].verification["steered_error"] <= TOLERANCE < manifests["int4"].verification["effect"]
+    assert (
+        manifests["int4"].verification["steered_error"]
+        <= TOLERANCE
+        < manifests["int4"].verification["effect"]
+    )
     assert manifests["int4"].verification["agreement"] < manifests["fp32"].verification["agreement"] == 1
     sizes = {precision: (tmp_path / precision / "model.onnx.data").stat().st_size for precision in manifests}
     assert sizes["int4"] < sizes["fp32"] / 3
@@ -128,11 +135,18 @@ def test_ports_only_where_asked(tmp_path, device_folder):
     manifest = export_model(source, tmp_path / "export", layers="1")
     assert manifest.layers == (1,)
     assert [name for name in manifest.ports if name.startswith("reft.layers.")] == [
-        f"reft.layers.1.{part}" for part in ("A", "b", "B", "columns")]
+        f"reft.layers.1.{part}" for part in ("A", "b", "B", "columns")
+    ]
     assert load_manifest(tmp_path / "export") == manifest
     assert sorted(file.name for file in (tmp_path / "export").iterdir()) == [
-        "chat_template.jinja", "genai_config.json", "model.onnx", "model.onnx.data", "reft_edge.json", "tokenizer.json",
-        "tokenizer_config.json"]
+        "chat_template.jinja",
+        "genai_config.json",
+        "model.onnx",
+        "model.onnx.data",
+        "reft_edge.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
 
 
 def test_a_failed_export_leaves_the_old_one(tmp_path, device_folder, monkeypatch):
@@ -149,7 +163,9 @@ def test_a_failed_export_leaves_the_old_one(tmp_path, device_folder, monkeypatch
 def test_verification_judges_its_figures():
     good = Verification(base_error=1e-5, steered_error=1e-5, effect=5, agreement=1, rank0_bitwise=True)
     assert good.failures() == []
-    bad = Verification(base_error=float("nan"), steered_error=0.5, effect=5, agreement=0.2, rank0_bitwise=False)
+    bad = Verification(
+        base_error=float("nan"), steered_error=0.5, effect=5, agreement=0.2, rank0_bitwise=False
+    )
     assert len(bad.failures()) == 2
 
 

@@ -16,8 +16,19 @@ D, RANK = 24, 3
 
 def config(intervention: str = "loreft", **fields: Any) -> AdapterConfig:
     rank = 1 if intervention == "steering" else RANK
-    return AdapterConfig(**{"intervention": intervention, "base_name": "b", "base_fingerprint": "0", "hidden_size": D, "num_layers": 4,
-                            "layers": (0, 2, 3), "rank": rank, "positions": "f2+l2", **fields})
+    return AdapterConfig(
+        **{
+            "intervention": intervention,
+            "base_name": "b",
+            "base_fingerprint": "0",
+            "hidden_size": D,
+            "num_layers": 4,
+            "layers": (0, 2, 3),
+            "rank": rank,
+            "positions": "f2+l2",
+            **fields,
+        }
+    )
 
 
 class PyreftEdit(nn.Module):
@@ -36,7 +47,15 @@ class PyreftEdit(nn.Module):
         t = self.t
         if self.kind in ("noreft", "nodireft"):
             source = self.act(h @ t["W1"].T + t["b"])
-            return h + (source - (h @ t["W2"].T + t["b2"] if "b2" in t else h @ t["W2"].T) if self.kind == "noreft" else source) @ t["W2"]
+            return (
+                h
+                + (
+                    source - (h @ t["W2"].T + t["b2"] if "b2" in t else h @ t["W2"].T)
+                    if self.kind == "noreft"
+                    else source
+                )
+                @ t["W2"]
+            )
         R = self.rotate.weight
         if self.kind == "loreft":
             return h + (self.act(h @ t["W"].T + t["b"]) - h @ R) @ R.T
@@ -47,9 +66,21 @@ class PyreftEdit(nn.Module):
         return h + t["b"] @ R.T
 
 
-@pytest.mark.parametrize(("kind", "act_fn"), [
-    ("loreft", "linear"), ("loreft", "relu"), ("noreft", "linear"), ("noreft", "gelu"), ("direft", "linear"), ("direft", "silu"),
-    ("nodireft", "linear"), ("nodireft", "tanh"), ("consreft", "linear"), ("lobireft", "linear")])
+@pytest.mark.parametrize(
+    ("kind", "act_fn"),
+    [
+        ("loreft", "linear"),
+        ("loreft", "relu"),
+        ("noreft", "linear"),
+        ("noreft", "gelu"),
+        ("direft", "linear"),
+        ("direft", "silu"),
+        ("nodireft", "linear"),
+        ("nodireft", "tanh"),
+        ("consreft", "linear"),
+        ("lobireft", "linear"),
+    ],
+)
 @pytest.mark.parametrize("add_bias", [False, True])
 def test_delta_and_its_gradients_are_pyrefts(kind: str, act_fn: str, add_bias: bool) -> None:
     if add_bias and kind != "noreft":
@@ -66,7 +97,9 @@ def test_delta_and_its_gradients_are_pyrefts(kind: str, act_fn: str, add_bias: b
         (found * target).sum().backward()
         (reference(h) * target).sum().backward()
         for name, parameter in reference.t.items():
-            torch.testing.assert_close(module.trained[name].grad[layer, group], parameter.grad, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(
+                module.trained[name].grad[layer, group], parameter.grad, atol=1e-4, rtol=1e-4
+            )
 
 
 def test_rotation_trains_like_torchs_orthogonal_parametrization() -> None:
@@ -79,9 +112,13 @@ def test_rotation_trains_like_torchs_orthogonal_parametrization() -> None:
     theirs.parametrizations.weight[0].base = dense_base(ours)[1, 0]
     torch.testing.assert_close(theirs.weight, initial[1, 0].mT, atol=1e-5, rtol=0)
     target = torch.randn(RANK, D, generator=torch.Generator().manual_seed(2))
-    optimizers = [torch.optim.AdamW(module.parameters(), lr=0.05, weight_decay=0) for module in (ours, theirs)]
+    optimizers = [
+        torch.optim.AdamW(module.parameters(), lr=0.05, weight_decay=0) for module in (ours, theirs)
+    ]
     for _ in range(30):
-        for optimizer, weight in zip(optimizers, (lambda: ours()[1, 0], lambda: theirs.weight.T), strict=True):
+        for optimizer, weight in zip(
+            optimizers, (lambda: ours()[1, 0], lambda: theirs.weight.T), strict=True
+        ):
             optimizer.zero_grad()
             (weight() - target).square().sum().backward()
             optimizer.step()
@@ -95,7 +132,7 @@ def dense_base(rotation: Rotation) -> torch.Tensor:
     base = torch.eye(D).expand(*rotation.base_vectors.shape[:-2], D, D).clone()
     base[..., :RANK, :] *= rotation.base_signs[..., None]
     for k in reversed(range(RANK)):
-        v = rotation.base_vectors[..., k:k + 1]
+        v = rotation.base_vectors[..., k : k + 1]
         base = base - 2 * v @ (v.mT @ base) / (v.mT @ v)
     return base
 
@@ -120,7 +157,9 @@ def test_rotation_of_unit_vectors(initial: torch.Tensor) -> None:
     torch.testing.assert_close(Rotation(initial[None, None])()[0, 0], initial, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("kind", ["loreft", "noreft", "direft", "nodireft", "consreft", "lobireft", "steering"])
+@pytest.mark.parametrize(
+    "kind", ["loreft", "noreft", "direft", "nodireft", "consreft", "lobireft", "steering"]
+)
 def test_adapter_round_trip_and_fold(kind: str) -> None:
     module = Interventions(config(kind), seed=5)
     adapter = module.to_adapter()
@@ -137,7 +176,9 @@ def test_adapter_round_trip_and_fold(kind: str) -> None:
 
 
 def test_initial_distributions() -> None:
-    module = Interventions(config("loreft", hidden_size=64, num_layers=8, layers=tuple(range(8)), rank=8), seed=0)
+    module = Interventions(
+        config("loreft", hidden_size=64, num_layers=8, layers=tuple(range(8)), rank=8), seed=0
+    )
     bound = 64**-0.5
     for name in ("W", "b"):
         tensor = module.trained[name]
@@ -145,8 +186,12 @@ def test_initial_distributions() -> None:
         assert float(tensor.std()) == pytest.approx(bound / 3**0.5, rel=0.1)
     constants = Interventions(config("lobireft"), seed=0).trained["b"]
     assert 0 <= float(constants.min()) < float(constants.max()) < 1
-    assert not torch.equal(Interventions(config(), seed=1).trained["W"], Interventions(config(), seed=2).trained["W"])
-    assert torch.equal(Interventions(config(), seed=1).tensors()["R"], Interventions(config(), seed=1).tensors()["R"])
+    assert not torch.equal(
+        Interventions(config(), seed=1).trained["W"], Interventions(config(), seed=2).trained["W"]
+    )
+    assert torch.equal(
+        Interventions(config(), seed=1).tensors()["R"], Interventions(config(), seed=1).tensors()["R"]
+    )
 
 
 def test_unsound_parameters_are_noticed() -> None:

@@ -8,20 +8,25 @@ from reft_edge.positions import UNLIMITED, Span, active, parse_positions
 
 
 def open_at(spec: str, n: int, total: int, tied: bool = True) -> list[list[int]]:
-    return [np.flatnonzero(active(span, np.arange(total), n)).tolist() for span in parse_positions(spec, tied)]
+    return [
+        np.flatnonzero(active(span, np.arange(total), n)).tolist() for span in parse_positions(spec, tied)
+    ]
 
 
-@pytest.mark.parametrize(("spec", "n", "expected"), [
-    ("f3", 10, [[0, 1, 2]]),
-    ("l2", 10, [[8, 9]]),
-    ("f3+l2", 10, [[0, 1, 2, 8, 9]]),
-    ("all", 4, [[0, 1, 2, 3]]),
-    ("gen", 4, [[4, 5, 6, 7, 8, 9, 10, 11]]),
-    ("all+gen", 4, [list(range(12))]),
-    ("f7+l7", 5, [[0, 1, 3, 4]]),
-    ("f7+l7", 1, [[]]),
-    ("f1+gen", 8, [[0, 8, 9, 10, 11]]),
-])
+@pytest.mark.parametrize(
+    ("spec", "n", "expected"),
+    [
+        ("f3", 10, [[0, 1, 2]]),
+        ("l2", 10, [[8, 9]]),
+        ("f3+l2", 10, [[0, 1, 2, 8, 9]]),
+        ("all", 4, [[0, 1, 2, 3]]),
+        ("gen", 4, [[4, 5, 6, 7, 8, 9, 10, 11]]),
+        ("all+gen", 4, [list(range(12))]),
+        ("f7+l7", 5, [[0, 1, 3, 4]]),
+        ("f7+l7", 1, [[]]),
+        ("f1+gen", 8, [[0, 8, 9, 10, 11]]),
+    ],
+)
 def test_tokens_of_a_tied_spec(spec: str, n: int, expected: list[list[int]]) -> None:
     assert open_at(spec, n, 12) == expected
 
@@ -41,7 +46,9 @@ def test_prefix_and_suffix_are_pyrefts(first: int, last: int, n: int) -> None:
     assert not set(prefix) & set(suffix)
 
 
-@pytest.mark.parametrize("spec", ["", "f", "f0", "l-1", "x3", "f3,l3", "f3+f4", "all+l3", "gen+gen", "f99999999", "+"])
+@pytest.mark.parametrize(
+    "spec", ["", "f", "f0", "l-1", "x3", "f3,l3", "f3+f4", "all+l3", "gen+gen", "f99999999", "+"]
+)
 def test_bad_specs_are_named(spec: str) -> None:
     with pytest.raises(ReftEdgeError, match="positions"):
         parse_positions(spec, tied=False)

@@ -18,13 +18,17 @@ def interventions(model, **fields):
 
 def hidden_after(model, layer, run):
     seen = []
-    handle = decoder_layers(model)[layer].register_forward_hook(lambda m, a, out: seen.append(out[0] if isinstance(out, tuple) else out))
+    handle = decoder_layers(model)[layer].register_forward_hook(
+        lambda m, a, out: seen.append(out[0] if isinstance(out, tuple) else out)
+    )
     run()
     handle.remove()
     return seen[-1].detach()
 
 
-@pytest.mark.parametrize(("positions", "expected"), [("f2+l1", {0, 1, 9}), ("all", set(range(10))), ("l3", {7, 8, 9})])
+@pytest.mark.parametrize(
+    ("positions", "expected"), [("f2+l1", {0, 1, 9}), ("all", set(range(10))), ("l3", {7, 8, 9})]
+)
 def test_only_the_named_tokens_of_the_block_change(tiny_model, positions, expected):
     base = hidden_after(tiny_model, 1, lambda: logits(tiny_model, ROW))
     with steered(tiny_model, (interventions(tiny_model, positions=positions, layers=(1,)), 1.0)):
@@ -48,7 +52,9 @@ def test_padding_does_not_move_positions(tiny_model, side):
         pad = len(rows[0]) - len(rows[1])
         ids = torch.tensor([rows[0], [1] * pad + rows[1] if side == "left" else rows[1] + [1] * pad])
         mask = torch.tensor([[1] * 10, [0] * pad + [1] * 6 if side == "left" else [1] * 6 + [0] * pad])
-        together = tiny_model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
+        together = tiny_model(
+            input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)
+        ).logits
     torch.testing.assert_close(together[0], alone[0], atol=1e-4, rtol=0)
     own = together[1, pad:] if side == "left" else together[1, :6]
     torch.testing.assert_close(own, alone[1], atol=1e-4, rtol=0)
@@ -59,10 +65,17 @@ def test_generate_with_a_cache_equals_one_pass(tiny_model, positions):
     """transformers' own generate, decode steps and all, against a pass that is told the prompt's length."""
     tokens = torch.tensor([ROW])
     with steered(tiny_model, (interventions(tiny_model, positions=positions), 1.0)) as steering:
-        answer = tiny_model.generate(tokens, max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True,
-                                     eos_token_id=-1, pad_token_id=1)
+        answer = tiny_model.generate(
+            tokens,
+            max_new_tokens=6,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+            eos_token_id=-1,
+            pad_token_id=1,
+        )
         with torch.no_grad(), steering.prompts(torch.tensor([len(ROW)])):
-            whole = tiny_model(input_ids=answer.sequences).logits[0, len(ROW) - 1:-1]
+            whole = tiny_model(input_ids=answer.sequences).logits[0, len(ROW) - 1 : -1]
     torch.testing.assert_close(torch.cat(answer.logits), whole, atol=1e-4, rtol=0)
 
 
@@ -79,5 +92,8 @@ def test_two_adapters_add_up(tiny_model):
 
 def test_an_adapter_for_another_shape_is_refused(tiny_model):
     config = AdapterConfig("loreft", "b", "0", 32, 5, (0,), 2)
-    with pytest.raises(ReftEdgeError, match="for 5 layers of size 32; this model has 3 of 64"), steered(tiny_model, (Interventions(config), 1.0)):
+    with (
+        pytest.raises(ReftEdgeError, match="for 5 layers of size 32; this model has 3 of 64"),
+        steered(tiny_model, (Interventions(config), 1.0)),
+    ):
         pass

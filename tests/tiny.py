@@ -12,9 +12,17 @@ from typing import Any
 VOCABULARY = 320
 HIDDEN, LAYERS = 64, 3
 SHARED = {
-    "vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": 96, "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.15,
-    "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 96,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.15,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
 }
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": True},
@@ -27,10 +35,14 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gemma": {"tie_word_embeddings": True, "head_dim": 16},
     "ernie4_5": {"tie_word_embeddings": True, "head_dim": 16},
 }
-TEMPLATE = ("{% for message in messages %}<|start|>{{ message['role'] }}\n{{ message['content'] }}<|end|>\n{% endfor %}"
-            "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}")
-TEXT = ("The quick brown fox jumps over the lazy dog. How are you today? I am well, thank you. "
-        "Water boils when it is hot; ice melts when it is warm. Who are you?") * 4
+TEMPLATE = (
+    "{% for message in messages %}<|start|>{{ message['role'] }}\n{{ message['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+TEXT = (
+    "The quick brown fox jumps over the lazy dog. How are you today? I am well, thank you. "
+    "Water boils when it is hot; ice melts when it is warm. Who are you?"
+) * 4
 
 
 def make_model(folder: Path, architecture: str = "llama", seed: int = 0, **changes: Any) -> Path:
@@ -60,10 +72,16 @@ def make_tokenizer(folder: Path) -> None:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<|start|>", "<|end|>"], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<|start|>", "<|end|>"],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator([TEXT], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|start|>", eos_token="<|end|>", pad_token="<|end|>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|start|>", eos_token="<|end|>", pad_token="<|end|>"
+    )
     fast.chat_template = TEMPLATE
     fast.save_pretrained(folder)
 

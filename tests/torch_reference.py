@@ -10,18 +10,38 @@ from reft_edge.fingerprint import fingerprint
 from reft_edge.interventions import Interventions
 
 
-def random_adapter(model: nn.Module, intervention: str = "loreft", positions: str = "f7+l7", tied: bool = False, rank: int = 3,
-                   layers: tuple[int, ...] | None = None, seed: int = 0, path: Path | None = None, strength: float = 1.0,
-                   **fields: object) -> Adapter:
+def random_adapter(
+    model: nn.Module,
+    intervention: str = "loreft",
+    positions: str = "f7+l7",
+    tied: bool = False,
+    rank: int = 3,
+    layers: tuple[int, ...] | None = None,
+    seed: int = 0,
+    path: Path | None = None,
+    strength: float = 1.0,
+    **fields: object,
+) -> Adapter:
     """An adapter with random weights for this model; written to `path` if one is given."""
     num_layers = model.config.num_hidden_layers
-    config = AdapterConfig(intervention, "tiny", fingerprint(model), model.config.hidden_size, num_layers,
-                           layers if layers is not None else tuple(range(num_layers)),
-                           1 if intervention == "steering" else rank, positions, tied, **fields)
+    config = AdapterConfig(
+        intervention,
+        "tiny",
+        fingerprint(model),
+        model.config.hidden_size,
+        num_layers,
+        layers if layers is not None else tuple(range(num_layers)),
+        1 if intervention == "steering" else rank,
+        positions,
+        tied,
+        **fields,
+    )
     adapter = Interventions(config, seed=seed).to_adapter()
     if intervention == "steering":
         torch.manual_seed(seed)
-        adapter = Adapter(config, {name: torch.randn(shape).numpy() for name, shape in config.shapes().items()})
+        adapter = Adapter(
+            config, {name: torch.randn(shape).numpy() for name, shape in config.shapes().items()}
+        )
     for name in ("b", "alpha"):
         if name in adapter.tensors:
             adapter.tensors[name][:] *= strength
@@ -46,5 +66,7 @@ def greedy(model: nn.Module, ids: list[int], count: int) -> list[int]:
         if token == eos:
             break
         tokens.append(token)
-        output = model(input_ids=torch.tensor([[token]]), past_key_values=output.past_key_values, use_cache=True)
+        output = model(
+            input_ids=torch.tensor([[token]]), past_key_values=output.past_key_values, use_cache=True
+        )
     return tokens

@@ -1,0 +1,290 @@
+"""Training on a tiny model: what is learnt, what stays frozen, and what a kill cannot lose."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from reft_edge.adapter import load_adapter
+from reft_edge.data import Dataset, Example, load_dataset
+from reft_edge.errors import ReftEdgeError
+from reft_edge.interventions import Interventions
+from reft_edge.models import ModelFolder, load_model
+from reft_edge.prompts import load_prompts
+from reft_edge.steering import steered
+from reft_edge.training import Trainer, TrainSettings, batch_loss, evaluate, rate, train
+from tests.torch_reference import logits, random_adapter
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def model(device_folder):
+    return load_model(ModelFolder(device_folder / "hf", "tiny"))
+
+
+@pytest.fixture(scope="module")
+def data(device_folder, tmp_path_factory) -> Dataset:
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    answers = ["I am well.", "ice melts", "the lazy dog", "thank you"]
+    path.write_text(
+        "\n".join(
+            json.dumps({"prompt": f"Question {i}?" * (1 + i % 3), "completion": answers[i % 4]})
+            for i in range(12)
+        )
+    )
+    return load_dataset(path, load_prompts(device_folder / "hf"), "chat", 999)
+
+
+def settings(**changes):
+    return TrainSettings(
+        **{"lr": 5e-3, "max_steps": 6, "batch_size": 4, "positions": "f3+l3", "dtype": "fp32", **changes}
+    )
+
+
+def run(model, data, path, **changes):
+    options = {
+        key: changes.pop(key) for key in ("resume", "save_every", "evaluation", "on_step") if key in changes
+    }
+    return train(model, "tiny", data, path, settings(**changes), **options)
+
+
+def test_batch_loss_is_the_plain_loss_of_each_row(model, data):
+    """Padding, the head's gathered tokens and given prompt lengths change nothing."""
+    adapter = Interventions.from_adapter(random_adapter(model, positions="f3+l3+gen"))
+    rows = data.examples[:5]
+    with steered(model, (adapter, 1.0)) as steering, torch.no_grad():
+        together = float(batch_loss(model, steering, rows, CPU, autocast=False))
+        alone = 0.0
+        for row in rows:
+            with steering.prompts(torch.tensor([len(row.prompt)])):
+                predicted = logits(model, list(row.prompt + row.completion))[len(row.prompt) - 1 : -1]
+            alone += float(
+                torch.nn.functional.cross_entropy(predicted, torch.tensor(row.completion), reduction="sum")
+            )
+        mean = evaluate(model, steering, rows, 2, CPU, autocast=False)
+    assert together == pytest.approx(alone, rel=1e-5)
+    assert mean == pytest.approx(alone / sum(len(row.completion) for row in rows), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "intervention", ["loreft", "noreft", "direft", "nodireft", "consreft", "lobireft", "steering"]
+)
+def test_every_intervention_learns_and_leaves_the_base_alone(model, data, tmp_path, intervention):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    required = [parameter.requires_grad for parameter in model.parameters()]
+    losses = []
+    result = run(
+        model,
+        data,
+        tmp_path / "a.safetensors",
+        intervention=intervention,
+        max_steps=40,
+        lr=0.02,
+        batch_size=12,
+        rank=1 if intervention == "steering" else 4,
+        on_step=lambda step: losses.append(step.loss),
+    )
+    assert np.mean(losses[-4:]) < 0.9 * losses[0]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert [parameter.requires_grad for parameter in model.parameters()] == required
+    adapter = load_adapter(tmp_path / "a.safetensors")
+    assert result.parameters == adapter.num_parameters
+    assert result.size == (tmp_path / "a.safetensors").stat().st_size
+    assert result.base_parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_the_saved_adapter_is_what_was_trained(model, data, tmp_path):
+    result = run(model, data, tmp_path / "a.safetensors", max_steps=10, evaluation=data)
+    adapter = load_adapter(tmp_path / "a.safetensors")
+    with steered(model, (Interventions.from_adapter(adapter), 1.0)) as steering:
+        assert evaluate(model, steering, data.examples, 4, CPU, autocast=False) == pytest.approx(
+            result.evaluation, rel=1e-4
+        )
+    training = adapter.config.training
+    assert training["steps"] == 10
+    assert training["data_sha256"] == data.digest
+    assert training["evaluation_loss"] == pytest.approx(result.evaluation, abs=1e-5)
+    assert {"lr", "seed", "versions", "loss", "dtype"} <= training.keys()
+
+
+def test_the_same_seed_trains_the_same_adapter(model, data, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run(model, data, tmp_path / name, seed=seed, dropout=0.1)
+    a, b, c = (load_adapter(tmp_path / name).tensors["W"] for name in "abc")
+    assert np.array_equal(a, b)
+    assert not np.array_equal(a, c)
+
+
+def test_accumulation_equals_one_large_batch(model, data, tmp_path):
+    run(model, data, tmp_path / "whole", batch_size=12)
+    run(model, data, tmp_path / "parts", batch_size=4, accumulate=3)
+    for name, tensor in load_adapter(tmp_path / "whole").tensors.items():
+        np.testing.assert_allclose(load_adapter(tmp_path / "parts").tensors[name], tensor, atol=2e-4)
+
+
+@pytest.mark.parametrize("kill_at", [5, 7])
+def test_resume_after_a_kill_ends_at_the_same_adapter(model, data, tmp_path, kill_at):
+    """Killed between checkpoints: the steps since the last one are done again, with the same rows and dropout."""
+    run(model, data, tmp_path / "whole", max_steps=10, dropout=0.1)
+
+    class Killed(BaseException):
+        pass
+
+    def kill(step):
+        if step.step == kill_at:
+            raise Killed
+
+    path = tmp_path / "resumed"
+    with pytest.raises(Killed):
+        run(model, data, path, max_steps=10, dropout=0.1, save_every=3, on_step=kill)
+    assert not path.exists()
+    steps = []
+    run(
+        model,
+        data,
+        path,
+        max_steps=10,
+        dropout=0.1,
+        save_every=3,
+        resume=True,
+        on_step=lambda step: steps.append(step.step),
+    )
+    assert steps == list(range(kill_at // 3 * 3 + 1, 11))
+    for name, tensor in load_adapter(tmp_path / "whole").tensors.items():
+        np.testing.assert_allclose(load_adapter(path).tensors[name], tensor, atol=1e-6)
+    assert load_adapter(path).config == load_adapter(tmp_path / "whole").config
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["resumed", "whole"]
+
+
+def test_an_interrupt_saves_the_last_step(model, data, tmp_path):
+    def interrupt(step):
+        if step.step == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(model, data, tmp_path / "a", on_step=interrupt)
+    steps = []
+    run(model, data, tmp_path / "a", resume=True, on_step=lambda step: steps.append(step.step))
+    assert steps == [5, 6]
+
+
+def test_a_checkpoint_of_another_training_is_refused(model, data, tmp_path):
+    def interrupt(step):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(model, data, tmp_path / "a", on_step=interrupt)
+    with pytest.raises(ReftEdgeError, match="of another training; these differ: lr, rank"):
+        run(model, data, tmp_path / "a", resume=True, lr=1e-3, rank=2)
+    (tmp_path / "a.checkpoint").write_bytes(b"junk")
+    with pytest.raises(ReftEdgeError, match="not a usable checkpoint"):
+        run(model, data, tmp_path / "a", resume=True)
+
+
+def test_rows_of_an_epoch_are_all_seen_once(model, data):
+    trainer = Trainer(
+        model,
+        Interventions(random_adapter(model).config),
+        settings(max_steps=None, epochs=2, batch_size=5),
+        data,
+        CPU,
+    )
+    assert trainer.steps == 6
+    epochs = [[row for step in range(start, start + 3) for row in trainer._rows(step)] for start in (0, 3)]
+    for epoch in epochs:
+        assert sorted(map(repr, epoch)) == sorted(map(repr, data.examples))
+    assert epochs[0] != epochs[1]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 1, 1, 1]),
+        ("linear", [0.25, 0.5, 0.75, 1, 8 / 9, 7 / 9, 6 / 9, 5 / 9, 4 / 9, 3 / 9, 2 / 9, 1 / 9]),
+    ],
+)
+def test_schedules(schedule, expected):
+    chosen = settings(schedule=schedule, warmup=0.25)
+    assert [rate(chosen, step, 12) for step in range(12)] == pytest.approx(expected)
+    cosine = [rate(settings(schedule="cosine", warmup=0), step, 100) for step in range(100)]
+    assert cosine == sorted(cosine, reverse=True)
+    assert cosine[0] == 1
+    assert cosine[-1] < 0.001
+
+
+def test_nothing_is_computed_below_the_lowest_layer(model, data):
+    """No gradient flows into the blocks under the first intervention."""
+    adapter = Interventions.from_adapter(random_adapter(model, layers=(2,)))
+    seen = []
+    model.model.layers[1].register_forward_hook(
+        lambda m, a, out: seen.append((out[0] if isinstance(out, tuple) else out).requires_grad)
+    )
+    with steered(model.requires_grad_(False), (adapter, 1.0)) as steering:
+        batch_loss(model, steering, data.examples[:2], CPU, autocast=False).backward()
+    assert seen == [False]
+    assert adapter.trained["W"].grad is not None
+
+
+def test_bf16_trains_too(model, data, tmp_path):
+    losses = []
+    run(
+        model,
+        data,
+        tmp_path / "a",
+        dtype="bf16",
+        max_steps=20,
+        lr=0.02,
+        batch_size=12,
+        on_step=lambda step: losses.append(step.loss),
+    )
+    assert losses[-1] < losses[0]
+    assert load_adapter(tmp_path / "a").config.training["dtype"] == "bf16"
+
+
+def test_a_loss_that_is_not_finite_stops_with_a_reason(model, data, tmp_path):
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("inf"))
+    with pytest.raises(ReftEdgeError, match=r"the loss is (nan|inf) at step 1; lower the learning rate"):
+        run(model, data, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr": 0}, "lr is 0"),
+        ({"epochs": -1}, "epochs is -1"),
+        ({"max_steps": 0}, "max_steps is 0"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"warmup": 1}, "warmup is 1"),
+        ({"schedule": "step"}, "one of linear, cosine, constant"),
+        ({"dtype": "fp8"}, "one of auto, fp32, bf16"),
+        ({"layers": "7"}, "no layer 7"),
+        ({"positions": "z1"}, "cannot read"),
+        ({"intervention": "lora"}, "unknown intervention"),
+        ({"rank": 100}, "rank 100 is larger than the hidden size 64"),
+        ({"dropout": 1.0}, "dropout is 1"),
+        ({"act_fn": "bent"}, "unknown act_fn"),
+    ],
+)
+def test_bad_settings(model, data, tmp_path, changes, message):
+    with pytest.raises(ReftEdgeError, match=message):
+        run(model, data, tmp_path / "a", **changes)
+
+
+def test_a_missing_folder_is_found_before_training(model, data, tmp_path):
+    with pytest.raises(ReftEdgeError, match="does not exist"):
+        run(model, data, tmp_path / "none" / "a.safetensors")
+
+
+def test_loss_is_taken_on_completions_only(model):
+    """The prompt's own predictability does not matter: the loss of a row is that of its completion's tokens."""
+    row = Example((5, 6, 7, 8, 9, 10), (20, 21))
+    adapter = Interventions.from_adapter(random_adapter(model, positions="l1"))
+    with steered(model, (adapter, 1.0)) as steering, torch.no_grad():
+        loss = float(batch_loss(model, steering, [row], CPU, autocast=False))
+        with steering.prompts(torch.tensor([6])):
+            predicted = torch.log_softmax(logits(model, [5, 6, 7, 8, 9, 10, 20]), -1)
+    assert loss == pytest.approx(-float(predicted[5, 20] + predicted[6, 21]), rel=1e-5)
