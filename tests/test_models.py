@@ -37,7 +37,8 @@ def write_gguf(path, model):
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
     alphabet = sorted("abcdefghijklmnopqrstuvwxyzĠĊ")
-    words = ["<s>", "</s>", *alphabet] + [f"<{i}>" for i in range(config.vocab_size - 2 - len(alphabet))]
+    words = ["<s>", "</s>", "ab", *alphabet]
+    words += [f"<{i}>" for i in range(config.vocab_size - len(words))]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
     writer.add_token_list(words)

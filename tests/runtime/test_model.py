@@ -94,7 +94,8 @@ def test_streaming_gives_the_same_text_in_pieces(model):
     pieces = list(model.stream(PROMPT, "first", max_tokens=24))
     assert len(pieces) > 1
     assert "".join(pieces) == model.generate(PROMPT, "first", max_tokens=24)
-    assert "".join(pieces) == model.prompts.decode(tokens(model, "first"))
+    unfinished_left_out = model.prompts.decode(tokens(model, "first")).rstrip("\ufffd")
+    assert "".join(pieces).rstrip("\ufffd") == unfinished_left_out
 
 
 def test_two_streams_at_once_do_not_mix(model):
