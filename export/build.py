@@ -1,5 +1,6 @@
 """Building the frozen graph: onnxruntime-genai's model builder, in a process of its own."""
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,7 +20,8 @@ def build_graph(
 ) -> None:
     """Write `model.onnx`, its weights, `genai_config.json` and the tokenizer of a Hugging Face folder to `output`.
 
-    `precision` is one of PRECISIONS, `work` an empty folder for temporary files; `progress` is told each step.
+    `precision` is one of PRECISIONS, `work` a folder for temporary files
+    that does not exist yet; `progress` is told each step.
     Raises ReftEdgeError with the builder's own last words if it fails, for instance for an unknown architecture.
     """
     command = [
@@ -39,9 +41,10 @@ def build_graph(
     ]
     if _OPTIONS[precision]:
         command += ["--extra_options", *_OPTIONS[precision]]
+    work.mkdir()
     log: list[str] = []
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=None
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", cwd=work
     ) as process:
         assert process.stdout is not None
         try:
@@ -57,3 +60,4 @@ def build_graph(
     if process.returncode or not (output / "model.onnx").is_file():
         words = next((line for line in reversed(log) if line.strip()), "it said nothing")
         raise ReftEdgeError(f"onnxruntime-genai's model builder could not build {model.name}: {words}")
+    shutil.rmtree(work, ignore_errors=True)

@@ -20,6 +20,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,12 +102,7 @@ class Adapter:
 
     def __post_init__(self) -> None:
         expected = self.config.shapes()
-        if self.tensors.keys() != expected.keys():
-            missing, extra = sorted(expected.keys() - self.tensors), sorted(self.tensors.keys() - expected)
-            raise AdapterFileError(
-                f"a {self.config.intervention} adapter has tensors {sorted(expected)}; "
-                f"missing: {missing or 'none'}, unexpected: {extra or 'none'}"
-            )
+        _check_names(self.config.intervention, set(self.tensors), set(expected))
         for name, shape in expected.items():
             tensor = self.tensors[name]
             if tensor.shape != shape or tensor.dtype != np.float32:
@@ -255,12 +251,7 @@ def _config_from_metadata(metadata: Any) -> AdapterConfig:
 
 def _check_layout(header: dict[str, Any], config: AdapterConfig, data_size: int) -> None:
     expected = config.shapes()
-    if header.keys() != expected.keys():
-        missing, extra = sorted(expected.keys() - header), sorted(header.keys() - expected)
-        raise AdapterFileError(
-            f"a {config.intervention} adapter has tensors {sorted(expected)}; "
-            f"missing: {missing or 'none'}, unexpected: {extra or 'none'}"
-        )
+    _check_names(config.intervention, set(header), set(expected))
     needed = 4 * sum(math.prod(shape) for shape in expected.values())
     if needed != data_size:
         raise AdapterFileError(
@@ -276,20 +267,32 @@ def _check_layout(header: dict[str, Any], config: AdapterConfig, data_size: int)
             raise AdapterFileError(f"tensor {name} is declared as {found}; expected F32 {list(shape)}")
 
 
+def _check_names(intervention: str, found: set[str], expected: set[str]) -> None:
+    if found != expected:
+        missing, extra = sorted(expected - found), sorted(found - expected)
+        raise AdapterFileError(
+            f"a {intervention} adapter has tensors {sorted(expected)}; "
+            f"missing: {missing or 'none'}, unexpected: {extra[:8] or 'none'}"
+        )
+
+
 def _parse_json(content: bytes, what: str) -> dict[str, Any]:
     def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        if len(set(names)) < len(names):
-            raise AdapterFileError(
-                f"its {what} names {sorted({n for n in names if names.count(n) > 1})} twice"
-            )
+        counts = Counter(name for name, _ in pairs)
+        if repeated := [name for name, count in counts.most_common(3) if count > 1]:
+            raise AdapterFileError(f"its {what} names {repeated} twice")
         return dict(pairs)
 
-    def refuse(constant: str) -> None:
-        raise AdapterFileError(f"its {what} holds {constant}")
+    def finite(text: str) -> float:
+        number = float(text)
+        if not math.isfinite(number):
+            raise AdapterFileError(f"its {what} holds {text}, which is not a finite number")
+        return number
 
     try:
-        parsed = json.loads(content, object_pairs_hook=without_repeats, parse_constant=refuse)
+        parsed = json.loads(
+            content, object_pairs_hook=without_repeats, parse_constant=finite, parse_float=finite
+        )
     except (ValueError, RecursionError) as error:
         raise AdapterFileError(f"its {what} is not valid JSON") from error
     if not isinstance(parsed, dict):
@@ -304,6 +307,9 @@ def _check_config(config: AdapterConfig) -> None:
     for name in ("intervention", "base_name", "base_fingerprint", "positions", "act_fn", "prompt_format"):
         if not isinstance(getattr(config, name), str):
             raise AdapterFileError(f"{name} is {getattr(config, name)!r}; expected text")
+    for name in ("base_name", "base_fingerprint"):
+        if len(getattr(config, name)) > 200 or not getattr(config, name).isprintable():
+            raise AdapterFileError(f"{name} is not plain text of at most 200 characters")
     for name in ("tied", "add_bias"):
         if not isinstance(getattr(config, name), bool):
             raise AdapterFileError(f"{name} is {getattr(config, name)!r}; expected true or false")

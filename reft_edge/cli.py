@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -126,7 +126,7 @@ def train(
         from reft_edge.training import TrainSettings
         from reft_edge.training import train as run_training
 
-        folder = resolve_model(model, console.print)
+        folder = resolve_model(model, _plain(console))
         prompts = load_model_prompts(folder)
         prompt_format = "raw" if raw or prompts.template is None else "chat"
         settings = TrainSettings(
@@ -168,7 +168,7 @@ def train(
                 resume=resume,
                 save_every=save_every,
                 device=device,
-                report=console.print,
+                report=_plain(console),
                 on_step=on_step,
             )
     if as_json:
@@ -212,7 +212,7 @@ def export(
         from reft_edge.models import resolve_model
 
         started = time.perf_counter()
-        folder = resolve_model(model, console.print)
+        folder = resolve_model(model, _plain(console))
         with console.status(f"exporting {folder.name}") as status:
             manifest = export_model(
                 folder, output, precision, layers, report=lambda step: status.update(f"{step} …")
@@ -317,8 +317,6 @@ def run(
             pieces.append(piece)
             if not as_json:
                 typer.echo(piece, nl=False)
-    decoded = max(0, len(generation.tokens) - 1)
-    speed = decoded / generation.decode_seconds if generation.decode_seconds else 0.0
     if as_json:
         _print_json(
             {
@@ -327,7 +325,7 @@ def run(
                 "prompt_tokens": generation.prompt_tokens,
                 "tokens": len(generation.tokens),
                 "time_to_first_token": generation.prefill_seconds,
-                "decode_tokens_per_second": speed,
+                "decode_tokens_per_second": generation.tokens_per_second,
                 "device": model.device,
             }
         )
@@ -336,7 +334,7 @@ def run(
     if stats:
         typer.echo(
             f"{generation.prompt_tokens} prompt tokens, first token after {generation.prefill_seconds * 1000:.0f} ms; "
-            f"{len(generation.tokens)} tokens at {speed:.1f} a second on {model.device}",
+            f"{len(generation.tokens)} tokens at {generation.tokens_per_second:.1f} a second on {model.device}",
             err=True,
         )
 
@@ -398,7 +396,7 @@ def _plain_errors() -> Iterator[None]:
     """Users see what went wrong and what to do, never a traceback."""
     try:
         yield
-    except ReftEdgeError as error:
+    except (ReftEdgeError, OSError) as error:
         typer.secho(f"error: {error}", err=True, fg=typer.colors.RED)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
@@ -441,6 +439,11 @@ def training_bar(console: "Console") -> Iterator[Any]:
             )
 
         yield on_step
+
+
+def _plain(console: "Console") -> Callable[[str], None]:
+    """Print as it stands: paths may hold what rich takes for markup."""
+    return lambda message: console.print(message, markup=False, highlight=False)
 
 
 def _print_json(content: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
+from rich.text import Text
 
 from reft_edge.cli import training_bar
 from reft_edge.data import load_dataset
@@ -40,9 +41,12 @@ def run_demo(output: Path, precision: str, console: "Console", model: str = PACK
     started = time.perf_counter()
     output.mkdir(parents=True, exist_ok=True)
 
+    def say(message: str) -> None:
+        console.print(message, markup=False, highlight=False, soft_wrap=True)
+
     console.rule("1. the model")
-    folder = resolve_model(model, console.print)
-    console.print(f"{folder.name} is at {folder.path}", soft_wrap=True)
+    folder = resolve_model(model, say)
+    say(f"{folder.name} is at {folder.path}")
 
     console.rule("2. train an adapter: answer in emoji")
     base = load_model(folder)
@@ -55,7 +59,7 @@ def run_demo(output: Path, precision: str, console: "Console", model: str = PACK
             folder, output / "model", precision, report=lambda step: status.update(f"{step} …")
         )
     figures = manifest.verification
-    console.print(
+    say(
         f"exported in {time.perf_counter() - export_started:.0f} s; with an adapter at every port, logits differ from "
         f"PyTorch's by at most {figures['steered_error']:.1g} where the adapter moves them by {figures['effect']:.0f}"
     )
@@ -72,8 +76,8 @@ def run_demo(output: Path, precision: str, console: "Console", model: str = PACK
     for question in QUESTIONS:
         table.add_row(
             question,
-            runtime.generate(question, max_tokens=MAX_TOKENS),
-            runtime.generate(question, "emoji", max_tokens=MAX_TOKENS),
+            Text(runtime.generate(question, max_tokens=MAX_TOKENS)),
+            Text(runtime.generate(question, "emoji", max_tokens=MAX_TOKENS)),
         )
     console.print(table)
 
@@ -85,18 +89,16 @@ def run_demo(output: Path, precision: str, console: "Console", model: str = PACK
     swaps = Table("adapter", "answer", "first token", "tokens/s", title=QUESTIONS[1])
     for name in (None, "emoji", "pirate", None):
         answer = runtime.stream(QUESTIONS[1], name, max_tokens=MAX_TOKENS)
-        text = answer.text()
-        speed = (len(answer.tokens) - 1) / answer.decode_seconds if answer.decode_seconds else 0
-        swaps.add_row(name or "none", text, f"{answer.prefill_seconds * 1000:.0f} ms", f"{speed:.0f}")
+        text = Text(answer.text())
+        first, speed = f"{answer.prefill_seconds * 1000:.0f} ms", f"{answer.tokens_per_second:.0f}"
+        swaps.add_row(name or "none", text, first, speed)
     console.print(swaps)
     size = sum(file.stat().st_size for file in (output / "model").iterdir())
-    console.print(
+    say(
         f"the model: {size / 1e6:.0f} MB, once; each adapter: {pirate.size / 1000:.0f} kB, loaded in {loading * 1000:.1f} ms; "
         f"everything took {time.perf_counter() - started:.0f} s"
     )
-    console.print(
-        f'next: reft-edge run {output / "model"} "What is love?" --adapter {pirate.path}', soft_wrap=True
-    )
+    say(f'next: reft-edge run {output / "model"} "What is love?" --adapter {pirate.path}')
 
 
 def _train(base: Any, folder: ModelFolder, task: str, output: Path, console: "Console") -> TrainResult:
@@ -107,6 +109,8 @@ def _train(base: Any, folder: ModelFolder, task: str, output: Path, console: "Co
     console.print(
         f"{len(rows.examples)} examples, {result.steps} steps, {result.seconds:.0f} s: {result.path} has {result.size / 1000:.0f} kB, "
         f"{result.parameters:,} parameters, {result.parameters / result.base_parameters:.3%} of the base's",
+        markup=False,
+        highlight=False,
         soft_wrap=True,
     )
     return result

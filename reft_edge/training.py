@@ -241,7 +241,7 @@ def train(
     started = time.perf_counter()
     if not output.parent.is_dir():
         raise ReftEdgeError(f"the folder of {output} does not exist; make it first")
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = torch_device(device)
     config = adapter_config(model, base_name, settings)
     trainer = Trainer(
         model.to(place), Interventions(config, settings.dropout, settings.seed), settings, data, place
@@ -269,6 +269,7 @@ def train(
         except KeyboardInterrupt:
             if trainer.step:
                 checkpoint.save(trainer)
+                report(f"saved a checkpoint after step {trainer.step}; --resume continues from it")
             raise
         held_out = None
         if evaluation is not None:
@@ -395,6 +396,19 @@ def rate(settings: TrainSettings, step: int, steps: int) -> float:
         return 1.0
     done = (step - warm) / max(1, steps - warm)
     return 0.5 * (1 + math.cos(math.pi * done)) if settings.schedule == "cosine" else 1 - done
+
+
+def torch_device(name: str | None) -> torch.device:
+    """The named device, or CUDA where there is one, else the CPU. Raises ReftEdgeError if it cannot be used."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ReftEdgeError(
+            f"cannot train on device {name!r}: {reason}; leave --device out to choose"
+        ) from error
+    return device
 
 
 def chosen_dtype(dtype: str, device: torch.device) -> torch.dtype:

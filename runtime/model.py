@@ -55,6 +55,11 @@ class Generation(Iterator[str]):
     def __next__(self) -> str:
         return next(self._pieces)
 
+    @property
+    def tokens_per_second(self) -> float:
+        """Decode speed; the first token comes from the prompt's pass and does not count."""
+        return (len(self.tokens) - 1) / self.decode_seconds if self.decode_seconds else 0.0
+
     def text(self) -> str:
         """The rest of the answer at once."""
         return "".join(self)

@@ -110,6 +110,8 @@ def test_every_truncation_is_refused(saved: Path) -> None:
         ({"tied": True}, "the file is truncated or its description is wrong"),
         ({"act_fn": "__import__"}, "not an activation's name"),
         ({"add_bias": True}, "only for noreft"),
+        ({"base_name": "\x1b[2J"}, "not plain text"),
+        ({"base_fingerprint": "f" * 300}, "not plain text"),
         ({"prompt_format": "html"}, "expected `chat` or `raw`"),
         ({"training": []}, "not a JSON object"),
         ({"surprise": 1}, "unknown fields"),
@@ -131,6 +133,7 @@ def test_wrong_format_and_version(saved: Path) -> None:
         ("adapter", "{", "not valid JSON"),
         ("adapter", "[]", "not a JSON object"),
         ("adapter", '{"rank": NaN}', "holds NaN"),
+        ("adapter", '{"rank": 1e999}', "holds 1e999"),
         ("adapter", '{"rank":1,"rank":2}', "twice"),
     ]:
         header, data = parts(saved)

@@ -97,3 +97,19 @@ def test_an_adapter_for_another_shape_is_refused(tiny_model):
         steered(tiny_model, (Interventions(config), 1.0)),
     ):
         pass
+
+
+@pytest.mark.parametrize(("intervention", "dropped"), [("loreft", True), ("consreft", False)])
+def test_dropout_acts_on_the_whole_edited_state(tiny_model, intervention, dropped):
+    """As in pyreft: on h' of the edited tokens, not on the edit alone; ConsReFT has none."""
+    adapter = random_adapter(tiny_model, intervention, positions="l2", layers=(1,))
+    exact, random = Interventions.from_adapter(adapter), Interventions.from_adapter(adapter, dropout=0.5)
+    torch.manual_seed(0)
+    with steered(tiny_model, (exact, 1.0)):
+        expected = hidden_after(tiny_model, 1, lambda: logits(tiny_model, ROW))[0]
+    with steered(tiny_model, (random, 1.0)):
+        found = hidden_after(tiny_model, 1, lambda: logits(tiny_model, ROW))[0]
+    torch.testing.assert_close(found[:8], expected[:8])
+    zeros = found[8:] == 0
+    assert (0.3 < float(zeros.float().mean()) < 0.7) == dropped
+    torch.testing.assert_close(found[8:][~zeros], expected[8:][~zeros] * (2 if dropped else 1))

@@ -214,6 +214,17 @@ def test_schedules(schedule, expected):
     assert cosine[-1] < 0.001
 
 
+def test_the_head_only_sees_tokens_with_a_label(model, data):
+    seen = []
+    model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    with (
+        steered(model, (Interventions.from_adapter(random_adapter(model)), 1.0)) as steering,
+        torch.no_grad(),
+    ):
+        batch_loss(model, steering, data.examples, CPU, autocast=False)
+    assert seen == [(1, sum(len(row.completion) for row in data.examples), 320)]
+
+
 def test_nothing_is_computed_below_the_lowest_layer(model, data):
     """No gradient flows into the blocks under the first intervention."""
     adapter = Interventions.from_adapter(random_adapter(model, layers=(2,)))
@@ -272,6 +283,12 @@ def test_a_loss_that_is_not_finite_stops_with_a_reason(model, data, tmp_path):
 def test_bad_settings(model, data, tmp_path, changes, message):
     with pytest.raises(ReftEdgeError, match=message):
         run(model, data, tmp_path / "a", **changes)
+
+
+@pytest.mark.parametrize("device", ["tpu9", "cuda:77"])
+def test_bad_devices(model, data, tmp_path, device):
+    with pytest.raises(ReftEdgeError, match=f"cannot train on device '{device}'"):
+        train(model, "tiny", data, tmp_path / "a", settings(), device=device)
 
 
 def test_a_missing_folder_is_found_before_training(model, data, tmp_path):

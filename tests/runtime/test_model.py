@@ -281,3 +281,36 @@ def test_a_damaged_graph_is_a_plain_error(device_folder, tmp_path):
         (tmp_path / file.name).write_bytes(file.read_bytes() if file.name != "model.onnx" else b"not a graph")
     with pytest.raises(ReftEdgeError, match="ONNX Runtime failed"):
         SteeredModel(tmp_path)
+
+
+class FakeRuntime:
+    """As much of the onnxruntime module as opening a graph needs; its CUDA provider may fail to start."""
+
+    def __init__(self, starts: bool) -> None:
+        self.starts, self.asked = starts, []
+
+    def get_available_providers(self):
+        return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+    def SessionOptions(self):  # noqa: N802
+        return type("Options", (), {})()
+
+    def InferenceSession(self, path, options, providers):  # noqa: N802
+        self.asked = providers
+        names = [name if isinstance(name, str) else name[0] for name in providers]
+        return type("Session", (), {"get_providers": lambda _: names if self.starts else names[-1:]})()
+
+
+def test_cuda_is_asked_for_and_its_failure_is_told(monkeypatch):
+    from reft_edge.runtime import session
+
+    fake = FakeRuntime(starts=True)
+    monkeypatch.setattr(session, "import_onnxruntime", lambda: fake)
+    session.open_graph(Path("model.onnx"), "auto")
+    assert [provider[0] for provider in fake.asked[:1]] == ["CUDAExecutionProvider"]
+    assert fake.asked[0][1]["use_tf32"] == "0"
+    session.open_graph(Path("model.onnx"), "cpu")
+    assert fake.asked == ["CPUExecutionProvider"]
+    fake.starts = False
+    with pytest.raises(ReftEdgeError, match="could not start its CUDA provider"):
+        session.open_graph(Path("model.onnx"), "cuda")
