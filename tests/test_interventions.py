@@ -182,8 +182,8 @@ def test_initial_distributions() -> None:
     bound = 64**-0.5
     for name in ("W", "b"):
         tensor = module.trained[name]
-        assert float(tensor.abs().max()) <= bound
-        assert float(tensor.std()) == pytest.approx(bound / 3**0.5, rel=0.1)
+        assert float(tensor.detach().abs().max()) <= bound
+        assert float(tensor.detach().std()) == pytest.approx(bound / 3**0.5, rel=0.1)
     constants = Interventions(config("lobireft"), seed=0).trained["b"]
     assert 0 <= float(constants.min()) < float(constants.max()) < 1
     assert not torch.equal(
