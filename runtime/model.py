@@ -50,7 +50,9 @@ class Generation(Iterator[str]):
         self.finish_reason: str | None = None
         """`stop` (end of sequence or a stop string) or `length`; None while it runs."""
         self.prefill_seconds = 0.0
+        self.decode_steps = 0
         self.decode_seconds = 0.0
+        """Time in decode steps and sampling; what the reader does between pieces does not count."""
 
     def __next__(self) -> str:
         return next(self._pieces)
@@ -58,7 +60,7 @@ class Generation(Iterator[str]):
     @property
     def tokens_per_second(self) -> float:
         """Decode speed; the first token comes from the prompt's pass and does not count."""
-        return (len(self.tokens) - 1) / self.decode_seconds if self.decode_seconds else 0.0
+        return self.decode_steps / self.decode_seconds if self.decode_seconds else 0.0
 
     def text(self) -> str:
         """The rest of the answer at once."""
@@ -180,7 +182,6 @@ class SteeredModel:
             decode = self._graph.bind(cache, {**bound.decode, **length})
             token = sampler.choose(logits[0])
             generation.prefill_seconds = time.perf_counter() - started
-            started = time.perf_counter()
             while token not in self.manifest.eos_token_ids:
                 generation.tokens.append(token)
                 if piece := text.push(token):
@@ -190,8 +191,10 @@ class SteeredModel:
                 if len(generation.tokens) == limit:
                     generation.finish_reason = "length"
                     break
+                started = time.perf_counter()
                 token = sampler.choose(decode.step(np.array([[token]], np.int64))[0])
-                generation.decode_seconds = time.perf_counter() - started
+                generation.decode_seconds += time.perf_counter() - started
+                generation.decode_steps += 1
             generation.finish_reason = generation.finish_reason or "stop"
             if not text.stopped and (piece := text.flush()):
                 yield piece
@@ -232,19 +235,20 @@ class SteeredModel:
                 )
             if not np.isfinite(factor):
                 raise ReftEdgeError(f"the scale of adapter {name!r} is {factor}; expected a finite number")
-        return {name: float(factor) for name, factor in scales.items() if factor != 0}
+        return {name: float(factor) for name, factor in scales.items()}
 
     def _edit(self, chosen: Mapping[str, float]) -> Edit:
         return concat([scale(self._adapters[name].edit, factor) for name, factor in chosen.items()])
 
     def _bind(self, chosen: Mapping[str, float]) -> _Bound:
-        if not chosen:
+        acting = {name: factor for name, factor in chosen.items() if factor != 0}
+        if not acting:
             return _Bound({}, {})
-        key = tuple(chosen.items())
+        key = tuple(acting.items())
         if key in self._bound:
             self._bound.move_to_end(key)
             return self._bound[key]
-        edit = self._edit(chosen)
+        edit = self._edit(acting)
         prompt = self._graph.to_device(port_inputs(edit, self.manifest, self._graph.dtype))
         bound = self._bound[key] = _Bound(prompt, prompt if edit.on_generated else {})
         if len(self._bound) > _BOUND_LIMIT:

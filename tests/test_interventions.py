@@ -184,7 +184,7 @@ def test_initial_distributions() -> None:
         tensor = module.trained[name]
         assert float(tensor.detach().abs().max()) <= bound
         assert float(tensor.detach().std()) == pytest.approx(bound / 3**0.5, rel=0.1)
-    constants = Interventions(config("lobireft"), seed=0).trained["b"]
+    constants = Interventions(config("lobireft"), seed=0).trained["b"].detach()
     assert 0 <= float(constants.min()) < float(constants.max()) < 1
     assert not torch.equal(
         Interventions(config(), seed=1).trained["W"], Interventions(config(), seed=2).trained["W"]
