@@ -10,6 +10,7 @@ import onnx_ir as ir
 from reft_edge.errors import ReftEdgeError
 from reft_edge.export.build import PRECISIONS, build_graph
 from reft_edge.export.ports import insert_ports
+from reft_edge.export.residual import cache_type, find_sites
 from reft_edge.export.verify import TEXTS, require, verify
 from reft_edge.files import replace_folder
 from reft_edge.fingerprint import fingerprint
@@ -44,16 +45,17 @@ def export_model(
         report("building the frozen graph")
         build_graph(model.path, folder, precision, folder / ".work", report)
 
+        genai = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
         report("inserting ports")
         plain, graph = folder / "plain.onnx", folder / "model.onnx"
         graph.rename(plain)
         built = ir.load(plain)
-        ports = insert_ports(built, num_layers, chosen)
+        sites = [site for site in find_sites(built.graph, num_layers) if site.layer in chosen]
+        ports = insert_ports(built, sites, genai["decoder"]["hidden_size"], cache_type(built.graph))
         ir.save(built, graph)
 
         report("loading the PyTorch model")
         torch_model = load_model(model)
-        genai = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
         eos = genai["eos_token_id"]
         manifest = Manifest(
             base_name=model.name,

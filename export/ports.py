@@ -27,7 +27,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from reft_edge.export.residual import Site, find_head_input, find_sites
+from reft_edge.export.residual import Site, Use, find_head_input
 from reft_edge.positions import UNLIMITED
 
 INPUT_IDS, ATTENTION_MASK = "input_ids", "attention_mask"
@@ -54,16 +54,16 @@ class _Builder:
         return _initializer(self.graph, f"/{self.prefix}/{name}", np.array(content, np.int64))
 
 
-def insert_ports(model: ir.Model, num_layers: int, layers: Sequence[int]) -> dict[str, list[str | int]]:
-    """Add ports after the given layers, in place; returns the port table: input names and their shapes.
+def insert_ports(
+    model: ir.Model, sites: Sequence[Site], hidden_size: int, dtype: np.dtype
+) -> dict[str, list[str | int]]:
+    """Add a port at each site, in place; returns the port table: input names and their shapes.
 
-    Raises ReftEdgeError if the residual stream or the head is not found.
+    `dtype` is the residual stream's. A graph with an output `logits` also gets `reft.logits_to_keep`. Raises
+    ReftEdgeError if the graph has such an output and no head that leads to it.
     """
     graph = model.graph
-    sites = [site for site in find_sites(graph, num_layers) if site.layer in set(layers)]
-    head, hidden = find_head_input(graph)
     inputs = {value.name: value for value in graph.inputs}
-    dtype, hidden_size = _float_type(graph), _hidden_size(sites[0])
     table: dict[str, list[str | int]] = {}
 
     def port(name: str, shape: list[str | int], default: np.ndarray) -> ir.Value:
@@ -77,7 +77,6 @@ def insert_ports(model: ir.Model, num_layers: int, layers: Sequence[int]) -> dic
     first, last, after = (port(f"reft.{name}", gates, none) for name in ("first", "last", "after"))
     scale = port("reft.scale", gates, none.astype(dtype))
     prompt_len = port("reft.prompt_len", ["prompt_len_batch"], np.array([-1], np.int64))
-    keep = port("reft.logits_to_keep", [], np.array(0, np.int64))
 
     start = _Builder(graph, "reft")
     gate = _gate(start, inputs[INPUT_IDS], inputs[ATTENTION_MASK], prompt_len, first, last, after, scale)
@@ -90,13 +89,23 @@ def insert_ports(model: ir.Model, num_layers: int, layers: Sequence[int]) -> dic
         back = port(f"{name}.B", ["adapter_batch", rank, hidden_size], np.zeros((1, 0, hidden_size), dtype))
         columns = port(f"{name}.columns", [rank], np.zeros((0,), np.int64))
         op = _Builder(graph, name)
-        h = op("Add", [site.skip, site.mlp], "h")
+        last = site.uses[0].value
+        h = op("Add", [site.skip.value, last], "h") if site.skip else last
         z = op("Add", [op("MatMul", [h, a], "hA"), b], "z")
         gated = op("Mul", [z, op("Gather", [gate, columns], "gate", axis=2)], "gated")
-        edited = op("Add", [site.mlp, op("MatMul", [gated, back], "delta")], "edited")
-        graph.insert_before(site.norm, op.nodes)
-        site.norm.replace_input_with(1, edited)
+        edited = op("Add", [last, op("MatMul", [gated, back], "delta")], "edited")
+        graph.insert_before(_earliest(graph, site.uses), op.nodes)
+        for use in site.uses:
+            use.node.replace_input_with(use.index, edited)
 
+    if any(output.name == "logits" for output in graph.outputs):
+        _keep_logits(graph, port("reft.logits_to_keep", [], np.array(0, np.int64)))
+    return table
+
+
+def _keep_logits(graph: ir.Graph, keep: ir.Value) -> None:
+    """Let the head read only the last `keep` tokens' hidden states."""
+    head, hidden = find_head_input(graph)
     op = _Builder(graph, "reft/head")
     kept = op(
         "Slice",
@@ -114,7 +123,13 @@ def insert_ports(model: ir.Model, num_layers: int, layers: Sequence[int]) -> dic
     logits.shape = (
         ir.Shape(["batch_size", "logits_length", *logits.shape[2:]]) if logits.shape is not None else None
     )
-    return table
+
+
+def _earliest(graph: ir.Graph, uses: Sequence[Use]) -> ir.Node:
+    if len(uses) == 1:
+        return uses[0].node
+    nodes = {use.node for use in uses}
+    return next(node for node in graph if node in nodes)
 
 
 def _gate(
@@ -173,17 +188,3 @@ def _initializer(
     value = ir.Value(name=name, const_value=tensor, type=type_, shape=shape_)
     graph.register_initializer(value)
     return value
-
-
-def _float_type(graph: ir.Graph) -> np.dtype:
-    """The type of the residual stream: that of the KV cache."""
-    cache = next(value for value in graph.inputs if (value.name or "").startswith("past_key_values."))
-    assert cache.dtype is not None
-    return np.dtype(cache.dtype.numpy())
-
-
-def _hidden_size(site: Site) -> int:
-    weight = site.norm.inputs[2]
-    assert weight is not None
-    assert weight.shape is not None
-    return int(weight.shape.numpy()[0])

@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 from reft_edge.errors import ReftEdgeError
@@ -12,21 +13,26 @@ _NAME = re.compile(r"/model/layers\.(\d+)/(?:input_layernorm|final_norm_layernor
 
 
 @dataclass(frozen=True)
+class Use:
+    """One input of one node."""
+
+    node: ir.Node
+    index: int
+
+    @property
+    def value(self) -> ir.Value:
+        return _present(self.node.inputs[self.index])
+
+
+@dataclass(frozen=True)
 class Site:
-    """A block's output: the sum of the first two inputs of a fused skip-and-normalise node."""
+    """Where a block's output is formed: the value that `uses` read, plus what `skip` reads where the sum of the two is
+    only formed inside a fused skip-and-normalise node."""
 
     layer: int
-    norm: ir.Node
-
-    @property
-    def skip(self) -> ir.Value:
-        """What the block received, plus its attention output."""
-        return _present(self.norm.inputs[0])
-
-    @property
-    def mlp(self) -> ir.Value:
-        """What the block's MLP adds."""
-        return _present(self.norm.inputs[1])
+    uses: tuple[Use, ...]
+    """Everything that reads the value; all of them read the edited one once there is a port."""
+    skip: Use | None = None
 
 
 def find_sites(graph: ir.Graph, num_layers: int) -> list[Site]:
@@ -47,7 +53,9 @@ def find_sites(graph: ir.Graph, num_layers: int) -> list[Site]:
             f"/model/layers.1/input_layernorm/SkipLayerNorm and found {len(norms)} of {num_layers}; "
             "this architecture's graph is not supported"
         )
-    return [Site(layer, norms[layer]) for layer in range(num_layers)]
+    return [
+        Site(layer, uses=(Use(norms[layer], 1),), skip=Use(norms[layer], 0)) for layer in range(num_layers)
+    ]
 
 
 def find_head_input(graph: ir.Graph) -> tuple[ir.Node, ir.Value]:
@@ -64,6 +72,13 @@ def find_head_input(graph: ir.Graph) -> tuple[ir.Node, ir.Value]:
             "cannot find the language-model head: no MatMul leads to an output named `logits`"
         )
     return node, _present(node.inputs[0])
+
+
+def cache_type(graph: ir.Graph) -> np.dtype:
+    """The float type of the KV cache, which is also that of the residual stream."""
+    cache = next(value for value in graph.inputs if (value.name or "").startswith("past_key_values."))
+    assert cache.dtype is not None
+    return np.dtype(cache.dtype.numpy())
 
 
 def _present(value: ir.Value | None) -> ir.Value:

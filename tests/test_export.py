@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
@@ -11,7 +12,6 @@ from reft_edge.adapter import INTERVENTIONS, fold
 from reft_edge.algebra import concat, scale
 from reft_edge.errors import ReftEdgeError
 from reft_edge.export import export_model
-from reft_edge.export.ports import insert_ports
 from reft_edge.export.residual import find_sites
 from reft_edge.export.verify import Verification
 from reft_edge.interventions import Interventions
@@ -175,9 +175,9 @@ def test_a_port_in_the_wrong_place_fails_verification(tmp_path, device_folder, m
 
     def shifted(graph, num_layers):
         found = sites(graph, num_layers)
-        return [type(site)((site.layer + 1) % num_layers, site.norm) for site in found]
+        return [replace(site, layer=(site.layer + 1) % num_layers) for site in found]
 
-    monkeypatch.setattr("reft_edge.export.ports.find_sites", shifted)
+    monkeypatch.setattr("reft_edge.export.find_sites", shifted)
     with pytest.raises(ReftEdgeError, match="logits differ from PyTorch's"):
         export_model(ModelFolder(device_folder / "hf", "tiny-llama"), tmp_path / "export")
     assert not (tmp_path / "export").exists()
@@ -207,4 +207,4 @@ def test_unknown_architectures_and_precisions_are_named(tmp_path, device_folder)
 def test_a_graph_without_the_residual_stream_is_refused(device_folder):
     model = ir.load(device_folder / "export/model.onnx")
     with pytest.raises(ReftEdgeError, match=rf"layers \[{LAYERS}, {LAYERS + 1}\]: looked for"):
-        insert_ports(model, LAYERS + 2, [0])
+        find_sites(model.graph, LAYERS + 2)
