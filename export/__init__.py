@@ -2,16 +2,24 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import onnx_ir as ir
 
-from reft_edge.errors import ReftEdgeError
-from reft_edge.export.build import PRECISIONS, build_graph
+from reft_edge.export.build import (
+    ALGORITHMS,
+    BLOCK_SIZES,
+    DEVICES,
+    PRECISIONS,
+    Quantisation,
+    Target,
+    build_graph,
+)
 from reft_edge.export.ports import insert_ports
 from reft_edge.export.residual import cache_type, find_sites
-from reft_edge.export.verify import TEXTS, require, verify
+from reft_edge.export.verify import TEXTS, compare, require, run_graphs
 from reft_edge.files import replace_folder
 from reft_edge.fingerprint import fingerprint
 from reft_edge.layers import parse_layers
@@ -19,7 +27,9 @@ from reft_edge.manifest import MANIFEST, Manifest, save_manifest
 from reft_edge.models import ModelFolder, load_model
 from reft_edge.prompts import load_prompts
 
-__all__ = ["PRECISIONS", "export_model"]
+__all__ = ["ALGORITHMS", "BLOCK_SIZES", "DEVICES", "PRECISIONS", "Quantisation", "export_model"]
+
+_FLOAT_TYPES = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
 
 Report = Callable[[str], None]
 
@@ -30,36 +40,39 @@ def export_model(
     precision: str = "fp32",
     layers: str = "all",
     report: Report = lambda step: None,
+    *,
+    device: str = "cpu",
+    quantisation: Quantisation | None = None,
 ) -> Manifest:
     """Build the graph, insert ports after `layers`, verify against PyTorch, and write the folder `output`.
 
-    `report` is told each step. Nothing is left at `output` unless everything succeeded; an earlier export there is
-    replaced only then. Raises ReftEdgeError if the model cannot be built, ported or verified.
+    `device` is what the graph is for, cpu or cuda; it is built and verified on the CPU either way. `report` is told
+    each step. Nothing is left at `output` unless everything succeeded; an earlier export there is replaced only then.
+    Raises ReftEdgeError if the model cannot be built, ported or verified.
     """
-    if precision not in PRECISIONS:
-        raise ReftEdgeError(f"unknown precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
+    target = Target(precision, device, quantisation or Quantisation())
     config = json.loads((model.path / "config.json").read_text(encoding="utf-8"))
     num_layers = int(config.get("num_hidden_layers", 0))
     chosen = parse_layers(layers, num_layers)
     with replace_folder(output, MANIFEST) as folder:
         report("building the frozen graph")
-        build_graph(model.path, folder, precision, folder / ".work", report)
+        build_graph(model.path, folder, target, folder / ".work", report)
 
-        genai = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
         report("inserting ports")
         plain, graph = folder / "plain.onnx", folder / "model.onnx"
         graph.rename(plain)
         built = ir.load(plain)
+        genai = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
         sites = [site for site in find_sites(built.graph, num_layers) if site.layer in chosen]
-        ports = insert_ports(built, sites, genai["decoder"]["hidden_size"], cache_type(built.graph))
+        float_type = cache_type(built.graph)
+        ports = insert_ports(built, sites, genai["decoder"]["hidden_size"], float_type.numpy())
         ir.save(built, graph)
+        del built, sites
 
-        report("loading the PyTorch model")
-        torch_model = load_model(model)
         eos = genai["eos_token_id"]
         manifest = Manifest(
             base_name=model.name,
-            base_fingerprint=fingerprint(torch_model),
+            base_fingerprint="",
             architecture=config["architectures"][0],
             precision=precision,
             hidden_size=genai["decoder"]["hidden_size"],
@@ -80,15 +93,23 @@ def export_model(
                     "transformers",
                 )
             },
+            float_type=_FLOAT_TYPES[float_type],
+            device=device,
+            quantisation=asdict(target.quantisation) if target.quantised else {},
         )
-        report("verifying against PyTorch")
+        report("running the graph")
         prompts = load_prompts(folder)
-        verification = verify(
-            folder, plain, manifest, torch_model, [prompts.encode_raw(text) for text in TEXTS]
-        )
+        rows = [prompts.encode_raw(text) for text in TEXTS]
+        found = run_graphs(folder, plain, manifest, rows)
+
+        report("loading the PyTorch model")
+        torch_model = load_model(model)
+        manifest = replace(manifest, base_fingerprint=fingerprint(torch_model))
+        report("verifying against PyTorch")
+        verification = compare(found, graph, manifest, torch_model, rows)
         require(verification)
         plain.unlink()
-        manifest = Manifest(**{**vars(manifest), "verification": verification.as_dict()})
+        manifest = replace(manifest, verification=asdict(verification))
         save_manifest(manifest, folder)
     return manifest
 

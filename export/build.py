@@ -1,46 +1,92 @@
 """Building the frozen graph: onnxruntime-genai's model builder, in a process of its own."""
 
+import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from reft_edge.errors import ReftEdgeError
 
-PRECISIONS = ("fp32", "int4")
-_OPTIONS = {
-    "fp32": [],
-    "int4": ["block_size=32", "algo_config=k_quant", "matmul_mixed_precision=last_matmul:int8"],
-}
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
+DEVICES = ("cpu", "cuda")
+ALGORITHMS = ("rtn", "k_quant", "k_quant_mixed")
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+_HEAD_IN_8_BITS = "matmul_mixed_precision=last_matmul:int8"
+_MIXED = f"{_HEAD_IN_8_BITS},mixed_layers:int8"
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """How int4 and int8 weights are rounded. The defaults are the best that `reft-edge export --report` measured."""
+
+    algorithm: str = "k_quant"
+    """rtn: round to nearest. k_quant: each block's scale is searched for the least error. k_quant_mixed: the layers
+    that suffer most get 8 bits."""
+    block_size: int = 32
+    """Weights that share a scale."""
+    accuracy_level: int = 4
+    """Activations in quantised products: 4 rounds them to int8, which is fastest on a CPU; 1 keeps float32."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What to build, and for which device."""
+
+    precision: str = "fp32"
+    device: str = "cpu"
+    quantisation: Quantisation = Quantisation()
+
+    def __post_init__(self) -> None:
+        """Raises ReftEdgeError that says what can be chosen."""
+        _choice("precision", self.precision, PRECISIONS)
+        _choice("device", self.device, DEVICES)
+        _choice("quantisation algorithm", self.quantisation.algorithm, ALGORITHMS)
+        _choice("block size", self.quantisation.block_size, BLOCK_SIZES)
+        _choice("accuracy level", self.quantisation.accuracy_level, (1, 4))
+        if self.precision == "fp32" and self.device == "cuda":
+            raise ReftEdgeError(
+                "onnxruntime's grouped-query attention has no fp32 kernel for CUDA; choose --precision fp16 or bf16"
+            )
+        if self.precision == "bf16" and self.device == "cpu":
+            raise ReftEdgeError(
+                "onnxruntime has no bf16 kernels for the CPU; add --device cuda, or choose --precision fp16"
+            )
+
+    @property
+    def quantised(self) -> bool:
+        return self.precision in ("int8", "int4")
+
+    def builder_options(self) -> list[str]:
+        """The model builder's arguments."""
+        # Its 16-bit CPU graphs have no grouped-query attention; the CUDA ones do, and a CPU runs those, too.
+        provider = "cuda" if self.device == "cuda" or self.precision == "fp16" else "cpu"
+        options = ["-p", self.precision, "-e", provider]
+        if self.quantised:
+            algorithm = self.quantisation.algorithm
+            extra = [
+                f"block_size={self.quantisation.block_size}",
+                f"algo_config={algorithm.removesuffix('_mixed')}",
+                f"accuracy_level={self.quantisation.accuracy_level if self.device == 'cpu' else 0}",
+            ]
+            if self.precision == "int4":
+                extra.append(_MIXED if algorithm == "k_quant_mixed" else _HEAD_IN_8_BITS)
+            options += ["--extra_options", *extra]
+        return options
 
 
 def build_graph(
-    model: Path, output: Path, precision: str, work: Path, progress: Callable[[str], None] = lambda step: None
+    model: Path, output: Path, target: Target, work: Path, progress: Callable[[str], None] = lambda step: None
 ) -> None:
     """Write `model.onnx`, its weights, `genai_config.json` and the tokenizer of a Hugging Face folder to `output`.
 
-    `precision` is one of PRECISIONS, `work` a folder for temporary files
-    that does not exist yet; `progress` is told each step.
+    `work` is a folder for temporary files that does not exist yet; `progress` is told each step.
     Raises ReftEdgeError with the builder's own last words if it fails, for instance for an unknown architecture.
     """
-    command = [
-        sys.executable,
-        "-m",
-        "onnxruntime_genai.models.builder",
-        "-i",
-        str(model),
-        "-o",
-        str(output),
-        "-p",
-        precision,
-        "-e",
-        "cpu",
-        "-c",
-        str(work),
-    ]
-    if _OPTIONS[precision]:
-        command += ["--extra_options", *_OPTIONS[precision]]
+    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(model), "-o", str(output)]
+    command += ["-c", str(work), *target.builder_options()]
     work.mkdir()
     log: list[str] = []
     with subprocess.Popen(
@@ -59,5 +105,25 @@ def build_graph(
             raise
     if process.returncode or not (output / "model.onnx").is_file():
         words = next((line for line in reversed(log) if line.strip()), "it said nothing")
-        raise ReftEdgeError(f"onnxruntime-genai's model builder could not build {model.name}: {words}")
+        hint = (
+            "; its quantiser does not take every width, so try another --block-size, or --algorithm rtn"
+            if target.quantised
+            else ""
+        )
+        raise ReftEdgeError(
+            f"onnxruntime-genai's model builder could not build {model.name}: {words.rstrip('.')}{hint}"
+        )
     shutil.rmtree(work, ignore_errors=True)
+    if target.device == "cpu":
+        _run_on_cpu(output / "genai_config.json")
+
+
+def _run_on_cpu(config: Path) -> None:
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    settings["model"]["decoder"]["session_options"]["provider_options"] = []
+    config.write_text(json.dumps(settings, indent=4), encoding="utf-8")
+
+
+def _choice(what: str, given: object, known: tuple[object, ...]) -> None:
+    if given not in known:
+        raise ReftEdgeError(f"unknown {what} {given!r}; choose one of {', '.join(map(str, known))}")

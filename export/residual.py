@@ -3,7 +3,6 @@
 import re
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
 
 from reft_edge.errors import ReftEdgeError
@@ -74,11 +73,11 @@ def find_head_input(graph: ir.Graph) -> tuple[ir.Node, ir.Value]:
     return node, _present(node.inputs[0])
 
 
-def cache_type(graph: ir.Graph) -> np.dtype:
+def cache_type(graph: ir.Graph) -> ir.DataType:
     """The float type of the KV cache, which is also that of the residual stream."""
     cache = next(value for value in graph.inputs if (value.name or "").startswith("past_key_values."))
     assert cache.dtype is not None
-    return np.dtype(cache.dtype.numpy())
+    return cache.dtype
 
 
 def _present(value: ir.Value | None) -> ir.Value:

@@ -1,21 +1,20 @@
 """Checking an exported graph against the PyTorch model it was made from, before anybody runs it."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
 from reft_edge.adapter import AdapterConfig, fold
 from reft_edge.errors import ReftEdgeError
-from reft_edge.export.quantised import exact_activations, use_graph_weights
+from reft_edge.export.exact import use_graph_weights, write_exact
 from reft_edge.interventions import Interventions
 from reft_edge.manifest import Manifest
-from reft_edge.runtime.binding import port_inputs
+from reft_edge.runtime.binding import PortInputs, port_inputs
 from reft_edge.runtime.session import GraphSession, Logits, open_graph, plain_failure
 from reft_edge.steering import steered
 
@@ -31,8 +30,9 @@ TOLERANCE = 1e-3
 class Verification:
     """Figures of one export; logits are compared at every token of a few prompts.
 
-    A quantised graph is compared with the PyTorch model under the graph's own dequantised weights, so that the check
-    is as sharp as for fp32: it is about the graph and its ports, not about what quantisation costs.
+    A graph in 16 bits or with quantised weights is run in exact arithmetic and compared with the PyTorch model under
+    the graph's own weights, so that the check is as sharp as for fp32: it is about the graph and its ports, not about
+    what rounding costs.
     """
 
     base_error: float
@@ -42,7 +42,7 @@ class Verification:
     effect: float
     """max |logits with − logits without that adapter| in PyTorch: what the error is to be seen against."""
     agreement: float
-    """Share of tokens whose likeliest next token is that of the unquantised PyTorch model, without an adapter."""
+    """Share of tokens whose likeliest next token is that of the original PyTorch model, without an adapter."""
     rank0_bitwise: bool
     """Whether the graph with unused ports equals the graph before ports, bit for bit."""
 
@@ -55,9 +55,6 @@ class Verification:
         if not error <= TOLERANCE:
             found.append(f"logits differ from PyTorch's by {error:.2g}, more than {TOLERANCE:g}")
         return found
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def random_adapter(
@@ -77,40 +74,68 @@ def random_adapter(
     return Interventions(config, seed=seed)
 
 
-def verify(
-    folder: Path, plain_graph: Path, manifest: Manifest, model: Any, rows: Sequence[Sequence[int]]
-) -> Verification:
-    """Run `rows` of token ids through the graph with ports, the one without, and the PyTorch model.
+@dataclass(frozen=True)
+class GraphLogits:
+    """Logits of the same rows from the graphs of one export, `[tokens, vocabulary]` a row."""
 
-    A quantised graph's weights are copied into `model`.
+    plain: list[Logits]
+    """The builder's graph, without ports."""
+    shipped: list[Logits]
+    """The graph with ports, no adapter bound, in the arithmetic of `plain`."""
+    exact: list[Logits]
+    """The same in exact arithmetic: float32 activations, weights as rounded as they ship."""
+    steered: list[Logits]
+    """In exact arithmetic, with `random_adapter`."""
+
+
+def run_graphs(
+    folder: Path, plain_graph: Path, manifest: Manifest, rows: Sequence[Sequence[int]]
+) -> GraphLogits:
+    """Run `rows` of token ids through the graph with ports and the one without, one session at a time.
+
+    A 16-bit graph is run without its ports in exact arithmetic, too: a CPU has no kernels for bf16, and where ONNX
+    Runtime computes fp16 in float32 it is free to round elsewhere once nodes are added.
     """
-    unquantised = [torch_logits(model, row) for row in rows]
-    graph = GraphSession(folder, manifest, device="cpu")
-    shipped = [graph.score([row], {})[0] for row in rows]
-    plain = _plain_logits(plain_graph, manifest, rows)
-
+    ports = port_inputs(fold(random_adapter(manifest).to_adapter()), manifest, np.dtype(np.float32))
+    exact_path, exact_plain = folder / "exact.onnx", folder / "exact_plain.onnx"
+    exact_manifest = replace(manifest, graph=exact_path.name, float_type="fp32")
     if manifest.precision == "fp32":
-        base, found = unquantised, shipped
+        exact_manifest = manifest
     else:
-        exact = ir.load(folder / manifest.graph)
-        use_graph_weights(model, exact.graph)
-        exact_activations(exact)
-        ir.save(exact, folder / "exact.onnx")
-        graph = GraphSession(folder, replace(manifest, graph="exact.onnx"), device="cpu")
-        (folder / "exact.onnx").unlink()
-        base, found = [torch_logits(model, row) for row in rows], [graph.score([row], {})[0] for row in rows]
+        write_exact(folder / manifest.graph, exact_path)
+    if manifest.float_type != "fp32":
+        write_exact(plain_graph, exact_plain)
+        plain_graph = exact_plain
+    plain = _plain_logits(plain_graph, manifest, rows)
+    exact, steered = _logits(folder, exact_manifest, rows, {}, ports)
+    quantised = manifest.float_type == "fp32" and manifest.precision != "fp32"
+    shipped = _logits(folder, manifest, rows, {})[0] if quantised else exact
+    for path in (exact_path, exact_plain):
+        for written in (path, Path(f"{path}.data")):
+            written.unlink(missing_ok=True)
+    return GraphLogits(plain, shipped, exact, steered)
 
-    interventions = random_adapter(manifest)
-    ports = port_inputs(fold(interventions.to_adapter()), manifest, graph.dtype)
-    with steered(model, (interventions, 1.0)):
+
+def compare(
+    found: GraphLogits, graph: Path, manifest: Manifest, model: Any, rows: Sequence[Sequence[int]]
+) -> Verification:
+    """Hold what the graphs said against the PyTorch model, which is given the weights of `graph` in the process."""
+    original = [torch_logits(model, row) for row in rows]
+    if manifest.precision == "fp32":
+        base = original
+    else:
+        use_graph_weights(model, graph, manifest.float_type)
+        base = [torch_logits(model, row) for row in rows]
+    with steered(model, (random_adapter(manifest), 1.0)):
         steered_base = [torch_logits(model, row) for row in rows]
-    steered_found = [graph.score([row], ports)[0] for row in rows]
     return Verification(
-        base_error=_largest_difference(found, base),
-        steered_error=_largest_difference(steered_found, steered_base),
+        base_error=_largest_difference(found.exact, base),
+        steered_error=_largest_difference(found.steered, steered_base),
         effect=_largest_difference(steered_base, base),
-        agreement=float(np.mean(np.concatenate(shipped).argmax(1) == np.concatenate(unquantised).argmax(1))),
-        rank0_bitwise=all(np.array_equal(a, b) for a, b in zip(shipped, plain, strict=True)),
+        agreement=float(
+            np.mean(np.concatenate(found.shipped).argmax(1) == np.concatenate(original).argmax(1))
+        ),
+        rank0_bitwise=all(np.array_equal(a, b) for a, b in zip(found.shipped, found.plain, strict=True)),
     )
 
 
@@ -122,10 +147,9 @@ def torch_logits(model: Any, row: Sequence[int]) -> Logits:
 
 
 def _plain_logits(graph: Path, manifest: Manifest, rows: Sequence[Sequence[int]]) -> list[Logits]:
-    session = open_graph(graph, device="cpu")
+    session = open_graph(graph, device="cpu", prepack=False)
     pasts = [value for value in session.get_inputs() if value.name.startswith("past_key_values.")]
-    kind = {"tensor(float)": np.float32, "tensor(float16)": np.float16}[pasts[0].type]
-    empty = np.zeros((1, pasts[0].shape[1], 0, manifest.head_size), kind)
+    empty = np.zeros((1, pasts[0].shape[1], 0, manifest.head_size), np.float32)
     logits = []
     for row in rows:
         ids = np.array([row], np.int64)
@@ -135,8 +159,15 @@ def _plain_logits(graph: Path, manifest: Manifest, rows: Sequence[Sequence[int]]
             **{value.name: empty for value in pasts},
         }
         with plain_failure():
-            logits.append(session.run(["logits"], feeds)[0][0].astype(np.float32, copy=False))
+            logits.append(session.run(["logits"], feeds)[0][0])
     return logits
+
+
+def _logits(
+    folder: Path, manifest: Manifest, rows: Sequence[Sequence[int]], *bindings: PortInputs
+) -> list[list[Logits]]:
+    graph = GraphSession(folder, manifest, device="cpu", prepack=False)
+    return [[graph.score([row], ports)[0] for row in rows] for ports in bindings]
 
 
 def _largest_difference(left: Sequence[Logits], right: Sequence[Logits]) -> float:

@@ -192,9 +192,22 @@ def export(
             "--output", "-o", help="The folder to write; replaced only by a success.", show_default=False
         ),
     ],
-    precision: Annotated[
-        str, typer.Option(help="fp32, or int4 (k-quant weights in blocks of 32, 8-bit head).")
-    ] = "fp32",
+    precision: Annotated[str, typer.Option(help="fp32, fp16, bf16, int8 or int4.")] = "fp32",
+    device: Annotated[
+        str, typer.Option(help="What the graph is for: cpu or cuda. Exporting itself needs no GPU.")
+    ] = "cpu",
+    algorithm: Annotated[
+        str, typer.Option(help="How int4 and int8 weights are rounded: rtn, k_quant or k_quant_mixed.")
+    ] = "k_quant",
+    block_size: Annotated[
+        int, typer.Option(help="Weights that share a scale in int4 and int8: 16, 32, 64, 128 or 256.")
+    ] = 32,
+    accuracy_level: Annotated[
+        int,
+        typer.Option(
+            help="Activations of int4 and int8 products on a CPU: 4 rounds them to int8, 1 does not (slower)."
+        ),
+    ] = 4,
     layers: Annotated[
         str, typer.Option(help="Layers that get a port: `all`, `3;9;18`, `0-5`, or a mix.")
     ] = "all",
@@ -208,14 +221,20 @@ def export(
 
     console = Console(stderr=True)
     with _plain_errors(), _extra("export"):
-        from reft_edge.export import export_model
+        from reft_edge.export import Quantisation, export_model
         from reft_edge.models import resolve_model
 
         started = time.perf_counter()
         folder = resolve_model(model, _plain(console))
         with console.status(f"exporting {folder.name}") as status:
             manifest = export_model(
-                folder, output, precision, layers, report=lambda step: status.update(f"{step} …")
+                folder,
+                output,
+                precision,
+                layers,
+                report=lambda step: status.update(f"{step} …"),
+                device=device,
+                quantisation=Quantisation(algorithm, block_size, accuracy_level),
             )
     size = sum(file.stat().st_size for file in output.iterdir() if file.is_file())
     if as_json:
@@ -226,7 +245,14 @@ def export(
                 "seconds": time.perf_counter() - started,
                 **{
                     name: getattr(manifest, name)
-                    for name in ("base_fingerprint", "precision", "layers", "verification")
+                    for name in (
+                        "base_fingerprint",
+                        "precision",
+                        "device",
+                        "quantisation",
+                        "layers",
+                        "verification",
+                    )
                 },
             }
         )
@@ -236,7 +262,7 @@ def export(
         f"wrote {output}: {size / 1e6:,.0f} MB, {precision}, ports at {len(manifest.layers)} layers, "
         f"{time.perf_counter() - started:.0f} s"
     )
-    same = "" if precision == "fp32" else " with the same weights"
+    same = "" if precision == "fp32" else " with the same rounded weights"
     typer.echo(f"verified against PyTorch{same}, logits at every token of a few prompts:")
     typer.echo(
         f"  no adapter              max difference {figures['base_error']:.2g}; "
@@ -247,7 +273,7 @@ def export(
         f"{figures['effect']:.0f}"
     )
     typer.echo(
-        f"  likeliest next token    that of the unquantised model at {figures['agreement']:.0%} of tokens"
+        f"  likeliest next token    that of the original model at {figures['agreement']:.0%} of tokens"
     )
 
 

@@ -33,6 +33,12 @@ class Manifest:
     """Port inputs of the graph and their shapes, for people and other runtimes; names stand for any size."""
     verification: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    float_type: str = "fp32"
+    """Of the residual stream, and so of the ports' inputs and the KV cache: fp32, fp16 or bf16."""
+    device: str = "cpu"
+    """What the graph was built for: cpu or cuda."""
+    quantisation: dict[str, Any] = field(default_factory=dict)
+    """How weights were rounded: algorithm, block_size, accuracy_level; empty where they were not."""
     graph: str = "model.onnx"
     version: int = VERSION
 

@@ -7,14 +7,12 @@ import os
 import tempfile
 from pathlib import Path
 
-import numpy as np
-
 from reft_edge.adapter import fold, load_adapter
 from reft_edge.algebra import scale
 from reft_edge.errors import ReftEdgeError
 from reft_edge.manifest import load_manifest
 from reft_edge.runtime.binding import port_inputs
-from reft_edge.runtime.session import import_onnxruntime
+from reft_edge.runtime.session import HOST_TYPES, import_onnxruntime, ort_value
 
 
 def pack_adapter(adapter_path: Path, folder: Path, output: Path, factor: float = 1.0) -> int:
@@ -26,12 +24,12 @@ def pack_adapter(adapter_path: Path, folder: Path, output: Path, factor: float =
     manifest = load_manifest(folder)
     adapter = load_adapter(adapter_path)
     manifest.check_base(adapter.config.base_fingerprint, str(adapter_path), adapter.config.base_name)
-    dtype = np.dtype(np.float32 if manifest.precision in ("fp32", "int4") else np.float16)
-    inputs = port_inputs(scale(fold(adapter), factor), manifest, dtype)
+    inputs = port_inputs(scale(fold(adapter), factor), manifest, HOST_TYPES[manifest.float_type])
     packed = ort.AdapterFormat()
     packed.set_adapter_version(1)
     packed.set_model_version(1)
-    packed.set_parameters({name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in inputs.items()})
+    bf16 = manifest.float_type == "bf16"
+    packed.set_parameters({name: ort_value(array, bf16) for name, array in inputs.items()})
     try:
         handle, temporary = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}.")
         os.close(handle)

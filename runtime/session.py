@@ -18,6 +18,8 @@ PREFILL_CHUNK = 512
 DEVICES = ("auto", "cpu", "cuda")
 _CUDA = "CUDAExecutionProvider"
 _CACHE_STEP = 256
+HOST_TYPES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": np.dtype(np.float32)}
+_ONNX_BFLOAT16 = 16
 
 Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
@@ -52,8 +54,19 @@ def choose_device(device: str, available: Sequence[str]) -> str:
     return device
 
 
-def open_graph(path: Path, device: str = "auto", threads: int | None = None) -> Any:
+def check_cpu(manifest: Manifest) -> None:
+    """Raise ReftEdgeError if the folder's graph can only run on a GPU."""
+    if manifest.float_type == "bf16":
+        raise ReftEdgeError(
+            f"this folder holds {manifest.base_name} in bf16, for which ONNX Runtime has no CPU kernels; "
+            "run it with --device cuda, or export with --precision fp32, fp16, int8 or int4"
+        )
+
+
+def open_graph(path: Path, device: str = "auto", threads: int | None = None, prepack: bool = True) -> Any:
     """An InferenceSession. `threads`: intra-op threads, by default one a core this process may use.
+
+    `prepack`: keep weights in the layout that is fastest to multiply with, at the cost of memory for a second copy.
 
     Raises ReftEdgeError if the graph cannot be loaded, or if CUDA was asked for and did not start.
     """
@@ -64,6 +77,8 @@ def open_graph(path: Path, device: str = "auto", threads: int | None = None) -> 
         4  # else a warning for every overridable initializer; errors come as exceptions
     )
     options.intra_op_num_threads = threads or _usable_cores()
+    if not prepack:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     providers: list[Any] = ["CPUExecutionProvider"]
     if chosen == "cuda":
         providers.insert(0, (_CUDA, {"arena_extend_strategy": "kSameAsRequested", "use_tf32": "0"}))
@@ -75,6 +90,21 @@ def open_graph(path: Path, device: str = "auto", threads: int | None = None) -> 
             "check the driver and the CUDA libraries, or use --device cpu"
         )
     return session
+
+
+def ort_value(array: NDArray[np.generic], bf16: bool = False, device: str = "cpu") -> Any:
+    """An OrtValue of an array; its float32 numbers rounded to bfloat16 if `bf16`."""
+    ort_value_type = import_onnxruntime().OrtValue
+    if bf16 and array.dtype == np.float32:
+        bits = _round_to_bfloat16(array.astype(np.float32, copy=False))
+        return ort_value_type.ortvalue_from_numpy_with_onnx_type(bits, _ONNX_BFLOAT16)
+    return ort_value_type.ortvalue_from_numpy(array, device)
+
+
+def _round_to_bfloat16(array: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """The upper halves of finite float32 numbers, rounded to nearest, ties to even."""
+    bits = np.ascontiguousarray(array).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
 @contextmanager
@@ -103,18 +133,25 @@ class GraphSession:
     """An exported graph, ready to prefill and decode."""
 
     def __init__(
-        self, folder: Path, manifest: Manifest, device: str = "auto", threads: int | None = None
+        self,
+        folder: Path,
+        manifest: Manifest,
+        device: str = "auto",
+        threads: int | None = None,
+        prepack: bool = True,
     ) -> None:
-        self.session = open_graph(folder / manifest.graph, device, threads)
-        self.device = "cuda" if _CUDA in self.session.get_providers() else "cpu"
         self._ort = import_onnxruntime()
+        if choose_device(device, self._ort.get_available_providers()) == "cpu":
+            check_cpu(manifest)
+        self.session = open_graph(folder / manifest.graph, device, threads, prepack)
+        self.device = "cuda" if _CUDA in self.session.get_providers() else "cpu"
         self._head_size = manifest.head_size
         inputs = {value.name: value for value in self.session.get_inputs()}
         self._pasts = [name for name in inputs if name.startswith("past_key_values.")]
         self._heads = int(inputs[self._pasts[0]].shape[1])
-        self.dtype: np.dtype[np.generic] = np.dtype(
-            {"tensor(float)": np.float32, "tensor(float16)": np.float16}[inputs[self._pasts[0]].type]
-        )
+        self.dtype = HOST_TYPES[manifest.float_type]
+        """Of float arrays given to this session; where the graph has bf16, which numpy lacks, they are converted."""
+        self._bf16 = manifest.float_type == "bf16"
         logits = next(value for value in self.session.get_outputs() if value.name == "logits")
         self._logits_dtype = {"tensor(float)": np.float32, "tensor(float16)": np.float16}[logits.type]
         self._vocabulary = int(logits.shape[2])
@@ -135,7 +172,9 @@ class GraphSession:
         capacity = -(-tokens // _CACHE_STEP) * _CACHE_STEP
         shape = [batch, self._heads, capacity, self._head_size]
         values = {
-            name: self._ort.OrtValue.ortvalue_from_shape_and_type(shape, self.dtype.type, self.device)
+            name: self._ort.OrtValue.ortvalue_from_shape_and_type(
+                shape, _ONNX_BFLOAT16 if self._bf16 else self.dtype.type, self.device
+            )
             for name in self._pasts
         }
         return KVCache(values, batch, capacity)
@@ -156,12 +195,14 @@ class GraphSession:
             ids[i, : len(row)], mask[i, : len(row)] = row, 1
         empty = np.zeros((len(rows), self._heads, 0, self._head_size), self.dtype)
         feeds = {"input_ids": ids, "attention_mask": mask, **dict.fromkeys(self._pasts, empty), **ports}
+        values = {name: ort_value(array, self._bf16) for name, array in feeds.items()}
         with plain_failure():
-            logits = self.session.run(["logits"], feeds)[0].astype(np.float32, copy=False)
+            logits = self.session.run_with_ort_values(["logits"], values)[0].numpy()
+        logits = logits.astype(np.float32, copy=False)
         return [logits[i, : len(row)] for i, row in enumerate(rows)]
 
     def _to_device(self, array: NDArray[np.generic]) -> Any:
-        return self._ort.OrtValue.ortvalue_from_numpy(array, self.device)
+        return ort_value(array, self._bf16, self.device)
 
 
 class BoundSession:

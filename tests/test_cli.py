@@ -140,7 +140,7 @@ def test_prompt_from_standard_input_stop_and_stats(device_folder):
         (["export", "{export}", "-o", "x"], "this is an exported folder"),
         (["export", "./nothing", "-o", "x"], "there is no model at ./nothing"),
         (["export", "nothing.gguf", "-o", "x"], "there is no file nothing.gguf"),
-        (["export", "{hf}", "-o", "x", "--precision", "int2"], "choose one of fp32, int4"),
+        (["export", "{hf}", "-o", "x", "--precision", "int2"], "choose one of fp32, fp16, bf16"),
         (["train", "{hf}", "none.jsonl", "-o", "x.safetensors"], "cannot read none.jsonl"),
         (["train", "{hf}", "{rows}", "-o", "x.safetensors", "--positions", "q"], "positions 'q'"),
         (["train", "{hf}", "{rows}", "-o", "no/such/x.safetensors"], "does not exist"),

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -11,9 +11,10 @@ import pytest
 from reft_edge.adapter import INTERVENTIONS, fold
 from reft_edge.algebra import concat, scale
 from reft_edge.errors import ReftEdgeError
-from reft_edge.export import export_model
+from reft_edge.export import ALGORITHMS, Quantisation, export_model
 from reft_edge.export.residual import find_sites
 from reft_edge.export.verify import Verification
+from reft_edge.fingerprint import fingerprint
 from reft_edge.interventions import Interventions
 from reft_edge.manifest import load_manifest
 from reft_edge.models import ModelFolder, load_model
@@ -113,21 +114,93 @@ def test_two_scaled_adapters_of_unlike_shape(llama):
     assert np.abs(found - expected).max() <= TOLERANCE
 
 
-def test_int4_is_verified_and_smaller(tmp_path, device_folder):
-    source = ModelFolder(make_model(tmp_path / "hf", hidden_size=128, intermediate_size=256), "tiny")
-    manifests = {
-        precision: export_model(source, tmp_path / precision, precision) for precision in ("fp32", "int4")
-    }
-    assert manifests["int4"].verification["rank0_bitwise"]
-    assert (
-        manifests["int4"].verification["steered_error"]
-        <= TOLERANCE
-        < manifests["int4"].verification["effect"]
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A tiny model whose matrices are wide enough for blocks of 64."""
+    folder = tmp_path_factory.mktemp("wide") / "hf"
+    return ModelFolder(make_model(folder, hidden_size=128, intermediate_size=256), "tiny")
+
+
+@pytest.mark.parametrize(
+    ("precision", "device"),
+    [
+        ("fp16", "cpu"),
+        ("fp16", "cuda"),
+        ("bf16", "cuda"),
+        ("int8", "cpu"),
+        ("int8", "cuda"),
+        ("int4", "cuda"),
+    ],
+)
+def test_every_precision_is_verified(wide, tmp_path, precision, device):
+    manifest = export_model(wide, tmp_path / "export", precision, device=device)
+    checked = manifest.verification
+    assert checked["rank0_bitwise"]
+    assert max(checked["base_error"], checked["steered_error"]) <= TOLERANCE < checked["effect"]
+    assert (manifest.precision, manifest.device) == (precision, device)
+    expected = (
+        "fp32" if precision.startswith("int") and device == "cpu" else precision.replace("int8", "fp16")
     )
-    assert manifests["int4"].verification["agreement"] < manifests["fp32"].verification["agreement"] == 1
-    sizes = {precision: (tmp_path / precision / "model.onnx.data").stat().st_size for precision in manifests}
-    assert sizes["int4"] < sizes["fp32"] / 3
-    assert manifests["int4"].base_fingerprint == manifests["fp32"].base_fingerprint
+    assert manifest.float_type == expected.replace("int4", "fp16")
+    settings = json.loads((tmp_path / "export/genai_config.json").read_text())["model"]["decoder"]
+    assert bool(settings["session_options"]["provider_options"]) == (device == "cuda")
+    assert load_manifest(tmp_path / "export") == manifest
+
+
+def test_fp16_generates_on_a_cpu(wide, tmp_path):
+    manifest = export_model(wide, tmp_path / "export", "fp16")
+    graph = GraphSession(tmp_path / "export", manifest, "cpu")
+    model = load_model(wide)
+    adapter = random_adapter(model, positions="f3+l3")
+    with steered(model, (Interventions.from_adapter(adapter), 1.0)):
+        expected = logits(model, ROW).numpy()
+    found = graph.score([ROW], port_inputs(fold(adapter), manifest, graph.dtype))[0]
+    assert np.abs(found - expected).max() <= 0.05 < np.abs(expected - logits(model, ROW).numpy()).max()
+    assert decode(graph, manifest, fold(adapter), ROW, 4)
+
+
+def test_bf16_says_that_it_needs_a_gpu(wide, tmp_path):
+    manifest = export_model(wide, tmp_path / "export", "bf16", device="cuda")
+    with pytest.raises(ReftEdgeError, match="no CPU kernels; run it with --device cuda, or export with"):
+        GraphSession(tmp_path / "export", manifest, "cpu")
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("block_size", [32, 64])
+def test_every_quantisation_is_verified_and_smaller(wide, tmp_path, algorithm, block_size):
+    quantisation = Quantisation(algorithm, block_size, accuracy_level=1)
+    manifest = export_model(wide, tmp_path / "int4", "int4", quantisation=quantisation)
+    assert manifest.verification["rank0_bitwise"]
+    assert manifest.verification["steered_error"] <= TOLERANCE < manifest.verification["effect"]
+    assert manifest.verification["agreement"] < 1
+    assert manifest.quantisation == asdict(quantisation)
+    assert manifest.base_fingerprint == fingerprint(load_model(wide))
+    original = sum(file.stat().st_size for file in wide.path.glob("*.safetensors"))
+    assert (tmp_path / "int4/model.onnx.data").stat().st_size < original / 2.5
+
+
+def test_a_quantiser_that_fails_says_what_to_try(wide, tmp_path):
+    with pytest.raises(
+        ReftEdgeError, match="could not build hf: .* try another --block-size, or --algorithm rtn"
+    ):
+        export_model(wide, tmp_path / "export", "int4", quantisation=Quantisation("k_quant", 128))
+
+
+@pytest.mark.parametrize(
+    ("choices", "reason"),
+    [
+        ({"precision": "int2"}, "unknown precision 'int2'; choose one of fp32, fp16, bf16, int8, int4"),
+        ({"device": "tpu"}, "unknown device 'tpu'; choose one of cpu, cuda"),
+        ({"precision": "fp32", "device": "cuda"}, "no fp32 kernel for CUDA; choose --precision fp16 or bf16"),
+        ({"precision": "bf16"}, "add --device cuda, or choose --precision fp16"),
+        ({"quantisation": Quantisation("gptq")}, "choose one of rtn, k_quant, k_quant_mixed"),
+        ({"quantisation": Quantisation(block_size=48)}, "unknown block size 48; choose one of 16, 32"),
+        ({"quantisation": Quantisation(accuracy_level=2)}, "unknown accuracy level 2; choose one of 1, 4"),
+    ],
+)
+def test_impossible_choices_say_what_to_choose(wide, tmp_path, choices, reason):
+    with pytest.raises(ReftEdgeError, match=reason):
+        export_model(wide, tmp_path / "export", **choices)
 
 
 def test_ports_only_where_asked(tmp_path, device_folder):
@@ -190,10 +263,8 @@ def test_other_folders_are_not_overwritten(tmp_path, device_folder):
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
-def test_unknown_architectures_and_precisions_are_named(tmp_path, device_folder):
+def test_unknown_architectures_are_named(tmp_path, device_folder):
     source = ModelFolder(device_folder / "hf", "tiny-llama")
-    with pytest.raises(ReftEdgeError, match="unknown precision 'int2'; choose one of fp32, int4"):
-        export_model(source, tmp_path / "a", "int2")
     with pytest.raises(ReftEdgeError, match="no layer 9"):
         export_model(source, tmp_path / "a", layers="9")
     shutil.copytree(source.path, tmp_path / "hf")

@@ -1,6 +1,12 @@
-"""Reading a quantised graph's weights back: what the device really multiplies with, as float32."""
+"""The same graph in exact arithmetic, and the PyTorch model under that graph's own weights.
+
+A graph in 16 bits or with quantised weights differs from the original model by rounding. Compared as it ships, a wrong
+port would hide behind that rounding; compared in float32 arithmetic with a model that has the same rounded weights, it
+cannot.
+"""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,16 +18,21 @@ from torch import Tensor, nn
 from reft_edge.errors import ReftEdgeError
 from reft_edge.steering import decoder_layers
 
+_HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _IN_BLOCK = re.compile(r"/model/layers\.(\d+)/\w+/(\w+)/MatMul(?:_Q\d)?")
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
 _SPLIT = {"gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1)}
 
 
-def use_graph_weights(model: Any, graph: ir.Graph) -> None:
-    """Give the PyTorch model the weights of a quantised graph, in place.
+def use_graph_weights(model: Any, source: Path, float_type: str = "fp32") -> None:
+    """Give the float32 PyTorch model the weights of the graph file `source`, in place.
 
-    Raises ReftEdgeError if a quantised matrix has no counterpart in the model.
+    16-bit weights (`float_type` fp16 or bf16) are the model's own, rounded; quantised ones are read from the file and
+    dequantised. Raises ReftEdgeError if a quantised matrix has no counterpart in the model.
     """
+    if float_type != "fp32":
+        round_model(model, {"fp16": torch.float16, "bf16": torch.bfloat16}[float_type])
+    graph = ir.load(source).graph
     blocks = decoder_layers(model)
     for node in graph:
         if node.op_type == "GatherBlockQuantized":
@@ -50,11 +61,49 @@ def use_graph_weights(model: Any, graph: ir.Graph) -> None:
             )
 
 
-def exact_activations(model: ir.Model) -> None:
-    """Make quantised products read float activations, in place, so that only the weights' rounding is left."""
+def round_model(model: nn.Module, dtype: torch.dtype) -> None:
+    """Round weights and rotary cosines of a float32 model to what a 16-bit graph stores, in place."""
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            # Gemma's norms multiply by 1 + weight, and the graph stores that sum.
+            offset = 1.0 if "Gemma" in type(module).__name__ and "Norm" in type(module).__name__ else 0.0
+            parameter.data = (parameter.data + offset).to(dtype).float() - offset
+        if type(module).__name__.endswith("RotaryEmbedding"):
+            module.register_forward_hook(
+                lambda _module, _inputs, out: tuple(x.to(dtype).float() for x in out)
+            )
+
+
+def write_exact(source: Path, target: Path) -> None:
+    """Write `source` with float32 in place of 16-bit floats, and with float activations in quantised products.
+
+    Weights are converted one at a time; `target.data` beside it holds them.
+    """
+    model = ir.load(source)
+    for value in model.graph.initializers.values():
+        if value.dtype in _HALF and value.const_value is not None:
+            stored = value.const_value
+            value.const_value = ir.LazyTensor(
+                lambda stored=stored: ir.tensor(stored.numpy().astype(np.float32)),
+                dtype=ir.DataType.FLOAT,
+                shape=stored.shape,
+                name=value.name,
+            )
+    values = [*model.graph.inputs, *model.graph.initializers.values(), *model.graph.outputs]
     for node in model.graph:
+        values += node.outputs
         if node.op_type == "MatMulNBits":
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
+        for name, attribute in list(node.attributes.items()):
+            if attribute.type == ir.AttributeType.TENSOR and attribute.as_tensor().dtype in _HALF:
+                wide = ir.tensor(attribute.as_tensor().numpy().astype(np.float32))
+                node.attributes[name] = ir.AttrTensor(name, wide)
+            elif node.op_type == "Cast" and name == "to" and ir.DataType(attribute.as_int()) in _HALF:
+                node.attributes[name] = ir.AttrInt64(name, ir.DataType.FLOAT)
+    for value in values:
+        if value.dtype in _HALF:
+            value.dtype = ir.DataType.FLOAT
+    ir.save(model, target, external_data=f"{target.name}.data")
 
 
 def _assign_in_block(block: nn.Module, name: str, weight: Tensor) -> None:
