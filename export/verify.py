@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from reft_edge.adapter import AdapterConfig, fold
 from reft_edge.errors import ReftEdgeError
-from reft_edge.export.exact import use_graph_weights, write_exact
+from reft_edge.export.exact import write_exact
+from reft_edge.graph_weights import use_graph_weights
 from reft_edge.interventions import Interventions
 from reft_edge.manifest import Manifest
 from reft_edge.runtime.binding import PortInputs, port_inputs

@@ -102,6 +102,14 @@ def train(
         str, typer.Option(help="Base model arithmetic: fp32, bf16, or auto (bf16 where the hardware has it).")
     ] = "auto",
     max_length: Annotated[int, typer.Option(help="Leave out rows of more tokens than this.")] = 1024,
+    base_weights: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            show_default=False,
+            help="Train on the rounded weights of a folder that this model was exported to.",
+        ),
+    ] = None,
     evaluate: Annotated[
         Path | None,
         typer.Option("--eval", help="Held-out rows; their loss is printed and saved.", show_default=False),
@@ -168,6 +176,7 @@ def train(
                 resume=resume,
                 save_every=save_every,
                 device=device,
+                base_weights=base_weights,
                 report=_plain(console),
                 on_step=on_step,
             )

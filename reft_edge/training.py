@@ -22,6 +22,7 @@ from reft_edge.data import Dataset, Example
 from reft_edge.errors import ReftEdgeError
 from reft_edge.files import write_atomically
 from reft_edge.fingerprint import fingerprint
+from reft_edge.graph_weights import use_exported_weights
 from reft_edge.interventions import Interventions
 from reft_edge.layers import parse_layers
 from reft_edge.steering import Steering, decoder_layers, steered
@@ -229,10 +230,14 @@ def train(
     resume: bool = False,
     save_every: int = 50,
     device: str | None = None,
+    base_weights: Path | None = None,
     report: Callable[[str], None] = lambda message: None,
     on_step: Callable[[StepReport], None] = lambda step: None,
 ) -> TrainResult:
     """Train an adapter for a frozen causal language model and write it to `output`.
+
+    With `base_weights`, a folder that this model was exported to, the model is given that folder's 16-bit or quantised
+    weights first, so that the adapter is trained on what it will meet on the device.
 
     A checkpoint beside `output` is written every `save_every` steps and when interrupted, and removed at the end;
     `resume` continues from it. Raises ReftEdgeError for settings the model cannot follow, a checkpoint of another
@@ -243,12 +248,22 @@ def train(
         raise ReftEdgeError(f"the folder of {output} does not exist; make it first")
     place = torch_device(device)
     config = adapter_config(model, base_name, settings)
+    base_parameters = sum(parameter.numel() for parameter in model.parameters())
+    weights: dict[str, Any] = {}
+    if base_weights is not None:
+        manifest = use_exported_weights(model, base_weights, config.base_fingerprint)
+        weights = {"precision": manifest.precision, **manifest.quantisation}
     trainer = Trainer(
         model.to(place), Interventions(config, settings.dropout, settings.seed), settings, data, place
     )
     checkpoint = Checkpoint(
         output.with_name(output.name + ".checkpoint"),
-        {"settings": dataclasses.asdict(settings), "data": data.digest, "base": config.base_fingerprint},
+        {
+            "settings": dataclasses.asdict(settings),
+            "data": data.digest,
+            "base": config.base_fingerprint,
+            "weights": weights,
+        },
     )
     if resume:
         found = checkpoint.load(trainer)
@@ -278,16 +293,17 @@ def train(
                 model, steering, evaluation.examples, settings.batch_size, place, trainer.autocast
             )
     loss = float(np.mean(trainer.losses[-max(1, len(trainer.losses) // 10) :]))
-    adapter = trainer.interventions.to_adapter(
-        dataclasses.replace(config, training=_provenance(settings, data, trainer, loss, held_out))
-    )
+    provenance = _provenance(settings, data, trainer, loss, held_out)
+    if weights:
+        provenance["base_weights"] = weights
+    adapter = trainer.interventions.to_adapter(dataclasses.replace(config, training=provenance))
     save_adapter(adapter, output)
     checkpoint.path.unlink(missing_ok=True)
     return TrainResult(
         output,
         output.stat().st_size,
         adapter.num_parameters,
-        sum(parameter.numel() for parameter in model.parameters()),
+        base_parameters,
         trainer.steps,
         loss,
         held_out,

@@ -154,15 +154,31 @@ class SteeredModel:
         )
         return generation
 
-    def logits(self, rows: Sequence[Sequence[int]], adapter: AdapterChoice = None) -> list[Logits]:
-        """Logits `[tokens, vocabulary]` of every row of prompt tokens, run as one right-padded batch."""
+    def logits(
+        self,
+        rows: Sequence[Sequence[int]],
+        adapter: AdapterChoice = None,
+        prompt_tokens: Sequence[int] | None = None,
+    ) -> list[Logits]:
+        """Logits `[tokens, vocabulary]` of every row of tokens, run as one right-padded batch.
+
+        The first `prompt_tokens` of each row are its prompt, the others count as generated; by default all are prompt.
+        Raises ReftEdgeError for an empty row, or a prompt length that a row does not have.
+        """
         if not rows or not all(rows):
             raise ReftEdgeError("there are no tokens to run; give at least one row of at least one token")
+        lengths = [len(row) for row in rows] if prompt_tokens is None else list(prompt_tokens)
+        if len(lengths) != len(rows) or not all(
+            0 < n <= len(row) for n, row in zip(lengths, rows, strict=True)
+        ):
+            raise ReftEdgeError(
+                f"prompt_tokens are {lengths}; expected one number a row, from 1 to the row's {[len(row) for row in rows]}"
+            )
         chosen = self._chosen(adapter)
         inputs: PortInputs = {}
         if chosen:
             inputs = port_inputs(self._edit(chosen), self.manifest, self._graph.dtype)
-            inputs["reft.prompt_len"] = np.array([len(row) for row in rows], np.int64)
+            inputs["reft.prompt_len"] = np.array(lengths, np.int64)
         return self._graph.score(rows, inputs)
 
     def _run(

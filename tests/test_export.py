@@ -181,7 +181,7 @@ def test_every_quantisation_is_verified_and_smaller(wide, tmp_path, algorithm, b
 
 def test_a_quantiser_that_fails_says_what_to_try(wide, tmp_path):
     with pytest.raises(
-        ReftEdgeError, match="could not build hf: .* try another --block-size, or --algorithm rtn"
+        ReftEdgeError, match=r"could not build hf: .* try another --block-size, or --algorithm rtn"
     ):
         export_model(wide, tmp_path / "export", "int4", quantisation=Quantisation("k_quant", 128))
 

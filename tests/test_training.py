@@ -9,11 +9,14 @@ import torch
 from reft_edge.adapter import load_adapter
 from reft_edge.data import Dataset, Example, load_dataset
 from reft_edge.errors import ReftEdgeError
+from reft_edge.export import Quantisation, export_model
 from reft_edge.interventions import Interventions
 from reft_edge.models import ModelFolder, load_model
 from reft_edge.prompts import load_prompts
+from reft_edge.runtime import SteeredModel
 from reft_edge.steering import steered
 from reft_edge.training import Trainer, TrainSettings, batch_loss, evaluate, rate, train
+from tests.tiny import make_model
 from tests.torch_reference import logits, random_adapter
 
 CPU = torch.device("cpu")
@@ -45,7 +48,9 @@ def settings(**changes):
 
 def run(model, data, path, **changes):
     options = {
-        key: changes.pop(key) for key in ("resume", "save_every", "evaluation", "on_step") if key in changes
+        key: changes.pop(key)
+        for key in ("resume", "save_every", "evaluation", "on_step", "base_weights")
+        if key in changes
     }
     return train(model, "tiny", data, path, settings(**changes), **options)
 
@@ -305,3 +310,34 @@ def test_loss_is_taken_on_completions_only(model):
         with steering.prompts(torch.tensor([6])):
             predicted = torch.log_softmax(logits(model, [5, 6, 7, 8, 9, 10, 20]), -1)
     assert loss == pytest.approx(-float(predicted[5, 20] + predicted[6, 21]), rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def int4(device_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("int4") / "export"
+    quantisation = Quantisation("rtn", accuracy_level=1)
+    export_model(ModelFolder(device_folder / "hf", "tiny"), folder, "int4", quantisation=quantisation)
+    return folder
+
+
+def test_base_weights_are_those_that_the_device_multiplies_with(model, data, tmp_path, int4):
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    rounded = run(model, data, tmp_path / "rounded", base_weights=int4)
+    adapter = load_adapter(tmp_path / "rounded")
+    assert adapter.config.training["base_weights"]["precision"] == "int4"
+    ids = list(data.examples[0].prompt)
+    with steered(model, (Interventions.from_adapter(adapter), 1.0)):
+        expected = logits(model, ids).numpy()
+    device = SteeredModel(int4, "cpu")
+    device.load_adapter(tmp_path / "rounded", name="task")
+    assert np.abs(device.logits([ids], "task")[0] - expected).max() <= 1e-3
+    assert rounded.base_parameters == parameters
+
+
+def test_base_weights_of_another_model_are_refused(data, tmp_path, int4):
+    other = load_model(ModelFolder(make_model(tmp_path / "hf", seed=1), "other"))
+    with pytest.raises(ReftEdgeError, match=r"is an export of tiny with fingerprint .* not of this model"):
+        run(other, data, tmp_path / "adapter", base_weights=int4)
+    with pytest.raises(ReftEdgeError, match="is not an exported model"):
+        run(other, data, tmp_path / "adapter", base_weights=tmp_path)
+    assert not (tmp_path / "adapter").exists()
