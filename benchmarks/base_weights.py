@@ -23,7 +23,7 @@ from rich.table import Table
 from reft_edge.adapter import load_adapter
 from reft_edge.cli import training_bar
 from reft_edge.data import load_dataset
-from reft_edge.export import export_model
+from reft_edge.export import Quantisation, export_model
 from reft_edge.interventions import Interventions
 from reft_edge.models import load_model, resolve_model
 from reft_edge.prompts import load_prompts
@@ -85,7 +85,10 @@ def main() -> None:
     figures: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
-        export_model(folder, work / "export", options.precision)
+        quantisation = Quantisation(
+            "k_quant"
+        )  # rounded anew, also where the model is a GGUF with blocks of its own
+        export_model(folder, work / "export", options.precision, quantisation=quantisation)
         for task in options.tasks:
             read = TASKS[task]
             held_out = questions(options.data / task / "test.jsonl", read, options.rows)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from reft_edge.errors import ReftEdgeError
 from reft_edge.export.build import (
     ALGORITHMS,
     BLOCK_SIZES,
@@ -17,6 +18,7 @@ from reft_edge.export.build import (
     Target,
     build_graph,
 )
+from reft_edge.export.gguf_blocks import can_carry, carry_blocks
 from reft_edge.export.ports import insert_ports
 from reft_edge.export.residual import cache_type, find_sites
 from reft_edge.export.verify import TEXTS, compare, require, run_graphs
@@ -50,7 +52,7 @@ def export_model(
     each step. Nothing is left at `output` unless everything succeeded; an earlier export there is replaced only then.
     Raises ReftEdgeError if the model cannot be built, ported or verified.
     """
-    target = Target(precision, device, quantisation or Quantisation())
+    target = Target(precision, device, _quantisation(model, precision, quantisation))
     config = json.loads((model.path / "config.json").read_text(encoding="utf-8"))
     num_layers = int(config.get("num_hidden_layers", 0))
     chosen = parse_layers(layers, num_layers)
@@ -61,6 +63,12 @@ def export_model(
         report("inserting ports")
         plain, graph = folder / "plain.onnx", folder / "model.onnx"
         graph.rename(plain)
+        carried: dict[str, int] = {}
+        if target.quantised and target.quantisation.algorithm == "gguf":
+            assert model.gguf is not None
+            report("carrying the GGUF's blocks over")
+            count, of = carry_blocks(plain, folder / "model.onnx.data", model.gguf, model.path, precision)
+            carried = {"carried": count, "matrices": of}
         built = ir.load(plain)
         genai = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
         sites = [site for site in find_sites(built.graph, num_layers) if site.layer in chosen]
@@ -95,7 +103,7 @@ def export_model(
             },
             float_type=_FLOAT_TYPES[float_type],
             device=device,
-            quantisation=asdict(target.quantisation) if target.quantised else {},
+            quantisation={**asdict(target.quantisation), **carried} if target.quantised else {},
         )
         report("running the graph")
         prompts = load_prompts(folder)
@@ -112,6 +120,20 @@ def export_model(
         manifest = replace(manifest, verification=asdict(verification))
         save_manifest(manifest, folder)
     return manifest
+
+
+def _quantisation(model: ModelFolder, precision: str, chosen: Quantisation | None) -> Quantisation:
+    """What was chosen, or the file's own blocks where the model is a GGUF that has them, or the default."""
+    if chosen is None or chosen.algorithm == "auto":
+        chosen = chosen or Quantisation()
+        own = model.gguf is not None and chosen.block_size == 32 and can_carry(model.gguf, precision)
+        return replace(chosen, algorithm="gguf" if own else "k_quant")
+    if chosen.algorithm == "gguf" and (model.gguf is None or not can_carry(model.gguf, precision)):
+        raise ReftEdgeError(
+            f"{model.name} is no GGUF file whose blocks an {precision} graph can hold "
+            "(Q4_0, Q4_1 and Q8_0 for int4, Q8_0 for int8); choose another --algorithm"
+        )
+    return chosen
 
 
 def _version(package: str) -> str:

@@ -12,7 +12,7 @@ from reft_edge.errors import ReftEdgeError
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
 DEVICES = ("cpu", "cuda")
-ALGORITHMS = ("rtn", "k_quant", "k_quant_mixed")
+ALGORITHMS = ("rtn", "k_quant", "k_quant_mixed", "gguf")
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 _HEAD_IN_8_BITS = "matmul_mixed_precision=last_matmul:int8"
 _MIXED = f"{_HEAD_IN_8_BITS},mixed_layers:int8"
@@ -22,9 +22,9 @@ _MIXED = f"{_HEAD_IN_8_BITS},mixed_layers:int8"
 class Quantisation:
     """How int4 and int8 weights are rounded. The defaults are the best that `reft-edge export --report` measured."""
 
-    algorithm: str = "k_quant"
-    """rtn: round to nearest. k_quant: each block's scale is searched for the least error. k_quant_mixed: the layers
-    that suffer most get 8 bits."""
+    algorithm: str = "auto"
+    """auto: gguf where the model is a file that has such blocks, else k_quant. rtn: round to nearest. k_quant: each block's scale is searched for the least error. k_quant_mixed: the layers
+    that suffer most get 8 bits. gguf: a GGUF file's own blocks are kept, and what they do not cover is k_quant."""
     block_size: int = 32
     """Weights that share a scale."""
     accuracy_level: int = 4
@@ -43,9 +43,14 @@ class Target:
         """Raises ReftEdgeError that says what can be chosen."""
         _choice("precision", self.precision, PRECISIONS)
         _choice("device", self.device, DEVICES)
-        _choice("quantisation algorithm", self.quantisation.algorithm, ALGORITHMS)
+        _choice("quantisation algorithm", self.quantisation.algorithm, ("auto", *ALGORITHMS))
         _choice("block size", self.quantisation.block_size, BLOCK_SIZES)
         _choice("accuracy level", self.quantisation.accuracy_level, (1, 4))
+        if self.quantised and self.quantisation.algorithm == "gguf" and self.quantisation.block_size != 32:
+            raise ReftEdgeError(
+                f"a GGUF's blocks are of 32 weights, not {self.quantisation.block_size}; "
+                "leave --block-size at 32, or choose another --algorithm"
+            )
         if self.precision == "fp32" and self.device == "cuda":
             raise ReftEdgeError(
                 "onnxruntime's grouped-query attention has no fp32 kernel for CUDA; choose --precision fp16 or bf16"
@@ -68,7 +73,7 @@ class Target:
             algorithm = self.quantisation.algorithm
             extra = [
                 f"block_size={self.quantisation.block_size}",
-                f"algo_config={algorithm.removesuffix('_mixed')}",
+                f"algo_config={'rtn' if algorithm == 'rtn' else 'k_quant'}",
                 f"accuracy_level={self.quantisation.accuracy_level if self.device == 'cpu' else 0}",
             ]
             if self.precision == "int4":

@@ -206,8 +206,12 @@ def export(
         str, typer.Option(help="What the graph is for: cpu or cuda. Exporting itself needs no GPU.")
     ] = "cpu",
     algorithm: Annotated[
-        str, typer.Option(help="How int4 and int8 weights are rounded: rtn, k_quant or k_quant_mixed.")
-    ] = "k_quant",
+        str,
+        typer.Option(
+            help="How int4 and int8 weights are rounded: rtn, k_quant, k_quant_mixed, or gguf, which keeps a GGUF file's "
+            "own blocks; auto is gguf where there are such blocks, else k_quant."
+        ),
+    ] = "auto",
     block_size: Annotated[
         int, typer.Option(help="Weights that share a scale in int4 and int8: 16, 32, 64, 128 or 256.")
     ] = 32,

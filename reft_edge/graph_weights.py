@@ -14,6 +14,9 @@ from reft_edge.errors import ReftEdgeError
 from reft_edge.manifest import Manifest, load_manifest
 from reft_edge.steering import decoder_layers
 
+OFFSETS = "/offsets"
+"""An initializer named as a MatMulNBits node with this at the end, `[in / 32, out]`: 32 times what is added to the weights
+of each block."""
 _IN_BLOCK = re.compile(r"/model/layers\.(\d+)/\w+/(\w+)/MatMul(?:_Q\d)?")
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
 _SPLIT = {"gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1)}
@@ -61,6 +64,9 @@ def use_graph_weights(model: Any, source: Path, float_type: str = "fp32") -> Non
             number["bits"],
             (number["N"], number["K"]),
         )
+        if (offsets := graph.initializers.get(f"{node.name}{OFFSETS}")) is not None:
+            blocks_of_32 = torch.from_numpy(np.array(_array(offsets), np.float32).T / 32)
+            weight = weight + blocks_of_32.repeat_interleave(32, dim=1)
         match = _IN_BLOCK.fullmatch(node.name or "")
         if match:
             _assign_in_block(blocks[int(match[1])], match[2], weight)

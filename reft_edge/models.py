@@ -33,6 +33,8 @@ class ModelFolder:
     path: Path
     name: str
     """For people: what the user asked for, without folders."""
+    gguf: Path | None = None
+    """The file that `path` was converted from, if it was."""
 
 
 def cache_folder() -> Path:
@@ -64,10 +66,10 @@ def resolve_model(model: str, report: Report = lambda message: None) -> ModelFol
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ReftEdgeError(f"there is no file {model}")
-        return ModelFolder(convert_gguf(path, report), path.stem)
+        return ModelFolder(convert_gguf(path, report), path.stem, path)
     if model == PACKAGED:
         gguf = packaged_gguf(report)
-        return ModelFolder(convert_gguf(gguf, report), "SmolLM2-135M-Instruct")
+        return ModelFolder(convert_gguf(gguf, report), "SmolLM2-135M-Instruct", gguf)
     if model.count("/") <= 1 and not model.startswith((".", "/")):
         return ModelFolder(_download(model, report), model)
     raise ReftEdgeError(
