@@ -68,7 +68,8 @@ class Target:
         """The model builder's arguments."""
         # Its 16-bit CPU graphs have no grouped-query attention; the CUDA ones do, and a CPU runs those, too.
         provider = "cuda" if self.device == "cuda" or self.precision == "fp16" else "cpu"
-        options = ["-p", self.precision, "-e", provider]
+        # A cache that drops what left a sliding window takes no prompt in chunks, nor one longer than the window.
+        options = ["-p", self.precision, "-e", provider, "--extra_options", "windowed_kv_cache=false"]
         if self.quantised:
             algorithm = self.quantisation.algorithm
             extra = [
@@ -78,7 +79,7 @@ class Target:
             ]
             if self.precision == "int4":
                 extra.append(_MIXED if algorithm == "k_quant_mixed" else _HEAD_IN_8_BITS)
-            options += ["--extra_options", *extra]
+            options += extra
         return options
 
 
@@ -90,7 +91,7 @@ def build_graph(
     `work` is a folder for temporary files that does not exist yet; `progress` is told each step.
     Raises ReftEdgeError with the builder's own last words if it fails, for instance for an unknown architecture.
     """
-    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(model), "-o", str(output)]
+    command = [sys.executable, "-m", "reft_edge.export.builder_process", "-i", str(model), "-o", str(output)]
     command += ["-c", str(work), *target.builder_options()]
     work.mkdir()
     log: list[str] = []

@@ -26,13 +26,31 @@ SHARED = {
 }
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": True},
-    "mistral": {"tie_word_embeddings": False, "head_dim": 16},
+    "mistral": {"tie_word_embeddings": False, "head_dim": 16, "sliding_window": 8},
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {"tie_word_embeddings": False, "head_dim": 16},
-    "phi3": {"tie_word_embeddings": False, "original_max_position_embeddings": 256},
+    "phi3": {"tie_word_embeddings": False, "original_max_position_embeddings": 256, "sliding_window": 8},
     "smollm3": {"tie_word_embeddings": True},
     "granite": {"tie_word_embeddings": True, "logits_scaling": 2.0, "residual_multiplier": 0.5},
     "gemma": {"tie_word_embeddings": True, "head_dim": 16},
+    "gemma2": {
+        "tie_word_embeddings": True,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 8,
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 10.0,
+    },
+    "gemma3_text": {
+        "tie_word_embeddings": True,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "olmo": {"tie_word_embeddings": False},
+    "phi": {"tie_word_embeddings": False, "head_dim": 16, "partial_rotary_factor": 1.0},
+    "nemotron": {"tie_word_embeddings": False, "head_dim": 16, "partial_rotary_factor": 1.0},
     "ernie4_5": {"tie_word_embeddings": True, "head_dim": 16},
 }
 TEMPLATE = (
