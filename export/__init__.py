@@ -20,7 +20,7 @@ from reft_edge.export.build import (
 )
 from reft_edge.export.gguf_blocks import can_carry, carry_blocks
 from reft_edge.export.ports import insert_ports
-from reft_edge.export.residual import cache_type, find_sites
+from reft_edge.export.residual import find_sites, stream_type
 from reft_edge.export.verify import TEXTS, compare, require, run_graphs
 from reft_edge.files import replace_folder
 from reft_edge.fingerprint import fingerprint
@@ -72,7 +72,7 @@ def export_model(
         built = ir.load(plain)
         genai = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
         sites = [site for site in find_sites(built.graph, num_layers) if site.layer in chosen]
-        float_type = cache_type(built.graph)
+        float_type = stream_type(sites)
         ports = insert_ports(built, sites, genai["decoder"]["hidden_size"], float_type.numpy())
         ir.save(built, graph)
         del built, sites

@@ -70,6 +70,8 @@ class Target:
         provider = "cuda" if self.device == "cuda" or self.precision == "fp16" else "cpu"
         # A cache that drops what left a sliding window takes no prompt in chunks, nor one longer than the window.
         options = ["-p", self.precision, "-e", provider, "--extra_options", "windowed_kv_cache=false"]
+        if provider == "cuda":
+            options.append("fuse_qk_norm_gqa=false")  # no CPU kernel has the norms inside attention
         if self.quantised:
             algorithm = self.quantisation.algorithm
             extra = [

@@ -6,6 +6,7 @@ What is changed is what the builder is told of the model, not its code: export's
 whether the outcome is right. Seen with onnxruntime-genai 0.18 and transformers 5.23.
 """
 
+import math
 import runpy
 import sys
 from typing import Any
@@ -51,6 +52,14 @@ def main() -> None:
     import onnxruntime_genai.models  # makes the builder's own packages importable  # noqa: F401, I001
     import builders
 
+    plain_init = builders.GemmaModel.__init__
+
+    def init(self: Any, config: Any, *arguments: Any) -> None:
+        """The builder rounds the factor of the embeddings to two decimals."""
+        plain_init(self, config, *arguments)
+        self.embed_attrs["scale"] = math.sqrt(config.hidden_size)
+
+    builders.GemmaModel.__init__ = init
     plain_norm = builders.OLMoModel.make_layernorm
 
     def layer_norm(self: Any, *arguments: Any, **options: Any) -> None:

@@ -4,6 +4,7 @@ A graph in 16 bits or with quantised weights differs from the original model by 
 behind that. In float32 arithmetic, against a model that has the same rounded weights, it cannot.
 """
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -34,11 +35,19 @@ def write_exact(source: Path, target: Path) -> None:
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
         for name, attribute in list(node.attributes.items()):
             if attribute.type == ir.AttributeType.TENSOR and attribute.as_tensor().dtype in _HALF:
-                wide = ir.tensor(attribute.as_tensor().numpy().astype(np.float32))
-                node.attributes[name] = ir.AttrTensor(name, wide)
+                node.attributes[name] = ir.AttrTensor(name, _constant(attribute.as_tensor()))
             elif node.op_type == "Cast" and name == "to" and ir.DataType(attribute.as_int()) in _HALF:
                 node.attributes[name] = ir.AttrInt64(name, ir.DataType.FLOAT)
     for value in values:
         if value.dtype in _HALF:
             value.dtype = ir.DataType.FLOAT
     ir.save(model, target, external_data=f"{target.name}.data")
+
+
+def _constant(stored: ir.TensorProtocol) -> ir.Tensor:
+    """A scalar as it was before it was rounded, which the model builder leaves in its name; PyTorch never rounds it."""
+    content = stored.numpy().astype(np.float32)
+    match = re.fullmatch(r"/model/constants/\w+/([-+.\de]+)", stored.name or "")
+    if match and content.size == 1:
+        content = np.full_like(content, float(match[1]))
+    return ir.tensor(content)

@@ -1,6 +1,7 @@
 """Finding the residual stream in a decoder graph: where each block's output is first formed."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -73,11 +74,12 @@ def find_head_input(graph: ir.Graph) -> tuple[ir.Node, ir.Value]:
     return node, _present(node.inputs[0])
 
 
-def cache_type(graph: ir.Graph) -> ir.DataType:
-    """The float type of the KV cache, which is also that of the residual stream."""
-    cache = next(value for value in graph.inputs if (value.name or "").startswith("past_key_values."))
-    assert cache.dtype is not None
-    return cache.dtype
+def stream_type(sites: Sequence[Site]) -> ir.DataType:
+    """The float type of the residual stream. Raises ReftEdgeError if the graph does not say."""
+    dtype = sites[0].uses[0].value.dtype
+    if dtype is None:
+        raise ReftEdgeError(f"the graph gives no type for {sites[0].uses[0].value.name}, a block's output")
+    return dtype
 
 
 def _present(value: ir.Value | None) -> ir.Value:

@@ -16,6 +16,8 @@ from reft_edge.errors import ReftEdgeError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from reft_edge.models import ModelFolder
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -196,11 +198,11 @@ def train(
 def export(
     model: Model,
     output: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             "--output", "-o", help="The folder to write; replaced only by a success.", show_default=False
         ),
-    ],
+    ] = None,
     precision: Annotated[str, typer.Option(help="fp32, fp16, bf16, int8 or int4.")] = "fp32",
     device: Annotated[
         str, typer.Option(help="What the graph is for: cpu or cuda. Exporting itself needs no GPU.")
@@ -224,6 +226,12 @@ def export(
     layers: Annotated[
         str, typer.Option(help="Layers that get a port: `all`, `3;9;18`, `0-5`, or a mix.")
     ] = "all",
+    report: Annotated[
+        bool,
+        typer.Option(
+            "--report", help="Write nothing; try every precision and print what it costs and gives here."
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Export frozen MODEL to ONNX with intervention ports, and check it against PyTorch.
@@ -237,8 +245,17 @@ def export(
         from reft_edge.export import Quantisation, export_model
         from reft_edge.models import resolve_model
 
+        if (output is None) != report:
+            raise ReftEdgeError(
+                "--report writes no folder; leave -o away"
+                if report
+                else "give the folder to write with -o DIR"
+            )
         started = time.perf_counter()
         folder = resolve_model(model, _plain(console))
+        if output is None:
+            _print_report(folder, device, layers, console, as_json)
+            return
         with console.status(f"exporting {folder.name}") as status:
             manifest = export_model(
                 folder,
@@ -288,6 +305,42 @@ def export(
     typer.echo(
         f"  likeliest next token    that of the original model at {figures['agreement']:.0%} of tokens"
     )
+
+
+def _print_report(folder: "ModelFolder", device: str, layers: str, console: "Console", as_json: bool) -> None:
+    from rich.table import Table
+
+    from reft_edge.export.report import compare_precisions
+
+    with console.status(f"measuring {folder.name}") as status:
+        choices = list(compare_precisions(folder, device, layers, lambda step: status.update(f"{step} …")))
+    if as_json:
+        _print_json([vars(choice) for choice in choices])
+        return
+    table = Table(title=f"{folder.name} on {device}")
+    table.add_column("precision")
+    for heading in (
+        "MB",
+        "perplexity",
+        "same next token as fp32",
+        "the same, with adapter",
+        "decode tokens/s",
+        "with adapter",
+    ):
+        table.add_column(heading, justify="right")
+    for choice in choices:
+        table.add_row(
+            choice.name,
+            f"{choice.size / 1e6:,.0f}",
+            f"{choice.perplexity:.2f}",
+            f"{choice.agreement:.1%}",
+            f"{choice.steered_agreement:.1%}",
+            f"{choice.decode:.1f}",
+            f"{choice.steered_decode:.1f}",
+        )
+    from rich.console import Console
+
+    Console().print(table)
 
 
 @app.command(

@@ -14,10 +14,12 @@ from reft_edge.errors import ReftEdgeError
 from reft_edge.manifest import Manifest, load_manifest
 from reft_edge.steering import decoder_layers
 
+_HALF = {ir.DataType.FLOAT16: torch.float16, ir.DataType.BFLOAT16: torch.bfloat16}
 OFFSETS = "/offsets"
 """An initializer named as a MatMulNBits node with this at the end, `[in / 32, out]`: 32 times what is added to the weights
 of each block."""
 _IN_BLOCK = re.compile(r"/model/layers\.(\d+)/\w+/(\w+)/MatMul(?:_Q\d)?")
+_ALIASES = {"o_proj": "dense"}
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
 _SPLIT = {"gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1)}
 
@@ -34,19 +36,22 @@ def use_exported_weights(model: Any, folder: Path, base_fingerprint: str) -> Man
             f"{folder} is an export of {manifest.base_name} with fingerprint {manifest.base_fingerprint}, not of this "
             f"model, which has {base_fingerprint}; give the folder that this model was exported to"
         )
-    use_graph_weights(model, folder / manifest.graph, manifest.float_type)
+    use_graph_weights(model, folder / manifest.graph)
     return manifest
 
 
-def use_graph_weights(model: Any, source: Path, float_type: str = "fp32") -> None:
+def use_graph_weights(model: Any, source: Path) -> None:
     """Give the float32 PyTorch model the weights of the graph file `source`, in place.
 
-    16-bit weights (`float_type` fp16 or bf16) are the model's own, rounded; quantised ones are read from the file and
+    16-bit weights are the model's own, rounded; quantised ones are read from the file and
     dequantised. Raises ReftEdgeError if a quantised matrix has no counterpart in the model.
     """
-    if float_type != "fp32":
-        round_model(model, {"fp16": torch.float16, "bf16": torch.bfloat16}[float_type])
     graph = ir.load(source).graph
+    stored = {value.dtype for value in graph.initializers.values()}
+    norms = {value.dtype for name, value in graph.initializers.items() if name.endswith("norm.weight")}
+    for half, dtype in _HALF.items():
+        if half in stored:
+            round_model(model, dtype, round_norms=half in norms)
     blocks = decoder_layers(model)
     for node in graph:
         if node.op_type == "GatherBlockQuantized":
@@ -78,13 +83,19 @@ def use_graph_weights(model: Any, source: Path, float_type: str = "fp32") -> Non
             )
 
 
-def round_model(model: nn.Module, dtype: torch.dtype) -> None:
-    """Round weights and rotary cosines of a float32 model to what a 16-bit graph stores, in place."""
+def round_model(model: nn.Module, dtype: torch.dtype, round_norms: bool = True) -> None:
+    """Round weights and rotary cosines of a float32 model to what a 16-bit graph stores, in place.
+
+    `round_norms`: whether the graph's norms are in 16 bits, too.
+    """
     for module in model.modules():
+        is_norm = "Norm" in type(module).__name__
+        # Gemma's and Nemotron's norms multiply by 1 + weight, and the graph stores that sum.
+        offset = 1.0 if re.search("Gemma.*Norm|Norm1P", type(module).__name__) else 0.0
         for parameter in module.parameters(recurse=False):
-            # Gemma's norms multiply by 1 + weight, and the graph stores that sum.
-            offset = 1.0 if "Gemma" in type(module).__name__ and "Norm" in type(module).__name__ else 0.0
-            parameter.data = (parameter.data + offset).to(dtype).float() - offset
+            plus = offset if parameter is getattr(module, "weight", None) else 0.0
+            if round_norms or not is_norm:
+                parameter.data = (parameter.data + plus).to(dtype).float() - plus
         if type(module).__name__.endswith("RotaryEmbedding"):
             module.register_forward_hook(
                 lambda _module, _inputs, out: tuple(x.to(dtype).float() for x in out)
@@ -97,6 +108,7 @@ def _assign_in_block(block: nn.Module, name: str, weight: Tensor) -> None:
         for path, module in block.named_modules()
         if isinstance(module, nn.Linear)
     }
+    name = name if name in linear else _ALIASES.get(name, name)
     if name in linear:
         _assign(linear[name], weight)
     elif name in _FUSED and all(part in linear for part in _FUSED[name]):

@@ -34,7 +34,7 @@ class Manifest:
     verification: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     float_type: str = "fp32"
-    """Of the residual stream, and so of the ports' inputs and the KV cache: fp32, fp16 or bf16."""
+    """Of the residual stream, and so of the ports' inputs: fp32, fp16 or bf16."""
     device: str = "cpu"
     """What the graph was built for: cpu or cuda."""
     quantisation: dict[str, Any] = field(default_factory=dict)

@@ -20,6 +20,11 @@ _CUDA = "CUDAExecutionProvider"
 _CACHE_STEP = 256
 HOST_TYPES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": np.dtype(np.float32)}
 _ONNX_BFLOAT16 = 16
+_ELEMENT_TYPES: dict[str, Any] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(bfloat16)": _ONNX_BFLOAT16,
+}
 
 Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
@@ -56,7 +61,7 @@ def choose_device(device: str, available: Sequence[str]) -> str:
 
 def check_cpu(manifest: Manifest) -> None:
     """Raise ReftEdgeError if the folder's graph can only run on a GPU."""
-    if manifest.float_type == "bf16":
+    if manifest.precision == "bf16":
         raise ReftEdgeError(
             f"this folder holds {manifest.base_name} in bf16, for which ONNX Runtime has no CPU kernels; "
             "run it with --device cuda, or export with --precision fp32, fp16, int8 or int4"
@@ -152,8 +157,9 @@ class GraphSession:
         self.dtype = HOST_TYPES[manifest.float_type]
         """Of float arrays given to this session; where the graph has bf16, which numpy lacks, they are converted."""
         self._bf16 = manifest.float_type == "bf16"
+        self._cache_type = _ELEMENT_TYPES[inputs[self._pasts[0]].type]
         logits = next(value for value in self.session.get_outputs() if value.name == "logits")
-        self._logits_dtype = {"tensor(float)": np.float32, "tensor(float16)": np.float16}[logits.type]
+        self._logits_dtype = _ELEMENT_TYPES[logits.type]
         self._vocabulary = int(logits.shape[2])
         self._keep_last = self._to_device(np.array(1, np.int64))
         self._spare: list[KVCache] = []
@@ -172,9 +178,7 @@ class GraphSession:
         capacity = -(-tokens // _CACHE_STEP) * _CACHE_STEP
         shape = [batch, self._heads, capacity, self._head_size]
         values = {
-            name: self._ort.OrtValue.ortvalue_from_shape_and_type(
-                shape, _ONNX_BFLOAT16 if self._bf16 else self.dtype.type, self.device
-            )
+            name: self._ort.OrtValue.ortvalue_from_shape_and_type(shape, self._cache_type, self.device)
             for name in self._pasts
         }
         return KVCache(values, batch, capacity)
@@ -193,9 +197,12 @@ class GraphSession:
         ids, mask = np.zeros((2, len(rows), length), np.int64)
         for i, row in enumerate(rows):
             ids[i, : len(row)], mask[i, : len(row)] = row, 1
-        empty = np.zeros((len(rows), self._heads, 0, self._head_size), self.dtype)
-        feeds = {"input_ids": ids, "attention_mask": mask, **dict.fromkeys(self._pasts, empty), **ports}
-        values = {name: ort_value(array, self._bf16) for name, array in feeds.items()}
+        shape = [len(rows), self._heads, 0, self._head_size]
+        empty = self._ort.OrtValue.ortvalue_from_shape_and_type(shape, self._cache_type)
+        values = {name: ort_value(array, self._bf16) for name, array in ports.items()}
+        values.update(
+            input_ids=ort_value(ids), attention_mask=ort_value(mask), **dict.fromkeys(self._pasts, empty)
+        )
         with plain_failure():
             logits = self.session.run_with_ort_values(["logits"], values)[0].numpy()
         logits = logits.astype(np.float32, copy=False)
