@@ -148,7 +148,6 @@ def build_encoder(encoder: Any) -> ir.Model:
 
     Raises ReftEdgeError if PyTorch cannot export it.
     """
-    example = torch.ones(2, 7, dtype=torch.long)
     names = ["input_ids", "attention_mask"] + (["token_type_ids"] if has_token_types(encoder) else [])
     free = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
     try:
@@ -156,7 +155,7 @@ def build_encoder(encoder: Any) -> ir.Model:
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 _Blocks(encoder).eval(),
-                tuple(example for _ in names),
+                tuple(torch.ones(2, 7, dtype=torch.long) for _ in names),
                 dynamo=True,
                 verbose=False,
                 input_names=names,
@@ -188,9 +187,7 @@ def split_outputs(graph: ir.Graph, layers: Sequence[int]) -> list[Site]:
     for node in reversed(list(graph)):
         if node is not copy and not any(value.uses() for value in node.outputs):
             graph.remove(node, safe=True)
-    return [
-        Site(layer, tuple(Use(use.node, use.idx) for use in blocks[layer].uses())) for layer in layers
-    ]
+    return [Site(layer, tuple(Use(use.node, use.idx) for use in blocks[layer].uses())) for layer in layers]
 
 
 def _drop_blocks(path: Path) -> None:

@@ -384,8 +384,6 @@ def _check_head(config: AdapterConfig) -> None:
         raise AdapterFileError("a label is named twice")
     for label in labels:
         if not label or len(label) > _MAX_LABEL or not label.isprintable():
-            raise AdapterFileError(
-                f"label {label[:50]!r} is not plain text of 1 to {_MAX_LABEL} characters"
-            )
+            raise AdapterFileError(f"label {label[:50]!r} is not plain text of 1 to {_MAX_LABEL} characters")
     if config.pooling not in POOLINGS:
         raise AdapterFileError(f"pooling is {config.pooling!r}; expected one of {', '.join(POOLINGS)}")

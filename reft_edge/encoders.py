@@ -11,6 +11,7 @@ from reft_edge.errors import ReftEdgeError
 from reft_edge.models import ModelFolder, load_model_prompts
 
 MODEL_TYPES = ("bert", "distilbert", "roberta")
+TASKS = ("completion", "classification")
 
 Text = str | tuple[str, str]
 """A text, or a pair of texts."""
@@ -56,6 +57,17 @@ def is_encoder(model: ModelFolder) -> bool:
     return config.get("model_type") in MODEL_TYPES and not decodes
 
 
+def check_task(task: str, model: ModelFolder) -> None:
+    """Raise ReftEdgeError unless the task is known and the model can learn it."""
+    if task not in TASKS:
+        raise ReftEdgeError(f"unknown task {task!r}; choose one of {', '.join(TASKS)}")
+    if (task == "classification") != is_encoder(model):
+        kind, needed = ("an encoder", TASKS[1]) if is_encoder(model) else ("no encoder", TASKS[0])
+        raise ReftEdgeError(
+            f"{model.name} is {kind} ({', '.join(MODEL_TYPES)} are); it is trained with --task {needed}"
+        )
+
+
 def read_config(model: ModelFolder) -> dict[str, Any]:
     """config.json as it stands. Raises ReftEdgeError if it cannot be read."""
     return _read(model.path / "config.json")
@@ -64,7 +76,9 @@ def read_config(model: ModelFolder) -> dict[str, Any]:
 def context_length(config: dict[str, Any]) -> int:
     """Most tokens that have a position of their own; RoBERTa's positions start after the padding token's id."""
     positions = int(config.get("max_position_embeddings", 512))
-    return positions - int(config.get("pad_token_id", 1)) - 1 if config["model_type"] == "roberta" else positions
+    return (
+        positions - int(config.get("pad_token_id", 1)) - 1 if config["model_type"] == "roberta" else positions
+    )
 
 
 def load_text_tokens(model: ModelFolder, limit: int | None = None) -> TextTokens:
