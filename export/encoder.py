@@ -52,7 +52,10 @@ class EncoderVerification:
     batch_error: float
     """max |in a padded batch − alone| of the same rows with that adapter, in ONNX Runtime."""
     rank0_bitwise: bool
-    """Whether the graph with unused ports equals the graph before ports, bit for bit."""
+    """Whether the graph with unused ports equals the graph before ports, bit for bit, both run as they are written.
+
+    ONNX Runtime's fusions differ where there is a port; what that changes is within `base_error`.
+    """
 
     def failures(self) -> list[str]:
         """What is off, in words; empty if the export can be trusted."""
@@ -211,12 +214,15 @@ def verify_encoder(
     """Run rows through the graph with ports, the one without, and the PyTorch model."""
     interventions = random_adapter(manifest)
     ports = port_inputs(fold(interventions.to_adapter()), manifest, np.dtype(np.float32))
-    graph = EncoderSession(folder / manifest.graph, "cpu", prepack=False)
+    graph = EncoderSession(folder / manifest.graph, "cpu")
     shipped = [graph.hidden_states([row], {})[0] for row in rows]
     alone = [graph.hidden_states([row], ports)[0] for row in rows]
     together = graph.hidden_states(rows, ports)
-    without = EncoderSession(plain, "cpu", prepack=False)
-    before = [without.hidden_states([row], {})[0] for row in rows]
+    written, without = (EncoderSession(path, "cpu", fuse=False) for path in (folder / manifest.graph, plain))
+    same = [
+        np.array_equal(written.hidden_states([row], {})[0], without.hidden_states([row], {})[0])
+        for row in rows
+    ]
     base = [torch_hidden_states(encoder, row) for row in rows]
     with steered(encoder, (interventions, 1.0)):
         steered_base = [torch_hidden_states(encoder, row) for row in rows]
@@ -225,7 +231,7 @@ def verify_encoder(
         steered_error=_largest_difference(alone, steered_base),
         effect=_largest_difference(steered_base, base),
         batch_error=_largest_difference(together, alone),
-        rank0_bitwise=all(np.array_equal(a, b) for a, b in zip(shipped, before, strict=True)),
+        rank0_bitwise=all(same),
     )
 
 

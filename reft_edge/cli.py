@@ -474,7 +474,7 @@ def _print_encoder_figures(output: Path, size: int, seconds: float, manifest: "M
     typer.echo("verified against PyTorch, hidden states at every token of a few texts:")
     typer.echo(
         f"  no adapter              max difference {figures['base_error']:.2g}; "
-        "bitwise equal to the graph without ports"
+        "as written, bitwise equal to the graph without ports"
     )
     typer.echo(
         f"  adapter at every port   max difference {figures['steered_error']:.2g}, where it moves them by "

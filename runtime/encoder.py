@@ -34,9 +34,9 @@ class EncoderSession:
     """An exported encoder graph in one onnxruntime session."""
 
     def __init__(
-        self, graph: Path, device: str = "auto", threads: int | None = None, prepack: bool = True
+        self, graph: Path, device: str = "auto", threads: int | None = None, fuse: bool = True
     ) -> None:
-        self.session = open_graph(graph, device, threads, prepack)
+        self.session = open_graph(graph, device, threads, fuse=fuse)
         self._types = any(value.name == "token_type_ids" for value in self.session.get_inputs())
 
     def hidden_states(self, rows: Sequence[Tokens], ports: PortInputs) -> list[Floats]:
