@@ -171,9 +171,9 @@ def test_train_export_and_run_from_the_command_line(encoder, tmp_path):
     output = tmp_path / "task.safetensors"
     done = CliRunner().invoke(
         app,
-        ["train", str(source.path), str(rows), "-o", str(output), "--task", "classification"]
-        + ["--max-steps", "60", "--lr", "1e-2", "--dtype", "fp32", "--eval", str(rows), "--json"],
-        ],
+        ["train", str(source.path), str(rows), "-o", str(output), "--task", "classification", "--json"]
+        + ["--max-steps", "60", "--lr", "1e-2", "--dtype", "fp32", "--eval"]
+        + [str(rows)],
     )
     assert done.exit_code == 0, done.output
     adapter = load_adapter(output)
