@@ -175,7 +175,7 @@ class Trainer:
                     )
                     / count
                 )
-                part.backward()
+                part.backward()  # type: ignore[no-untyped-call]
                 loss += float(part.detach())
             if not math.isfinite(loss):
                 raise ReftEdgeError(
@@ -580,7 +580,7 @@ def _flatten(belongs_to: dict[str, Any]) -> dict[str, str]:
 
 
 def _provenance(
-    settings: TrainSettings, data: Dataset, trainer: Trainer, loss: float, evaluation: float | None
+    settings: TrainSettings, data: Dataset | LabelledTexts, trainer: Trainer, loss: float, evaluation: float | None
 ) -> dict[str, Any]:
     described = (
         "intervention",
