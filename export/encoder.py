@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import logging
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -153,6 +154,7 @@ def build_encoder(encoder: Any) -> ir.Model:
     """
     names = ["input_ids", "attention_mask"] + (["token_type_ids"] if has_token_types(encoder) else [])
     free = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")

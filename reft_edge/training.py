@@ -301,7 +301,15 @@ def train(
         held_out = accuracy = None
         if evaluation is not None:
             report("evaluating on the held-out file")
-            held_out = evaluate(model, steering, evaluation, settings.batch_size, place, trainer.autocast)
+            held_out = evaluate(
+                model,
+                steering,
+                evaluation.examples,
+                settings.batch_size,
+                place,
+                trainer.autocast,
+                trainer.objective,
+            )
             if isinstance(evaluation, LabelledTexts):
                 accuracy = label_accuracy(
                     model, trainer.interventions, evaluation, settings.batch_size, place, trainer.autocast
@@ -381,6 +389,9 @@ class Completions:
         return batch_loss(model, steering, rows, device, autocast)
 
 
+_COMPLETIONS = Completions()
+
+
 class Labels:
     """The label of every text."""
 
@@ -406,7 +417,7 @@ class Labels:
 
 def objective_of(data: Dataset | LabelledTexts) -> Objective:
     """What such data trains."""
-    return Labels() if isinstance(data, LabelledTexts) else Completions()
+    return Labels() if isinstance(data, LabelledTexts) else _COMPLETIONS
 
 
 def batch_loss(
@@ -464,14 +475,13 @@ def frozen(model: Any) -> Iterator[None]:
 def evaluate(
     model: Any,
     steering: Steering,
-    data: Dataset | LabelledTexts,
+    rows: Sequence[Any],
     batch_size: int,
     device: torch.device,
     autocast: bool,
+    objective: Objective = _COMPLETIONS,
 ) -> float:
     """Mean negative log-likelihood, in nats a completion token or label, dropout off."""
-    rows: Sequence[Any] = data.examples
-    objective = objective_of(data)
     modules = [interventions for interventions, _ in steering.adapters]
     for module in modules:
         module.eval()
@@ -580,7 +590,11 @@ def _flatten(belongs_to: dict[str, Any]) -> dict[str, str]:
 
 
 def _provenance(
-    settings: TrainSettings, data: Dataset | LabelledTexts, trainer: Trainer, loss: float, evaluation: float | None
+    settings: TrainSettings,
+    data: Dataset | LabelledTexts,
+    trainer: Trainer,
+    loss: float,
+    evaluation: float | None,
 ) -> dict[str, Any]:
     described = (
         "intervention",
