@@ -8,6 +8,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from reft_edge.encoders import is_encoder
 from reft_edge.errors import ReftEdgeError
 from reft_edge.export.build import (
     ALGORITHMS,
@@ -52,6 +53,10 @@ def export_model(
     each step. Nothing is left at `output` unless everything succeeded; an earlier export there is replaced only then.
     Raises ReftEdgeError if the model cannot be built, ported or verified.
     """
+    if is_encoder(model):
+        from reft_edge.export.encoder import export_encoder
+
+        return export_encoder(model, output, precision, layers, report)
     target = Target(precision, device, _quantisation(model, precision, quantisation))
     config = json.loads((model.path / "config.json").read_text(encoding="utf-8"))
     num_layers = int(config.get("num_hidden_layers", 0))

@@ -11,6 +11,8 @@ size d are stored as:
     consreft, lobireft R [L, G, r, d]   b [L, G, r]
     steering           v [L, G, 1, d]   alpha [L, G, 1]
 
+An adapter for classification also holds its head, for K labels: head.weight [K, d], head.bias [K].
+
 Formulas: Wu et al. 2024 (arXiv 2404.03592, section 3.2) for LoReFT and DiReFT, pyreft 0.1.0's
 `interventions.py` for the others.
 """
@@ -39,9 +41,12 @@ FORMAT = "reft-edge"
 VERSION = "1"
 INTERVENTIONS = ("loreft", "noreft", "direft", "nodireft", "consreft", "lobireft", "steering")
 LINEAR_ONLY = ("consreft", "lobireft", "steering")
+POOLINGS = ("cls", "mean")
+HEAD = ("head.weight", "head.bias")
 
 _MAX_HEADER = 1 << 20
 _MAX_DATA = 1 << 30
+_MAX_LABELS, _MAX_LABEL = 1000, 200
 _LIMITS = {"hidden_size": 1 << 20, "num_layers": 1 << 12, "rank": 1 << 12}
 
 
@@ -70,6 +75,10 @@ class AdapterConfig:
     """"chat": prompts went through the base model's chat template; "raw": they did not."""
     training: dict[str, Any] = field(default_factory=dict)
     """How it was trained: data digest, steps, learning rate, seed, versions, loss."""
+    labels: tuple[str, ...] = ()
+    """What the classification head tells apart; empty where there is no head."""
+    pooling: str = ""
+    """The vector that the head reads: `cls`, the first token's, or `mean`, the mean over a row's tokens."""
 
     def __post_init__(self) -> None:
         _check_config(self)
@@ -81,6 +90,13 @@ class AdapterConfig:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor that the file must hold."""
+        if not self.labels:
+            return self.edit_shapes()
+        count = len(self.labels)
+        return {**self.edit_shapes(), "head.weight": (count, self.hidden_size), "head.bias": (count,)}
+
+    def edit_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The same without the classification head."""
         groups = (len(self.layers), len(self.spans))
         matrix, vector = (*groups, self.rank, self.hidden_size), (*groups, self.rank)
         if self.intervention in ("loreft", "direft"):
@@ -244,8 +260,9 @@ def _config_from_metadata(metadata: Any) -> AdapterConfig:
         raise AdapterFileError(f"its description has unknown fields {unknown}")
     if missing := sorted(required - fields.keys()):
         raise AdapterFileError(f"its description lacks {missing}")
-    if isinstance(fields["layers"], list):
-        fields["layers"] = tuple(fields["layers"])
+    for name in ("layers", "labels"):
+        if isinstance(fields.get(name), list):
+            fields[name] = tuple(fields[name])
     return AdapterConfig(**fields)
 
 
@@ -345,4 +362,28 @@ def _check_config(config: AdapterConfig) -> None:
         raise AdapterFileError(f"prompt_format is {config.prompt_format!r}; expected `chat` or `raw`")
     if not isinstance(config.training, dict):
         raise AdapterFileError("training is not a JSON object")
-    parse_positions(config.positions, config.tied)
+    spans = parse_positions(config.positions, config.tied)
+    _check_head(config)
+    if config.labels and any(span.on_generated for span in spans):
+        raise AdapterFileError(
+            f"positions {config.positions!r}: a classifier generates no tokens; drop the part `gen`"
+        )
+
+
+def _check_head(config: AdapterConfig) -> None:
+    labels = config.labels
+    if not isinstance(labels, tuple) or not all(isinstance(label, str) for label in labels):
+        raise AdapterFileError(f"labels are {labels!r:.200}; expected a list of texts")
+    if not labels:
+        if config.pooling != "":
+            raise AdapterFileError(f"pooling is {config.pooling!r}, but there are no labels to tell apart")
+        return
+    if not 2 <= len(labels) <= _MAX_LABELS:
+        raise AdapterFileError(f"there are {len(labels)} labels; expected 2 to {_MAX_LABELS:,}")
+    if len(set(labels)) != len(labels):
+        raise AdapterFileError("a label is named twice")
+    for label in labels:
+        if not label or len(label) > _MAX_LABEL or not label.isprintable():
+            raise AdapterFileError(f"label {label[:50]!r} is not plain text of 1 to {_MAX_LABEL} characters")
+    if config.pooling not in POOLINGS:
+        raise AdapterFileError(f"pooling is {config.pooling!r}; expected one of {', '.join(POOLINGS)}")

@@ -16,6 +16,7 @@ from reft_edge.errors import ReftEdgeError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from reft_edge.manifest import Manifest
     from reft_edge.models import ModelFolder
 
 app = typer.Typer(
@@ -64,12 +65,15 @@ def train(
         typer.Argument(
             metavar="DATA.jsonl",
             show_default=False,
-            help=('Rows like {"prompt": ..., "completion": ...} or {"messages": [...]}.'),
+            help='Rows like {"prompt": ..., "completion": ...}, {"messages": [...]} or {"text": ..., "label": ...}.',
         ),
     ],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="The adapter file to write.", show_default=False)
     ],
+    task: Annotated[
+        str, typer.Option(help="completion, or classification: an encoder and a head for the rows' labels.")
+    ] = "completion",
     intervention: Annotated[
         str, typer.Option(help="loreft, noreft, direft, nodireft, consreft, lobireft or steering.")
     ] = "loreft",
@@ -103,7 +107,16 @@ def train(
     dtype: Annotated[
         str, typer.Option(help="Base model arithmetic: fp32, bf16, or auto (bf16 where the hardware has it).")
     ] = "auto",
-    max_length: Annotated[int, typer.Option(help="Leave out rows of more tokens than this.")] = 1024,
+    max_length: Annotated[
+        int, typer.Option(help="Leave out rows of more tokens than this; an encoder's texts are cut to it.")
+    ] = 1024,
+    pooling: Annotated[
+        str | None,
+        typer.Option(
+            help="The vector a classification head reads: cls (the first token's) or mean.",
+            show_default="mean for a sentence-transformers model that pools so, else cls",
+        ),
+    ] = None,
     base_weights: Annotated[
         Path | None,
         typer.Option(
@@ -131,14 +144,20 @@ def train(
 
     console = Console(stderr=True)
     with _plain_errors(), _extra("train"):
-        from reft_edge.data import load_dataset
+        from reft_edge.classification import LabelledTexts, load_labelled
+        from reft_edge.data import Dataset, load_dataset
+        from reft_edge.encoders import check_task, default_pooling, load_encoder, load_text_tokens
         from reft_edge.models import load_model, load_model_prompts, resolve_model
         from reft_edge.training import TrainSettings
         from reft_edge.training import train as run_training
 
         folder = resolve_model(model, _plain(console))
+        check_task(task, folder)
+        classifies = task == "classification"
+        if classifies and base_weights:
+            raise ReftEdgeError("--base-weights is for decoders: an encoder's export rounds nothing")
         prompts = load_model_prompts(folder)
-        prompt_format = "raw" if raw or prompts.template is None else "chat"
+        prompt_format = "raw" if raw or classifies or prompts.template is None else "chat"
         settings = TrainSettings(
             intervention=intervention,
             layers=layers,
@@ -159,17 +178,25 @@ def train(
             clip=clip,
             seed=seed,
             dtype=dtype,
+            pooling=(pooling or default_pooling(folder)) if classifies else "",
         )
-        rows = load_dataset(data, prompts, prompt_format, max_length)
-        held_out = load_dataset(evaluate, prompts, prompt_format, max_length) if evaluate else None
-        if rows.left_out:
+        rows: Dataset | LabelledTexts
+        held_out: Dataset | LabelledTexts | None
+        if classifies:
+            tokens = load_text_tokens(folder, max_length)
+            rows = load_labelled(data, tokens)
+            held_out = load_labelled(evaluate, tokens, rows.labels) if evaluate else None
+        else:
+            rows = load_dataset(data, prompts, prompt_format, max_length)
+            held_out = load_dataset(evaluate, prompts, prompt_format, max_length) if evaluate else None
+        if isinstance(rows, Dataset) and rows.left_out:
             console.print(
                 f"{rows.left_out} of {rows.left_out + len(rows.examples)} rows are longer than "
                 f"{max_length} tokens and are left out"
             )
         with training_bar(console) as on_step:
             result = run_training(
-                load_model(folder),
+                load_encoder(folder) if classifies else load_model(folder),
                 folder.name,
                 rows,
                 output,
@@ -191,6 +218,8 @@ def train(
         f"({share:.4%} of the base's {result.base_parameters / 1e6:,.1f} M)"
     )
     held = "" if result.evaluation is None else f", held-out loss {result.evaluation:.4f}"
+    if result.accuracy is not None:
+        held += f", held-out accuracy {result.accuracy:.4f}"
     typer.echo(f"{result.steps} steps in {result.seconds:,.0f} s, training loss {result.loss:.4f}{held}")
 
 
@@ -288,6 +317,9 @@ def export(
         )
         return
     figures = manifest.verification
+    if manifest.kind == "encoder":
+        _print_encoder_figures(output, size, time.perf_counter() - started, manifest)
+        return
     typer.echo(
         f"wrote {output}: {size / 1e6:,.0f} MB, {precision}, ports at {len(manifest.layers)} layers, "
         f"{time.perf_counter() - started:.0f} s"
@@ -350,7 +382,11 @@ def _print_report(folder: "ModelFolder", device: str, layers: str, console: "Con
 def run(
     folder: Folder,
     prompt: Annotated[
-        str, typer.Argument(help="What to ask; `-` reads it from standard input.", show_default=False)
+        str,
+        typer.Argument(
+            help="What to ask, or the text to classify; `-` reads it from standard input (to classify: one a line).",
+            show_default=False,
+        ),
     ],
     adapter: Annotated[
         list[str] | None,
@@ -382,6 +418,9 @@ def run(
     stop: Annotated[
         list[str] | None, typer.Option(help="Text that ends the answer; repeatable.", show_default=False)
     ] = None,
+    text2: Annotated[
+        str | None, typer.Option(help="The second text of a pair to classify.", show_default=False)
+    ] = None,
     device: Device = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="one a core")] = None,
     stats: Annotated[
@@ -389,8 +428,15 @@ def run(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Answer PROMPT with an exported model, with any adapters."""
+    """Answer PROMPT with an exported model, with any adapters; an encoder classifies it."""
     with _plain_errors():
+        from reft_edge.manifest import load_manifest
+
+        if load_manifest(folder).kind == "encoder":
+            _run_encoder(folder, prompt, text2, adapter or [], device, threads, as_json)
+            return
+        if text2 is not None:
+            raise ReftEdgeError("--text2 is for encoders; this model continues text")
         from reft_edge.runtime import Sampling, SteeredModel
 
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
@@ -470,6 +516,58 @@ def demo(
         from reft_edge.demo import run_demo
 
         run_demo(output, precision, Console())
+
+
+def _print_encoder_figures(output: Path, size: int, seconds: float, manifest: "Manifest") -> None:
+    figures = manifest.verification
+    typer.echo(
+        f"wrote {output}: {size / 1e6:,.0f} MB, an encoder, ports at {len(manifest.layers)} layers, {seconds:.0f} s"
+    )
+    typer.echo("verified against PyTorch, hidden states at every token of a few texts:")
+    typer.echo(
+        f"  no adapter              max difference {figures['base_error']:.2g}; "
+        "as written, bitwise equal to the graph without ports"
+    )
+    typer.echo(
+        f"  adapter at every port   max difference {figures['steered_error']:.2g}, where it moves them by "
+        f"{figures['effect']:.1f}"
+    )
+    typer.echo(f"  in a padded batch       max difference {figures['batch_error']:.2g} from each text alone")
+
+
+def _run_encoder(
+    folder: Path,
+    text: str,
+    text2: str | None,
+    adapters: list[str],
+    device: str,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Classify a text, or every line of standard input, with one adapter."""
+    from reft_edge.runtime import SteeredEncoder
+
+    if len(adapters) != 1:
+        raise ReftEdgeError(
+            f"{folder} holds an encoder, which classifies with one --adapter; {len(adapters)} were given"
+        )
+    if text == "-" and text2 is not None:
+        raise ReftEdgeError("--text2 needs its first text as an argument, not from standard input")
+    model = SteeredEncoder(folder, device, threads)
+    path, factor = split_scale(adapters[0])
+    name = model.load_adapter(path)
+    if text2 is not None:
+        found = model.classify([(text, text2)], name, factor)
+    else:
+        lines = [line for line in sys.stdin.read().splitlines() if line.strip()] if text == "-" else [text]
+        found = model.classify(lines, name, factor)
+    if as_json:
+        for classification in found:
+            _print_json(vars(classification))
+        return
+    for classification in found:
+        ranked = sorted(classification.probabilities.items(), key=lambda item: -item[1])
+        typer.echo(f"{classification.label}\t" + "  ".join(f"{label} {share:.3f}" for label, share in ranked))
 
 
 def split_scale(text: str) -> tuple[Path, float]:

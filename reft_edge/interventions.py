@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from reft_edge.adapter import Adapter, AdapterConfig, folded_rows
+from reft_edge.adapter import HEAD, Adapter, AdapterConfig, folded_rows
 from reft_edge.errors import ReftEdgeError
 
 _ROTATED = ("loreft", "direft", "consreft", "lobireft")
@@ -79,7 +79,7 @@ class Rotation(nn.Module):
 
 
 class Interventions(nn.Module):
-    """The interventions of one adapter; parameters are float32."""
+    """The interventions of one adapter, and its classification head if it has one; parameters are float32."""
 
     def __init__(self, config: AdapterConfig, dropout: float = 0.0, seed: int = 0) -> None:
         """Random initial parameters. Raises ReftEdgeError for an unknown act_fn or a dropout outside [0, 1)."""
@@ -112,7 +112,7 @@ class Interventions(nn.Module):
         named = dict(self.trained.items())
         if self.rotation is not None:
             named["R"] = self.rotation()
-        return named
+        return named | {f"head.{name}": tensor for name, tensor in self.head.items()}
 
     def weights(self) -> Weights:
         """Effective parameters of this step; call once a forward pass."""
@@ -142,6 +142,8 @@ class Interventions(nn.Module):
                     )
 
     def _set(self, tensors: dict[str, Tensor]) -> None:
+        head = {name.removeprefix("head."): tensors.pop(name) for name in HEAD if name in tensors}
+        self.head = nn.ParameterDict({name: nn.Parameter(tensor) for name, tensor in head.items()})
         rotated = self.config.intervention in _ROTATED
         self.rotation = Rotation(tensors.pop("R")) if rotated else None
         self.trained = nn.ParameterDict({name: nn.Parameter(tensor) for name, tensor in tensors.items()})
@@ -160,7 +162,7 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
 
 
 def initial_tensors(config: AdapterConfig, random: torch.Generator) -> dict[str, Tensor]:
-    """pyreft's initial distribution for every tensor of the adapter file."""
+    """pyreft's initial distribution for every tensor of the adapter file; a head starts as BERT's does."""
 
     def uniform(shape: tuple[int, ...], low: float, high: float) -> Tensor:
         return torch.rand(shape, generator=random) * (high - low) + low
@@ -168,7 +170,9 @@ def initial_tensors(config: AdapterConfig, random: torch.Generator) -> dict[str,
     bound = 1 / math.sqrt(config.hidden_size)
     tensors: dict[str, Tensor] = {}
     for name, shape in config.shapes().items():
-        if name == "R":
+        if name in HEAD:
+            tensors[name] = torch.randn(shape, generator=random) * (0.02 if name == "head.weight" else 0)
+        elif name == "R":
             tensors[name] = random_rotations(shape, random)
         elif config.intervention == "steering":
             tensors[name] = torch.zeros(shape) if name == "v" else torch.ones(shape)

@@ -39,8 +39,16 @@ class Manifest:
     """What the graph was built for: cpu or cuda."""
     quantisation: dict[str, Any] = field(default_factory=dict)
     """How weights were rounded: algorithm, block_size, accuracy_level; empty where they were not."""
+    kind: str = "decoder"
+    """`decoder`: the graph continues text; `encoder`: its output is the last block's hidden states."""
     graph: str = "model.onnx"
     version: int = VERSION
+
+    def check_kind(self, kind: str, folder: Path) -> None:
+        """Raise ReftEdgeError unless the folder holds that kind of model."""
+        if self.kind != kind:
+            use = {"decoder": "SteeredModel", "encoder": "SteeredEncoder"}.get(self.kind, "a newer reft-edge")
+            raise ReftEdgeError(f"{folder} holds the {self.kind} {self.base_name}; use {use} for it")
 
     def check_base(self, fingerprint: str, adapter: str, base_name: str) -> None:
         """Raise BaseMismatchError unless the adapter was trained on this base."""

@@ -1,4 +1,4 @@
-"""Running interventions inside a PyTorch model: hooks on the outputs of its decoder blocks."""
+"""Running interventions inside a PyTorch model: hooks on the outputs of its blocks."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -40,7 +40,7 @@ class _Step:
 
 
 class Steering:
-    """Interventions attached to a causal language model; every forward pass of the model is edited.
+    """Interventions attached to a language model, decoder or encoder; every forward pass of the model is edited.
 
     Positions come from the attention mask, so that left and right padding both work. The prompt's length of each
     row is what `prompts` was given, or, in a pass without a KV cache behind it, the row's whole length; later

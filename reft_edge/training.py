@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from reft_edge.adapter import AdapterConfig, save_adapter
+from reft_edge.classification import LabelledText, LabelledTexts, class_scores
 from reft_edge.data import Dataset, Example
 from reft_edge.errors import ReftEdgeError
 from reft_edge.files import write_atomically
@@ -62,6 +63,8 @@ class TrainSettings:
     seed: int = 0
     dtype: str = "auto"
     """Of the base model's arithmetic: fp32, bf16 (autocast), or auto for bf16 where the hardware has it."""
+    pooling: str = ""
+    """What a classifier's head reads: `cls` or `mean`; empty where there is no head."""
 
     def __post_init__(self) -> None:
         checks = {
@@ -111,6 +114,8 @@ class TrainResult:
     evaluation: float | None
     """Loss on the held-out file, in nats a token."""
     seconds: float
+    accuracy: float | None = None
+    """Share of the held-out rows whose label is right, for a classifier."""
 
 
 @dataclass
@@ -120,11 +125,12 @@ class Trainer:
     model: Any
     interventions: Interventions
     settings: TrainSettings
-    data: Dataset
+    data: Dataset | LabelledTexts
     device: torch.device
     step: int = 0
 
     def __post_init__(self) -> None:
+        self.objective = objective_of(self.data)
         self.interventions.to(self.device)
         rotation = self.interventions.rotation
         groups: list[dict[str, Any]] = [
@@ -132,6 +138,9 @@ class Trainer:
         ]
         if rotation is not None:
             groups.append({"params": [rotation.vectors], "weight_decay": 0.0})
+        if self.interventions.head:
+            head = list(self.interventions.head.values())
+            groups.append({"params": head, "weight_decay": self.settings.weight_decay})
         self.optimizer = torch.optim.AdamW(groups, lr=self.settings.lr)
         self.autocast = chosen_dtype(self.settings.dtype, self.device) == torch.bfloat16
         self.losses: list[float] = []
@@ -153,18 +162,18 @@ class Trainer:
             lr = self.settings.lr * rate(self.settings, self.step, self.steps)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            labels = sum(len(row.completion) for row in rows)
+            count = self.objective.count(rows)
             loss = 0.0
             for start in range(0, len(rows), self.settings.batch_size):
                 part = (
-                    batch_loss(
+                    self.objective.loss(
                         self.model,
                         steering,
                         rows[start : start + self.settings.batch_size],
                         self.device,
                         self.autocast,
                     )
-                    / labels
+                    / count
                 )
                 part.backward()  # type: ignore[no-untyped-call]
                 loss += float(part.detach())
@@ -179,7 +188,7 @@ class Trainer:
             self.losses.append(loss)
             if self.step % 50 == 0 or self.step == self.steps:
                 self.interventions.check_sound()
-            tokens = sum(len(row.prompt) + len(row.completion) for row in rows)
+            tokens = self.objective.tokens(rows)
             on_step(StepReport(self.step, self.steps, loss, lr, tokens / (time.perf_counter() - started)))
 
     def state(self) -> dict[str, Tensor]:
@@ -212,7 +221,7 @@ class Trainer:
     def _steps_an_epoch(self) -> int:
         return math.ceil(len(self.data.examples) / (self.settings.batch_size * self.settings.accumulate))
 
-    def _rows(self, step: int) -> list[Example]:
+    def _rows(self, step: int) -> list[Any]:
         """The rows of a step: every epoch has its own order, drawn from the seed, so that a resumed run sees the same."""
         epoch, index = divmod(step, self._steps_an_epoch())
         order = np.random.default_rng([self.settings.seed, epoch]).permutation(len(self.data.examples))
@@ -223,10 +232,10 @@ class Trainer:
 def train(
     model: Any,
     base_name: str,
-    data: Dataset,
+    data: Dataset | LabelledTexts,
     output: Path,
     settings: TrainSettings,
-    evaluation: Dataset | None = None,
+    evaluation: Dataset | LabelledTexts | None = None,
     resume: bool = False,
     save_every: int = 50,
     device: str | None = None,
@@ -234,7 +243,9 @@ def train(
     report: Callable[[str], None] = lambda message: None,
     on_step: Callable[[StepReport], None] = lambda step: None,
 ) -> TrainResult:
-    """Train an adapter for a frozen causal language model and write it to `output`.
+    """Train an adapter for a frozen model and write it to `output`.
+
+    The kind of `data` says which: a causal language model learns completions, an encoder and a new head learn labels.
 
     With `base_weights`, a folder that this model was exported to, the model is given that folder's 16-bit or quantised
     weights first, so that the adapter is trained on what it will meet on the device.
@@ -247,7 +258,8 @@ def train(
     if not output.parent.is_dir():
         raise ReftEdgeError(f"the folder of {output} does not exist; make it first")
     place = torch_device(device)
-    config = adapter_config(model, base_name, settings)
+    labels = data.labels if isinstance(data, LabelledTexts) else ()
+    config = adapter_config(model, base_name, settings, labels)
     base_parameters = sum(parameter.numel() for parameter in model.parameters())
     weights: dict[str, Any] = {}
     if base_weights is not None:
@@ -286,14 +298,26 @@ def train(
                 checkpoint.save(trainer)
                 report(f"saved a checkpoint after step {trainer.step}; --resume continues from it")
             raise
-        held_out = None
+        held_out = accuracy = None
         if evaluation is not None:
             report("evaluating on the held-out file")
             held_out = evaluate(
-                model, steering, evaluation.examples, settings.batch_size, place, trainer.autocast
+                model,
+                steering,
+                evaluation.examples,
+                settings.batch_size,
+                place,
+                trainer.autocast,
+                trainer.objective,
             )
+            if isinstance(evaluation, LabelledTexts):
+                accuracy = label_accuracy(
+                    model, trainer.interventions, evaluation, settings.batch_size, place, trainer.autocast
+                )
     loss = float(np.mean(trainer.losses[-max(1, len(trainer.losses) // 10) :]))
     provenance = _provenance(settings, data, trainer, loss, held_out)
+    if accuracy is not None:
+        provenance["evaluation_accuracy"] = round(accuracy, 6)
     if weights:
         provenance["base_weights"] = weights
     adapter = trainer.interventions.to_adapter(dataclasses.replace(config, training=provenance))
@@ -308,10 +332,13 @@ def train(
         loss,
         held_out,
         time.perf_counter() - started,
+        accuracy,
     )
 
 
-def adapter_config(model: Any, base_name: str, settings: TrainSettings) -> AdapterConfig:
+def adapter_config(
+    model: Any, base_name: str, settings: TrainSettings, labels: tuple[str, ...] = ()
+) -> AdapterConfig:
     """The description of an adapter for this model. Raises ReftEdgeError for layers or a rank it cannot have."""
     num_layers = len(decoder_layers(model))
     return AdapterConfig(
@@ -327,7 +354,70 @@ def adapter_config(model: Any, base_name: str, settings: TrainSettings) -> Adapt
         act_fn=settings.act_fn,
         add_bias=settings.add_bias,
         prompt_format=settings.prompt_format,
+        labels=labels,
+        pooling=settings.pooling,
     )
+
+
+class Objective(Protocol):
+    """What a training minimises, over rows of its own kind."""
+
+    def count(self, rows: Sequence[Any]) -> int:
+        """What a sum of losses is divided by."""
+
+    def tokens(self, rows: Sequence[Any]) -> int:
+        """Tokens that the model reads."""
+
+    def loss(
+        self, model: Any, steering: Steering, rows: Sequence[Any], device: torch.device, autocast: bool
+    ) -> Tensor:
+        """Summed negative log-likelihood, in nats."""
+
+
+class Completions:
+    """Every token of the completions, given the prompts."""
+
+    def count(self, rows: Sequence[Example]) -> int:
+        return sum(len(row.completion) for row in rows)
+
+    def tokens(self, rows: Sequence[Example]) -> int:
+        return sum(len(row.prompt) + len(row.completion) for row in rows)
+
+    def loss(
+        self, model: Any, steering: Steering, rows: Sequence[Example], device: torch.device, autocast: bool
+    ) -> Tensor:
+        return batch_loss(model, steering, rows, device, autocast)
+
+
+_COMPLETIONS = Completions()
+
+
+class Labels:
+    """The label of every text."""
+
+    def count(self, rows: Sequence[LabelledText]) -> int:
+        return len(rows)
+
+    def tokens(self, rows: Sequence[LabelledText]) -> int:
+        return sum(len(row.tokens.ids) for row in rows)
+
+    def loss(
+        self,
+        model: Any,
+        steering: Steering,
+        rows: Sequence[LabelledText],
+        device: torch.device,
+        autocast: bool,
+    ) -> Tensor:
+        ((interventions, _),) = steering.adapters
+        scores = class_scores(model, interventions, [row.tokens for row in rows], device, autocast)
+        targets = torch.tensor([row.label for row in rows], device=device)
+        return nn.functional.cross_entropy(scores, targets, reduction="sum")
+
+
+def objective_of(data: Dataset | LabelledTexts) -> Objective:
+    """What such data trains."""
+    return Labels() if isinstance(data, LabelledTexts) else _COMPLETIONS
 
 
 def batch_loss(
@@ -385,22 +475,43 @@ def frozen(model: Any) -> Iterator[None]:
 def evaluate(
     model: Any,
     steering: Steering,
-    rows: Sequence[Example],
+    rows: Sequence[Any],
     batch_size: int,
     device: torch.device,
     autocast: bool,
+    objective: Objective = _COMPLETIONS,
 ) -> float:
-    """Mean negative log-likelihood of the completions, in nats a token, dropout off."""
+    """Mean negative log-likelihood, in nats a completion token or label, dropout off."""
     modules = [interventions for interventions, _ in steering.adapters]
     for module in modules:
         module.eval()
     total = sum(
-        float(batch_loss(model, steering, rows[start : start + batch_size], device, autocast))
+        float(objective.loss(model, steering, rows[start : start + batch_size], device, autocast))
         for start in range(0, len(rows), batch_size)
     )
     for module in modules:
         module.train()
-    return total / sum(len(row.completion) for row in rows)
+    return total / objective.count(rows)
+
+
+@torch.no_grad()
+def label_accuracy(
+    model: Any,
+    interventions: Interventions,
+    data: LabelledTexts,
+    batch_size: int,
+    device: torch.device,
+    autocast: bool = False,
+) -> float:
+    """Share of rows whose likeliest label is theirs, dropout off; the model is steered by `interventions`."""
+    interventions.eval()
+    right = 0
+    for start in range(0, len(data.examples), batch_size):
+        rows = data.examples[start : start + batch_size]
+        scores = class_scores(model, interventions, [row.tokens for row in rows], device, autocast)
+        right += sum(int(found) == row.label for found, row in zip(scores.argmax(1), rows, strict=True))
+    interventions.train()
+    return right / len(data.examples)
 
 
 def rate(settings: TrainSettings, step: int, steps: int) -> float:
@@ -479,9 +590,23 @@ def _flatten(belongs_to: dict[str, Any]) -> dict[str, str]:
 
 
 def _provenance(
-    settings: TrainSettings, data: Dataset, trainer: Trainer, loss: float, evaluation: float | None
+    settings: TrainSettings,
+    data: Dataset | LabelledTexts,
+    trainer: Trainer,
+    loss: float,
+    evaluation: float | None,
 ) -> dict[str, Any]:
-    described = ("intervention", "layers", "rank", "positions", "tied", "act_fn", "add_bias", "prompt_format")
+    described = (
+        "intervention",
+        "layers",
+        "rank",
+        "positions",
+        "tied",
+        "act_fn",
+        "add_bias",
+        "prompt_format",
+        "pooling",
+    )
     kept = {name: value for name, value in dataclasses.asdict(settings).items() if name not in described}
     return {
         **kept,

@@ -1,6 +1,7 @@
 """What a device runs: an exported model in ONNX Runtime, with adapters swapped per request. Needs no torch."""
 
+from reft_edge.runtime.encoder import Classification, SteeredEncoder
 from reft_edge.runtime.model import Generation, SteeredModel
 from reft_edge.runtime.sampling import Sampling
 
-__all__ = ["Generation", "Sampling", "SteeredModel"]
+__all__ = ["Classification", "Generation", "Sampling", "SteeredEncoder", "SteeredModel"]

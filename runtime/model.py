@@ -77,6 +77,7 @@ class SteeredModel:
         """`device`: auto, cpu or cuda. Raises ReftEdgeError if the folder is not an export or cannot be loaded."""
         path = Path(folder)
         self.manifest = load_manifest(path)
+        self.manifest.check_kind("decoder", path)
         self.prompts: Prompts = load_prompts(path)
         self._graph = GraphSession(path, self.manifest, device, threads)
         self._adapters: dict[str, _Loaded] = {}
@@ -100,6 +101,8 @@ class SteeredModel:
         """
         adapter = load_adapter(path)
         self.manifest.check_base(adapter.config.base_fingerprint, str(path), adapter.config.base_name)
+        if adapter.config.labels:
+            raise ReftEdgeError(f"{path} classifies texts with a head of its own; this model continues text")
         edit = fold(adapter)
         port_inputs(edit, self.manifest, self._graph.dtype)
         name = name or Path(path).name.removesuffix(".safetensors")

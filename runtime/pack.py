@@ -24,6 +24,11 @@ def pack_adapter(adapter_path: Path, folder: Path, output: Path, factor: float =
     manifest = load_manifest(folder)
     adapter = load_adapter(adapter_path)
     manifest.check_base(adapter.config.base_fingerprint, str(adapter_path), adapter.config.base_name)
+    if adapter.config.labels:
+        raise ReftEdgeError(
+            f"{adapter_path} has a classification head, which an .onnx_adapter cannot carry; "
+            "run it with reft-edge"
+        )
     inputs = port_inputs(scale(fold(adapter), factor), manifest, HOST_TYPES[manifest.float_type])
     packed = ort.AdapterFormat()
     packed.set_adapter_version(1)

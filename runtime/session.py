@@ -68,10 +68,13 @@ def check_cpu(manifest: Manifest) -> None:
         )
 
 
-def open_graph(path: Path, device: str = "auto", threads: int | None = None, prepack: bool = True) -> Any:
+def open_graph(
+    path: Path, device: str = "auto", threads: int | None = None, prepack: bool = True, fuse: bool = True
+) -> Any:
     """An InferenceSession. `threads`: intra-op threads, by default one a core this process may use.
 
     `prepack`: keep weights in the layout that is fastest to multiply with, at the cost of memory for a second copy.
+    `fuse`: let ONNX Runtime merge neighbouring nodes into one that may round otherwise.
 
     Raises ReftEdgeError if the graph cannot be loaded, or if CUDA was asked for and did not start.
     """
@@ -84,6 +87,8 @@ def open_graph(path: Path, device: str = "auto", threads: int | None = None, pre
     options.intra_op_num_threads = threads or _usable_cores()
     if not prepack:
         options.add_session_config_entry("session.disable_prepacking", "1")
+    if not fuse:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     providers: list[Any] = ["CPUExecutionProvider"]
     if chosen == "cuda":
         providers.insert(0, (_CUDA, {"arena_extend_strategy": "kSameAsRequested", "use_tf32": "0"}))

@@ -104,6 +104,59 @@ def make_tokenizer(folder: Path) -> None:
     fast.save_pretrained(folder)
 
 
+ENCODERS: dict[str, dict[str, Any]] = {
+    "bert": {"type_vocab_size": 2},
+    "roberta": {"type_vocab_size": 1, "pad_token_id": 2},
+    "distilbert": {},
+}
+
+
+def make_encoder(folder: Path, architecture: str = "bert", seed: int = 0, pooling: str = "") -> Path:
+    """Save a tiny random encoder and tokenizer in the Hugging Face layout; `mean` pooling as sentence-transformers says it."""
+    import json
+
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    sizes = {name: SHARED[name] for name in ("vocab_size", "max_position_embeddings", "initializer_range")}
+    if architecture == "distilbert":
+        sizes |= {"dim": HIDDEN, "hidden_dim": 96, "n_layers": LAYERS, "n_heads": 4}
+    else:
+        sizes |= {name: SHARED[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers")}
+        sizes |= {"num_attention_heads": 4}
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(architecture, **sizes, **ENCODERS[architecture])
+    AutoModel.from_config(config).save_pretrained(folder)
+    _make_encoder_tokenizer(folder)
+    if pooling == "mean":
+        (folder / "1_Pooling").mkdir()
+        (folder / "1_Pooling/config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
+    return folder
+
+
+def _make_encoder_tokenizer(folder: Path) -> None:
+    """A byte-level BPE tokenizer that wraps texts as BERT does."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["[CLS]", "[SEP]", "[PAD]"],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator([TEXT], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 0), ("[SEP]", 1)],
+    )
+    tokenizer.enable_truncation(8)
+    tokenizer.enable_padding(length=8, pad_id=2, pad_token="[PAD]")
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
 def write_device_folder(folder: Path) -> None:
     """An export, two adapters and PyTorch's greedy tokens, for tests on a machine without torch."""
     import json

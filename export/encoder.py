@@ -1,0 +1,251 @@
+"""Exporting an encoder: PyTorch's own ONNX exporter, with a port after every block."""
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from reft_edge.adapter import fold
+from reft_edge.encoders import (
+    TextTokens,
+    Tokens,
+    context_length,
+    has_token_types,
+    load_encoder,
+    read_config,
+)
+from reft_edge.errors import ReftEdgeError
+from reft_edge.export.ports import insert_ports
+from reft_edge.export.residual import Site, Use
+from reft_edge.export.verify import TEXTS, TOLERANCE, random_adapter
+from reft_edge.files import replace_folder
+from reft_edge.fingerprint import fingerprint
+from reft_edge.layers import parse_layers
+from reft_edge.manifest import MANIFEST, Manifest, save_manifest
+from reft_edge.models import ModelFolder, load_model_prompts
+from reft_edge.runtime.binding import port_inputs
+from reft_edge.runtime.encoder import EncoderSession, Floats
+from reft_edge.steering import decoder_layers, steered
+
+_OUTPUT = "last_hidden_state"
+
+
+@dataclass(frozen=True)
+class EncoderVerification:
+    """Figures of one export; hidden states are compared at every token of a few texts."""
+
+    base_error: float
+    """max |ONNX Runtime − PyTorch| of the last block's output, without an adapter."""
+    steered_error: float
+    """The same with a random LoReFT adapter active at every port."""
+    effect: float
+    """max |with − without that adapter| in PyTorch: what the error is to be seen against."""
+    batch_error: float
+    """max |in a padded batch − alone| of the same rows with that adapter, in ONNX Runtime."""
+    rank0_bitwise: bool
+    """Whether the graph with unused ports equals the graph before ports, bit for bit, both run as they are written.
+
+    ONNX Runtime's fusions differ where there is a port; what that changes is within `base_error`.
+    """
+
+    def failures(self) -> list[str]:
+        """What is off, in words; empty if the export can be trusted."""
+        found = []
+        if not self.rank0_bitwise:
+            found.append("with no adapter bound, the graph with ports differs from the graph without")
+        if not max(self.base_error, self.steered_error) <= TOLERANCE:
+            error = max(self.base_error, self.steered_error)
+            found.append(f"hidden states differ from PyTorch's by {error:.2g}, more than {TOLERANCE:g}")
+        if not self.batch_error <= TOLERANCE:
+            found.append(f"rows in a batch differ from rows alone by {self.batch_error:.2g}")
+        return found
+
+
+class _Blocks(nn.Module):
+    """The encoder as a function of its graph inputs to every block's output."""
+
+    def __init__(self, encoder: Any) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        output = self.encoder(
+            input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True, **types
+        )
+        return tuple(output.hidden_states[1:])
+
+
+def export_encoder(
+    model: ModelFolder, output: Path, precision: str, layers: str, report: Callable[[str], None]
+) -> Manifest:
+    """Build the graph, insert ports after `layers`, verify against PyTorch, and write the folder `output`.
+
+    Raises ReftEdgeError if the model cannot be built, ported or verified, or for a precision other than fp32.
+    """
+    if precision != "fp32":
+        raise ReftEdgeError(f"encoders are exported in fp32 only, not {precision}")
+    config = read_config(model)
+    report("loading the PyTorch model")
+    encoder = load_encoder(model)
+    num_layers = len(decoder_layers(encoder))
+    chosen = parse_layers(layers, num_layers)
+    tokenizer = load_model_prompts(model).tokenizer
+    with replace_folder(output, MANIFEST) as folder:
+        report("building the frozen graph")
+        plain, graph = folder / "plain.onnx", folder / "model.onnx"
+        ir.save(build_encoder(encoder), plain, external_data="model.onnx.data")
+        report("inserting ports")
+        built = ir.load(plain)
+        sites = split_outputs(built.graph, chosen)
+        ports = insert_ports(built, sites, encoder.config.hidden_size, np.dtype(np.float32))
+        ir.save(built, graph)
+        _drop_blocks(plain)
+        tokenizer.save(str(folder / "tokenizer.json"))
+        manifest = Manifest(
+            base_name=model.name,
+            base_fingerprint=fingerprint(encoder),
+            architecture=type(encoder).__name__,
+            precision=precision,
+            hidden_size=encoder.config.hidden_size,
+            num_layers=num_layers,
+            layers=chosen,
+            head_size=encoder.config.hidden_size // encoder.config.num_attention_heads,
+            context_length=context_length(config),
+            eos_token_ids=(),
+            ports=ports,
+            versions={
+                package: version(package)
+                for package in ("reft-edge", "onnxruntime", "onnxscript", "onnx-ir", "torch", "transformers")
+            },
+            kind="encoder",
+        )
+        report("verifying against PyTorch")
+        tokens = TextTokens.of(tokenizer, manifest.context_length)
+        verification = verify_encoder(
+            folder, plain, manifest, encoder, [tokens(text) for text in (*TEXTS, TEXTS[:2])]
+        )
+        if failures := verification.failures():
+            raise ReftEdgeError(
+                "the exported graph failed its verification and was not kept: " + "; ".join(failures)
+            )
+        plain.unlink()
+        manifest = replace(manifest, verification=asdict(verification))
+        save_manifest(manifest, folder)
+    return manifest
+
+
+def build_encoder(encoder: Any) -> ir.Model:
+    """The encoder as an ONNX graph whose outputs are the blocks'; batch and sequence are free.
+
+    Raises ReftEdgeError if PyTorch cannot export it.
+    """
+    names = ["input_ids", "attention_mask"] + (["token_type_ids"] if has_token_types(encoder) else [])
+    free = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                _Blocks(encoder).eval(),
+                tuple(torch.ones(2, 7, dtype=torch.long) for _ in names),
+                dynamo=True,
+                verbose=False,
+                input_names=names,
+                dynamic_shapes=tuple(free for _ in names),
+            )
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # the exporter raises many kinds
+        raise ReftEdgeError(
+            f"PyTorch could not export {type(encoder).__name__}: {str(error).splitlines()[0]}"
+        ) from error
+    assert program is not None
+    model: ir.Model = program.model
+    return model
+
+
+def split_outputs(graph: ir.Graph, layers: Sequence[int]) -> list[Site]:
+    """Leave the last block's output as the graph's only one, in place; the sites of `layers`.
+
+    The output becomes a copy of the block's, so that a port has a reader to give the edited value to.
+    """
+    blocks = [_origin(value) for value in graph.outputs]
+    copy = ir.node("Identity", [blocks[-1]], outputs=[ir.Value(name=_OUTPUT)], name="/output/Identity")
+    blocks[-1].name = "/output/block"
+    copy.outputs[0].type, copy.outputs[0].shape = blocks[-1].type, blocks[-1].shape
+    graph.outputs.clear()
+    graph.append(copy)
+    graph.outputs.append(copy.outputs[0])
+    for node in reversed(list(graph)):
+        if node is not copy and not any(value.uses() for value in node.outputs):
+            graph.remove(node, safe=True)
+    return [Site(layer, tuple(Use(use.node, use.idx) for use in blocks[layer].uses())) for layer in layers]
+
+
+def _drop_blocks(path: Path) -> None:
+    """Rewrite the graph without ports so that it has the same single output."""
+    model = ir.load(path)
+    split_outputs(model.graph, ())
+    ir.save(model, path)
+
+
+def _origin(value: ir.Value) -> ir.Value:
+    while (node := value.producer()) is not None and node.op_type == "Identity":
+        source = node.inputs[0]
+        assert source is not None
+        value = source
+    return value
+
+
+def verify_encoder(
+    folder: Path, plain: Path, manifest: Manifest, encoder: Any, rows: Sequence[Tokens]
+) -> EncoderVerification:
+    """Run rows through the graph with ports, the one without, and the PyTorch model."""
+    interventions = random_adapter(manifest)
+    ports = port_inputs(fold(interventions.to_adapter()), manifest, np.dtype(np.float32))
+    graph = EncoderSession(folder / manifest.graph, "cpu")
+    shipped = [graph.hidden_states([row], {})[0] for row in rows]
+    alone = [graph.hidden_states([row], ports)[0] for row in rows]
+    together = graph.hidden_states(rows, ports)
+    written, without = (EncoderSession(path, "cpu", fuse=False) for path in (folder / manifest.graph, plain))
+    same = [
+        np.array_equal(written.hidden_states([row], {})[0], without.hidden_states([row], {})[0])
+        for row in rows
+    ]
+    base = [torch_hidden_states(encoder, row) for row in rows]
+    with steered(encoder, (interventions, 1.0)):
+        steered_base = [torch_hidden_states(encoder, row) for row in rows]
+    return EncoderVerification(
+        base_error=_largest_difference(shipped, base),
+        steered_error=_largest_difference(alone, steered_base),
+        effect=_largest_difference(steered_base, base),
+        batch_error=_largest_difference(together, alone),
+        rank0_bitwise=all(same),
+    )
+
+
+@torch.no_grad()
+def torch_hidden_states(encoder: Any, row: Tokens) -> Floats:
+    """PyTorch's last hidden states for one row, `[tokens, d]`."""
+    ids = torch.tensor([row.ids])
+    types = {"token_type_ids": torch.tensor([row.types])} if has_token_types(encoder) else {}
+    output = encoder(input_ids=ids, attention_mask=torch.ones_like(ids), **types)
+    hidden: Floats = output.last_hidden_state[0].numpy()
+    return hidden
+
+
+def _largest_difference(left: Sequence[Floats], right: Sequence[Floats]) -> float:
+    return float(np.abs(np.concatenate(left) - np.concatenate(right)).max())

@@ -1,0 +1,110 @@
+"""Training a classifier: labelled texts, and the loss of a head on an encoder's pooled hidden states."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reft_edge.encoders import Text, TextTokens, Tokens, has_token_types
+from reft_edge.errors import ReftEdgeError
+from reft_edge.files import sha256_of
+from reft_edge.interventions import Interventions
+
+
+@dataclass(frozen=True)
+class LabelledText:
+    """One row as tokens, and the index of its label."""
+
+    tokens: Tokens
+    label: int
+
+
+@dataclass(frozen=True)
+class LabelledTexts:
+    """The rows of one file."""
+
+    examples: list[LabelledText]
+    labels: tuple[str, ...]
+    digest: str
+    """SHA-256 of the file."""
+
+
+def load_labelled(path: Path, tokens: TextTokens, labels: Sequence[str] | None = None) -> LabelledTexts:
+    """Read JSONL rows `{"text", "label"}`, with `text2` for pairs; a label is text or a whole number.
+
+    `labels` are the ones allowed, by default all that the file holds, in alphabetical order. Raises ReftEdgeError
+    that names the file and line for anything that is not such a row.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ReftEdgeError(f"cannot read {path}: {error}") from error
+    rows: list[tuple[Tokens, str]] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            text, label = parse_row(json.loads(line))
+            if labels is not None and label not in labels:
+                raise ReftEdgeError(f"no training row has its label {label!r}")
+            rows.append((tokens(text), label))
+        except ValueError as error:
+            raise ReftEdgeError(f"{path} line {number}: not valid JSON ({error})") from error
+        except ReftEdgeError as error:
+            raise ReftEdgeError(f"{path} line {number}: {error}") from error
+    found = tuple(labels) if labels is not None else tuple(sorted({label for _, label in rows}))
+    if not rows or len(found) < 2:
+        raise ReftEdgeError(
+            f"{path} has {len(rows)} rows and the labels {list(found)}; a classifier needs two labels or more"
+        )
+    index = {label: i for i, label in enumerate(found)}
+    return LabelledTexts([LabelledText(row, index[label]) for row, label in rows], found, sha256_of(path))
+
+
+def parse_row(row: Any) -> tuple[Text, str]:
+    """The text, or pair of texts, and label of a parsed row. Raises ReftEdgeError if it is not of the known form."""
+    if not isinstance(row, dict):
+        raise ReftEdgeError('expected an object like {"text": ..., "label": ...}')
+    text, second, label = row.get("text"), row.get("text2"), row.get("label")
+    if isinstance(label, int) and not isinstance(label, bool):
+        label = str(label)
+    if not isinstance(text, str) or not isinstance(label, str) or not isinstance(second, str | None):
+        raise ReftEdgeError(
+            'expected text under "text" (and under "text2" for pairs) and a text or whole number under '
+            f'"label"; found the fields {sorted(row)}'
+        )
+    return (text if second is None else (text, second)), label
+
+
+def class_scores(
+    encoder: Any,
+    interventions: Interventions,
+    rows: Sequence[Tokens],
+    device: torch.device,
+    autocast: bool = False,
+) -> Tensor:
+    """The head's logits, `[rows, labels]` in float32, from one right-padded batch; hooks edit the encoder."""
+    length = max(len(row.ids) for row in rows)
+    ids, types, mask = torch.zeros(3, len(rows), length, dtype=torch.long).unbind()
+    for i, row in enumerate(rows):
+        count = len(row.ids)
+        ids[i, :count], types[i, :count] = torch.tensor(row.ids), torch.tensor(row.types)
+        mask[i, :count] = 1
+    mask = mask.to(device)
+    second = {"token_type_ids": types.to(device)} if has_token_types(encoder) else {}
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
+        hidden = encoder(input_ids=ids.to(device), attention_mask=mask, **second).last_hidden_state
+    pooled = pool(hidden.float(), mask, interventions.config.pooling)
+    return nn.functional.linear(pooled, interventions.head["weight"], interventions.head["bias"])
+
+
+def pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
+    """One vector a row, `[rows, d]`, of hidden states `[rows, tokens, d]`: the first token's, or the tokens' mean."""
+    if pooling == "cls":
+        return hidden[:, 0]
+    weights = mask[..., None].to(hidden.dtype)
+    return (hidden * weights).sum(dim=1) / weights.sum(dim=1)

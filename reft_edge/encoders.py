@@ -1,0 +1,134 @@
+"""Encoders: which model folders hold one, their text as tokens, and their PyTorch model."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from reft_edge.errors import ReftEdgeError
+from reft_edge.models import ModelFolder, load_model_prompts
+
+MODEL_TYPES = ("bert", "distilbert", "roberta")
+TASKS = ("completion", "classification")
+
+Text = str | tuple[str, str]
+"""A text, or a pair of texts."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One text, or pair of texts, as the encoder reads it, special tokens included."""
+
+    ids: tuple[int, ...]
+    types: tuple[int, ...]
+    """0 for the first text's tokens, 1 for the second's."""
+
+
+@dataclass(frozen=True)
+class TextTokens:
+    """From text to tokens, cut to what the encoder can read."""
+
+    tokenizer: Tokenizer
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, limit: int) -> "TextTokens":
+        """Cut to `limit` tokens, special ones included; of a pair, the longer text is cut first."""
+        tokenizer.enable_truncation(limit)
+        tokenizer.no_padding()
+        return cls(tokenizer)
+
+    def __call__(self, text: Text) -> Tokens:
+        """Raises ReftEdgeError if nothing is left to read."""
+        first, second = (text, None) if isinstance(text, str) else text
+        encoded = self.tokenizer.encode(first, second)
+        if not encoded.ids:
+            raise ReftEdgeError("the text is empty; an encoder needs at least one token")
+        return Tokens(tuple(encoded.ids), tuple(encoded.type_ids))
+
+
+def is_encoder(model: ModelFolder) -> bool:
+    """Whether the folder holds an encoder of MODEL_TYPES, by its config.json."""
+    config = read_config(model)
+    decodes = config.get("is_decoder") or any(
+        str(name).endswith("ForCausalLM") for name in config.get("architectures") or ()
+    )
+    return config.get("model_type") in MODEL_TYPES and not decodes
+
+
+def check_task(task: str, model: ModelFolder) -> None:
+    """Raise ReftEdgeError unless the task is known and the model can learn it."""
+    if task not in TASKS:
+        raise ReftEdgeError(f"unknown task {task!r}; choose one of {', '.join(TASKS)}")
+    if (task == "classification") != is_encoder(model):
+        kind, needed = ("an encoder", TASKS[1]) if is_encoder(model) else ("no encoder", TASKS[0])
+        raise ReftEdgeError(
+            f"{model.name} is {kind} ({', '.join(MODEL_TYPES)} are); it is trained with --task {needed}"
+        )
+
+
+def read_config(model: ModelFolder) -> dict[str, Any]:
+    """config.json as it stands. Raises ReftEdgeError if it cannot be read."""
+    return _read(model.path / "config.json")
+
+
+def context_length(config: dict[str, Any]) -> int:
+    """Most tokens that have a position of their own; RoBERTa's positions start after the padding token's id."""
+    positions = int(config.get("max_position_embeddings", 512))
+    return (
+        positions - int(config.get("pad_token_id", 1)) - 1 if config["model_type"] == "roberta" else positions
+    )
+
+
+def load_text_tokens(model: ModelFolder, limit: int | None = None) -> TextTokens:
+    """The model's own tokenizer and context length, or a smaller `limit`."""
+    longest = context_length(read_config(model))
+    return TextTokens.of(load_model_prompts(model).tokenizer, min(longest, limit or longest))
+
+
+def default_pooling(model: ModelFolder) -> str:
+    """`mean` for a sentence-transformers model that pools so, else `cls`."""
+    path = model.path / "1_Pooling" / "config.json"
+    return "mean" if path.is_file() and _read(path).get("pooling_mode_mean_tokens") is True else "cls"
+
+
+def load_encoder(model: ModelFolder) -> Any:
+    """The PyTorch encoder without a pooler or head, in evaluation mode, its parameters frozen.
+
+    Raises ReftEdgeError if it cannot be loaded or the folder lacks some of its weights.
+    """
+    import torch
+    from transformers import AutoModel
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        encoder, loading = AutoModel.from_pretrained(
+            str(model.path), dtype=torch.float32, output_loading_info=True
+        )
+    except Exception as error:  # transformers and torch raise many kinds here
+        raise ReftEdgeError(f"cannot load {model.name}: {error}") from error
+    if missing := sorted(name for name in loading["missing_keys"] if not name.startswith("pooler.")):
+        raise ReftEdgeError(
+            f"{model.name} lacks {len(missing)} of its encoder's weights, {missing[0]} among them"
+        )
+    if hasattr(encoder, "pooler"):
+        encoder.pooler = None
+    return encoder.eval().requires_grad_(False)
+
+
+def has_token_types(encoder: Any) -> bool:
+    """Whether the PyTorch encoder tells the first text of a pair from the second."""
+    return int(getattr(encoder.config, "type_vocab_size", 0) or 0) > 1
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        parsed = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ReftEdgeError(f"cannot read {path}: {error}") from error
+    if not isinstance(parsed, dict):
+        raise ReftEdgeError(f"{path} is not a JSON object")
+    return parsed

@@ -1,0 +1,143 @@
+"""`SteeredEncoder`: one exported encoder, many classification adapters, each with its head and labels."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from reft_edge.adapter import AdapterConfig, fold, load_adapter
+from reft_edge.algebra import Edit, scale
+from reft_edge.encoders import Text, TextTokens, Tokens
+from reft_edge.errors import ReftEdgeError
+from reft_edge.manifest import Manifest, load_manifest
+from reft_edge.prompts import load_prompts
+from reft_edge.runtime.binding import PortInputs, port_inputs
+from reft_edge.runtime.session import open_graph, plain_failure
+
+Floats = NDArray[np.float32]
+_FLOAT = np.dtype(np.float32)
+
+
+@dataclass(frozen=True)
+class Classification:
+    """What a classifier says of one text."""
+
+    label: str
+    """The likeliest."""
+    probabilities: dict[str, float]
+    """Of every label, in the adapter's order; they sum to 1."""
+
+
+class EncoderSession:
+    """An exported encoder graph in one onnxruntime session."""
+
+    def __init__(
+        self, graph: Path, device: str = "auto", threads: int | None = None, fuse: bool = True
+    ) -> None:
+        self.session = open_graph(graph, device, threads, fuse=fuse)
+        self._types = any(value.name == "token_type_ids" for value in self.session.get_inputs())
+
+    def hidden_states(self, rows: Sequence[Tokens], ports: PortInputs) -> list[Floats]:
+        """The last block's output for every row, `[tokens, d]`, from one right-padded batch."""
+        length = max(len(row.ids) for row in rows)
+        ids, types, mask = np.zeros((3, len(rows), length), np.int64)
+        for i, row in enumerate(rows):
+            count = len(row.ids)
+            ids[i, :count], types[i, :count], mask[i, :count] = row.ids, row.types, 1
+        feeds = {"input_ids": ids, "attention_mask": mask, **ports}
+        if self._types:
+            feeds["token_type_ids"] = types
+        with plain_failure():
+            hidden = self.session.run(["last_hidden_state"], feeds)[0]
+        return [hidden[i, : len(row.ids)] for i, row in enumerate(rows)]
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    config: AdapterConfig
+    edit: Edit
+    weight: Floats
+    bias: Floats
+
+
+class SteeredEncoder:
+    """An exported encoder; classification adapters are loaded by name and chosen per request."""
+
+    def __init__(self, folder: Path | str, device: str = "auto", threads: int | None = None) -> None:
+        """`device`: auto, cpu or cuda. Raises ReftEdgeError if the folder is not an encoder's export."""
+        path = Path(folder)
+        self.manifest: Manifest = load_manifest(path)
+        self.manifest.check_kind("encoder", path)
+        self._tokens = TextTokens.of(load_prompts(path).tokenizer, self.manifest.context_length)
+        self._graph = EncoderSession(path / self.manifest.graph, device, threads)
+        self._adapters: dict[str, _Loaded] = {}
+
+    @property
+    def adapters(self) -> dict[str, AdapterConfig]:
+        """Descriptions of the loaded adapters by name."""
+        return {name: loaded.config for name, loaded in self._adapters.items()}
+
+    def load_adapter(self, path: Path | str, name: str | None = None) -> str:
+        """Read, check and fold an adapter file; returns its name (by default the file's, without its ending).
+
+        A name that is loaded already is replaced. Raises AdapterFileError for a malformed file, BaseMismatchError
+        for another base model, ReftEdgeError for a layer without a port, an act_fn that no port carries, or an
+        adapter without a head.
+        """
+        adapter = load_adapter(path)
+        config = adapter.config
+        self.manifest.check_base(config.base_fingerprint, str(path), config.base_name)
+        if not config.labels:
+            raise ReftEdgeError(
+                f"{path} has no classification head; train one with `reft-edge train --task classification`"
+            )
+        edit = fold(adapter)
+        port_inputs(edit, self.manifest, _FLOAT)
+        name = name or Path(path).name.removesuffix(".safetensors")
+        tensors = adapter.tensors
+        self._adapters[name] = _Loaded(config, edit, tensors["head.weight"], tensors["head.bias"])
+        return name
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter; nothing happens if there is none of that name."""
+        self._adapters.pop(name, None)
+
+    def classify(
+        self, texts: Sequence[Text], adapter: str, factor: float = 1.0, batch_size: int = 32
+    ) -> list[Classification]:
+        """Classify texts, or pairs of texts, of any lengths; what the encoder cannot read is cut off.
+
+        `factor` scales the adapter's edits, not its head. Raises ReftEdgeError for an unknown adapter, a factor that
+        is not finite, or an empty text.
+        """
+        if adapter not in self._adapters:
+            raise ReftEdgeError(
+                f"no adapter {adapter!r} is loaded; loaded: {', '.join(self._adapters) or 'none'}"
+            )
+        if isinstance(texts, str):
+            raise ReftEdgeError("texts is one text; give a list of texts")
+        if not np.isfinite(factor):
+            raise ReftEdgeError(f"the scale of adapter {adapter!r} is {factor}; expected a finite number")
+        loaded = self._adapters[adapter]
+        return list(self._classify([self._tokens(text) for text in texts], loaded, factor, batch_size))
+
+    def _classify(
+        self, rows: list[Tokens], loaded: _Loaded, factor: float, batch_size: int
+    ) -> Iterator[Classification]:
+        ports = port_inputs(scale(loaded.edit, factor), self.manifest, _FLOAT) if factor else {}
+        labels = loaded.config.labels
+        for start in range(0, len(rows), batch_size):
+            for hidden in self._graph.hidden_states(rows[start : start + batch_size], ports):
+                pooled = hidden[0] if loaded.config.pooling == "cls" else hidden.mean(axis=0)
+                shares = _softmax(loaded.weight @ pooled + loaded.bias)
+                yield Classification(
+                    labels[int(shares.argmax())], dict(zip(labels, map(float, shares), strict=True))
+                )
+
+
+def _softmax(scores: Floats) -> NDArray[np.float64]:
+    powers = np.exp(scores.astype(np.float64) - scores.max())
+    shares: NDArray[np.float64] = powers / powers.sum()
+    return shares
