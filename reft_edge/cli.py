@@ -1,6 +1,7 @@
 """The `reft-edge` command. Heavy imports happen inside the commands, so that `--help` is instant."""
 
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -51,7 +52,7 @@ def main(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
     ] = False,
 ) -> None:
-    pass
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what Ctrl-C cleans up, `kill` does, too
 
 
 @app.command(

@@ -1,14 +1,19 @@
 """Writing files and folders so that a failed or interrupted write leaves the old ones in place."""
 
+import glob
 import hashlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from reft_edge.errors import ReftEdgeError
+
+_UNFINISHED = ".unfinished-"
+_STALE = 24 * 60 * 60
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -40,7 +45,8 @@ def replace_folder(target: Path, marker: str) -> Iterator[Path]:
     """Give an empty temporary folder that becomes `target` when the block succeeds and vanishes when it fails.
 
     An existing `target` is only replaced if it is empty or holds the file `marker`, so that a mistyped
-    output path cannot delete somebody's files. Raises ReftEdgeError otherwise.
+    output path cannot delete somebody's files. Raises ReftEdgeError otherwise. What a killed process left behind of
+    an earlier attempt is removed when it is a day old.
     """
     target = Path(os.path.abspath(target))
     if target.exists() and not target.is_dir():
@@ -51,7 +57,8 @@ def replace_folder(target: Path, marker: str) -> Iterator[Path]:
         )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+        _remove_leftovers(target)
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}{_UNFINISHED}"))
     except OSError as error:
         raise ReftEdgeError(
             f"cannot write beside {target}: {error.strerror}; choose another place"
@@ -68,6 +75,12 @@ def replace_folder(target: Path, marker: str) -> Iterator[Path]:
             os.replace(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_leftovers(target: Path) -> None:
+    for folder in target.parent.glob(f"{glob.escape(f'.{target.name}{_UNFINISHED}')}*"):
+        if folder.is_dir() and not folder.is_symlink() and time.time() - folder.stat().st_mtime > _STALE:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def sha256_of(path: Path) -> str:

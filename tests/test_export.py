@@ -1,7 +1,12 @@
 """Exported graphs against PyTorch, on a tiny random model of every supported architecture."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -231,6 +236,38 @@ def test_a_failed_export_leaves_the_old_one(tmp_path, device_folder, monkeypatch
         export_model(ModelFolder(device_folder / "hf", "tiny-llama"), target)
     assert (target / "reft_edge.json").read_bytes() == before
     assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("signal_", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_export_leaves_nothing(tmp_path, device_folder, signal_):
+    command = [
+        sys.executable,
+        "-m",
+        "reft_edge",
+        "export",
+        str(device_folder / "hf"),
+        "-o",
+        str(tmp_path / "e"),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not list(tmp_path.glob(".e*/.work")):
+        time.sleep(0.05)
+    process.send_signal(signal_)
+    said = process.communicate(timeout=60)[1]
+    assert (process.returncode, list(tmp_path.iterdir())) == (130, []), said
+    assert "Traceback" not in said
+
+
+def test_what_a_killed_export_left_is_removed_a_day_later(tmp_path, device_folder):
+    killed, other = tmp_path / ".e.unfinished-x1", tmp_path / ".f.unfinished-x1"
+    running = tmp_path / ".e.unfinished-x2"
+    for folder in (killed, other, running):
+        folder.mkdir()
+        (folder / "model.onnx").write_text("half")
+    for folder in (killed, other):
+        os.utime(folder, (0, 0))
+    export_model(ModelFolder(device_folder / "hf", "tiny-llama"), tmp_path / "e")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [running.name, other.name, "e"]
 
 
 def test_verification_judges_its_figures():
