@@ -50,7 +50,7 @@ class _AutoConfig(_AUTO_CONFIG):  # type: ignore[misc,valid-type]
 def main() -> None:
     """Run the builder with the arguments of this process."""
     import onnxruntime_genai.models  # makes the builder's own packages importable  # noqa: F401, I001
-    import builders
+    import builders  # type: ignore[import-not-found]
 
     plain_init = builders.GemmaModel.__init__
 

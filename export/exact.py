@@ -21,13 +21,7 @@ def write_exact(source: Path, target: Path) -> None:
     model = ir.load(source)
     for value in model.graph.initializers.values():
         if value.dtype in _HALF and value.const_value is not None:
-            stored = value.const_value
-            value.const_value = ir.LazyTensor(
-                lambda stored=stored: ir.tensor(stored.numpy().astype(np.float32)),
-                dtype=ir.DataType.FLOAT,
-                shape=stored.shape,
-                name=value.name,
-            )
+            value.const_value = _widened(value.const_value)
     values = [*model.graph.inputs, *model.graph.initializers.values(), *model.graph.outputs]
     for node in model.graph:
         values += node.outputs
@@ -44,7 +38,16 @@ def write_exact(source: Path, target: Path) -> None:
     ir.save(model, target, external_data=f"{target.name}.data")
 
 
-def _constant(stored: ir.TensorProtocol) -> ir.Tensor:
+def _widened(stored: ir.TensorProtocol) -> ir.TensorProtocol:
+    return ir.LazyTensor(
+        lambda: ir.tensor(stored.numpy().astype(np.float32)),
+        dtype=ir.DataType.FLOAT,
+        shape=ir.Shape(stored.shape.numpy()),
+        name=stored.name,
+    )
+
+
+def _constant(stored: ir.TensorProtocol) -> ir.TensorProtocol:
     """A scalar as it was before it was rounded, which the model builder leaves in its name; PyTorch never rounds it."""
     content = stored.numpy().astype(np.float32)
     match = re.fullmatch(r"/model/constants/\w+/([-+.\de]+)", stored.name or "")

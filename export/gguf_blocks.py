@@ -199,7 +199,7 @@ def _replace(graph: ir.Graph, node: ir.Node, blocks: Blocks, sums: dict[ir.Value
     float_type = scales.dtype.numpy()
     q, middle = blocks.q, 1 << (blocks.bits - 1)
     if blocks.bits == 4:
-        q = q[..., 0::2] | (q[..., 1::2] << 4)
+        q = q[..., 0::2] | (q[..., 1::2] * np.uint8(16))
         zero_bytes, middle = -(-blocks.scales.shape[1] // 2), middle | middle << 4
     else:
         zero_bytes = blocks.scales.shape[1]
@@ -256,13 +256,20 @@ class _Weights:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         heads = int(config["num_attention_heads"])
         self.heads = (heads, int(config.get("num_key_value_heads") or heads))
-        self._files = {
+        self._files: dict[str, Any] = {
             name: file
             for path in sorted(folder.glob("*.safetensors"))
-            for file in [safe_open(path, "np")]
+            for file in [_open(path)]
             for name in file.keys()  # noqa: SIM118
         }
 
     def get(self, name: str) -> NDArray[np.float32] | None:
         file = self._files.get(name)
-        return None if file is None else file.get_tensor(name).astype(np.float32, copy=False)
+        if file is None:
+            return None
+        weight: NDArray[np.float32] = file.get_tensor(name).astype(np.float32, copy=False)
+        return weight
+
+
+def _open(path: Path) -> Any:
+    return safe_open(path, "np")

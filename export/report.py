@@ -54,6 +54,10 @@ def compare_precisions(
     """
     fp32: _Run | None = None
     for name, precision, quantisation in _ways(model, device):
+
+        def step(said: str, name: str = name) -> None:
+            report(f"{name}: {said}")
+
         place = "cpu" if precision == "fp32" else device
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / "export"
@@ -62,11 +66,11 @@ def compare_precisions(
                 folder,
                 precision,
                 layers,
-                lambda step, name=name: report(f"{name}: {step}"),
+                step,
                 device=place,
                 quantisation=quantisation,
             )
-            report(f"{name}: measuring")
+            step("measuring")
             run = _measure(folder, manifest, place)
             fp32 = fp32 or run
             yield Choice(

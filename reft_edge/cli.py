@@ -351,16 +351,16 @@ def _print_report(folder: "ModelFolder", device: str, layers: str, console: "Con
         _print_json([vars(choice) for choice in choices])
         return
     table = Table(title=f"{folder.name} on {device}")
-    table.add_column("precision")
+    table.add_column("precision", no_wrap=True)
     for heading in (
         "MB",
         "perplexity",
-        "same next token as fp32",
-        "the same, with adapter",
-        "decode tokens/s",
-        "with adapter",
+        "fp32's\nnext token",
+        "with\nadapter",
+        "decode\ntokens/s",
+        "with\nadapter",
     ):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for choice in choices:
         table.add_row(
             choice.name,
@@ -637,5 +637,5 @@ def _plain(console: "Console") -> Callable[[str], None]:
     return lambda message: console.print(message, markup=False, highlight=False)
 
 
-def _print_json(content: dict[str, Any]) -> None:
+def _print_json(content: dict[str, Any] | list[dict[str, Any]]) -> None:
     typer.echo(json.dumps(content, default=str))

@@ -18,7 +18,11 @@ PREFILL_CHUNK = 512
 DEVICES = ("auto", "cpu", "cuda")
 _CUDA = "CUDAExecutionProvider"
 _CACHE_STEP = 256
-HOST_TYPES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": np.dtype(np.float32)}
+HOST_TYPES: dict[str, np.dtype[np.generic]] = {
+    "fp32": np.dtype(np.float32),
+    "fp16": np.dtype(np.float16),
+    "bf16": np.dtype(np.float32),
+}
 _ONNX_BFLOAT16 = 16
 _ELEMENT_TYPES: dict[str, Any] = {
     "tensor(float)": np.float32,
