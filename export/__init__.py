@@ -132,7 +132,8 @@ def _quantisation(model: ModelFolder, precision: str, chosen: Quantisation | Non
     if chosen is None or chosen.algorithm == "auto":
         chosen = chosen or Quantisation()
         own = model.gguf is not None and chosen.block_size == 32 and can_carry(model.gguf, precision)
-        return replace(chosen, algorithm="gguf" if own else "k_quant")
+        rounded = "k_quant_mixed" if precision == "int4" else "k_quant"
+        return replace(chosen, algorithm="gguf" if own else rounded)
     if chosen.algorithm == "gguf" and (model.gguf is None or not can_carry(model.gguf, precision)):
         raise ReftEdgeError(
             f"{model.name} is no GGUF file whose blocks an {precision} graph can hold "

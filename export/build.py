@@ -23,7 +23,7 @@ class Quantisation:
     """How int4 and int8 weights are rounded. The defaults are the best that `reft-edge export --report` measured."""
 
     algorithm: str = "auto"
-    """auto: gguf where the model is a file that has such blocks, else k_quant. rtn: round to nearest. k_quant: each block's scale is searched for the least error. k_quant_mixed: the layers
+    """auto: gguf where the model is a file that has such blocks, else k_quant_mixed for int4 and k_quant for int8. rtn: round to nearest. k_quant: each block's scale is searched for the least error. k_quant_mixed: the layers
     that suffer most get 8 bits. gguf: a GGUF file's own blocks are kept, and what they do not cover is k_quant."""
     block_size: int = 32
     """Weights that share a scale."""

@@ -211,7 +211,7 @@ def _replace(graph: ir.Graph, node: ir.Node, blocks: Blocks, sums: dict[ir.Value
         return
 
     def add(op: str, inputs: list[ir.Value], name: str, **attributes: Any) -> ir.Node:
-        output = ir.Value(name=f"{node.name}/{name}/output_0")
+        output = ir.Value(name=f"{node.name}/{name}/output_0", type=scales.type)
         return ir.node(op, inputs, attributes, outputs=[output], name=f"{node.name}/{name}")
 
     y = node.outputs[0]

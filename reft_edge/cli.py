@@ -241,7 +241,7 @@ def export(
         str,
         typer.Option(
             help="How int4 and int8 weights are rounded: rtn, k_quant, k_quant_mixed, or gguf, which keeps a GGUF file's "
-            "own blocks; auto is gguf where there are such blocks, else k_quant."
+            "own blocks; auto is gguf where there are such blocks, else k_quant_mixed for int4, k_quant for int8."
         ),
     ] = "auto",
     block_size: Annotated[

@@ -12,6 +12,9 @@ from dataclasses import asdict, replace
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from reft_edge.adapter import INTERVENTIONS, fold
 from reft_edge.algebra import concat, scale
@@ -24,7 +27,7 @@ from reft_edge.interventions import Interventions
 from reft_edge.manifest import load_manifest
 from reft_edge.models import ModelFolder, load_model
 from reft_edge.runtime.binding import port_inputs
-from reft_edge.runtime.session import GraphSession
+from reft_edge.runtime.session import GraphSession, _round_to_bfloat16, ort_value
 from reft_edge.steering import steered
 from tests.tiny import ARCHITECTURES, LAYERS, make_model
 from tests.torch_reference import greedy, logits, random_adapter
@@ -170,7 +173,21 @@ def test_bf16_says_that_it_needs_a_gpu(wide, tmp_path):
         GraphSession(tmp_path / "export", manifest, "cpu")
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@given(
+    numbers=st.lists(
+        st.floats(width=32, allow_nan=False, allow_infinity=False, max_value=3e38, min_value=-3e38)
+    )
+)
+def test_bf16_ports_are_rounded_as_pytorch_rounds(numbers):
+    array = np.array(numbers, np.float32)
+    expected = torch.from_numpy(array).bfloat16().view(torch.uint16).numpy()
+    assert np.array_equal(_round_to_bfloat16(array), expected)
+    value = ort_value(array.reshape(1, -1), bf16=True)
+    assert value.data_type() == "tensor(bfloat16)"
+    assert value.shape() == [1, len(numbers)]
+
+
+@pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if name != "gguf"])
 @pytest.mark.parametrize("block_size", [32, 64])
 def test_every_quantisation_is_verified_and_smaller(wide, tmp_path, algorithm, block_size):
     quantisation = Quantisation(algorithm, block_size, accuracy_level=1)
@@ -279,8 +296,9 @@ def test_verification_judges_its_figures():
     assert len(bad.failures()) == 2
 
 
-def test_a_port_in_the_wrong_place_fails_verification(tmp_path, device_folder, monkeypatch):
-    """The self-check is real: ports one layer off are found out."""
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_a_port_in_the_wrong_place_fails_verification(tmp_path, wide, monkeypatch, precision):
+    """The self-check is real: ports one layer off are found out, whatever the rounding."""
     sites = find_sites
 
     def shifted(graph, num_layers):
@@ -289,7 +307,7 @@ def test_a_port_in_the_wrong_place_fails_verification(tmp_path, device_folder, m
 
     monkeypatch.setattr("reft_edge.export.find_sites", shifted)
     with pytest.raises(ReftEdgeError, match="logits differ from PyTorch's"):
-        export_model(ModelFolder(device_folder / "hf", "tiny-llama"), tmp_path / "export")
+        export_model(wide, tmp_path / "export", precision)
     assert not (tmp_path / "export").exists()
 
 

@@ -68,5 +68,7 @@ def test_other_models_have_no_blocks_to_carry(gguf_model, tmp_path):
         export_model(gguf_model("F32"), tmp_path / "a", "int4", quantisation=Quantisation("gguf"))
     with pytest.raises(ReftEdgeError, match="blocks are of 32 weights, not 64; leave --block-size at 32"):
         export_model(gguf_model("Q4_1"), tmp_path / "a", "int4", quantisation=Quantisation("gguf", 64))
-    assert export_model(gguf_model("F32"), tmp_path / "a", "int4").quantisation["algorithm"] == "k_quant"
+    assert (
+        export_model(gguf_model("F32"), tmp_path / "a", "int4").quantisation["algorithm"] == "k_quant_mixed"
+    )
     assert np.isfinite(export_model(gguf_model("Q4_1"), tmp_path / "b", "int8").verification["base_error"])
