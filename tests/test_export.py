@@ -211,7 +211,7 @@ def test_a_quantiser_that_fails_says_what_to_try(wide, tmp_path):
         ({"device": "tpu"}, "unknown device 'tpu'; choose one of cpu, cuda"),
         ({"precision": "fp32", "device": "cuda"}, "no fp32 kernel for CUDA; choose --precision fp16 or bf16"),
         ({"precision": "bf16"}, "add --device cuda, or choose --precision fp16"),
-        ({"quantisation": Quantisation("gptq")}, "choose one of rtn, k_quant, k_quant_mixed"),
+        ({"quantisation": Quantisation("gptq")}, "choose one of auto, rtn, k_quant, k_quant_mixed, gguf"),
         ({"quantisation": Quantisation(block_size=48)}, "unknown block size 48; choose one of 16, 32"),
         ({"quantisation": Quantisation(accuracy_level=2)}, "unknown accuracy level 2; choose one of 1, 4"),
     ],
