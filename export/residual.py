@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from reft_edge.errors import ReftEdgeError
 
-_SKIP_NORMS = ("SkipSimplifiedLayerNormalization", "SkipLayerNormalization")
+SKIP_NORMS = ("SkipSimplifiedLayerNormalization", "SkipLayerNormalization")
 _NAME = re.compile(r"/model/layers\.(\d+)/(?:input_layernorm|final_norm_layernorm)/SkipLayerNorm")
 
 
@@ -43,12 +43,12 @@ def find_sites(graph: ir.Graph, num_layers: int) -> list[Site]:
     norms: dict[int, ir.Node] = {}
     for node in graph:
         match = _NAME.fullmatch(node.name or "")
-        if match and node.op_type in _SKIP_NORMS:
+        if match and node.op_type in SKIP_NORMS:
             norms[int(match[1]) - 1] = node
     missing = [layer for layer in range(num_layers) if layer not in norms]
     if missing:
         raise ReftEdgeError(
-            f"cannot place ports after layers {missing}: looked for {' or '.join(_SKIP_NORMS)} nodes named like "
+            f"cannot place ports after layers {missing}: looked for {' or '.join(SKIP_NORMS)} nodes named like "
             f"/model/layers.1/input_layernorm/SkipLayerNorm and found {len(norms)} of {num_layers}; "
             "this architecture's graph is not supported"
         )
