@@ -120,7 +120,11 @@ def plain_failure() -> Iterator[None]:
 
 @dataclass
 class KVCache:
-    """Keys and values of one running batch; past and present of each layer share a buffer of `capacity` tokens."""
+    """Keys and values of one running batch, by the names of the graph's inputs.
+
+    In a shared cache, past and present of each layer are one buffer of `capacity` tokens; in a growing one, a step
+    replaces each value by a longer one.
+    """
 
     values: dict[str, Any]
     batch: int
@@ -145,16 +149,22 @@ class GraphSession:
             check_cpu(manifest)
         self.session = open_graph(folder / manifest.graph, device, threads, prepack)
         self.device = "cuda" if _CUDA in self.session.get_providers() else "cpu"
-        self._head_size = manifest.head_size
+        self._cache_kind = manifest.cache
         inputs = {value.name: value for value in self.session.get_inputs()}
-        self._pasts = [name for name in inputs if name.startswith("past_key_values.")]
-        self._heads = int(inputs[self._pasts[0]].shape[1])
+        self._pasts = {
+            name: (int(value.shape[1]), manifest.head_size)
+            for name, value in inputs.items()
+            if name.startswith("past_key_values.")
+        }
+        """Heads and size of a head."""
+        self._has_positions = "position_ids" in inputs
+        self._keeps_logits = "reft.logits_to_keep" in manifest.ports
         self.dtype = HOST_TYPES[manifest.float_type]
         """Of float arrays given to this session; where the graph has bf16, which numpy lacks, they are converted."""
         self._bf16 = manifest.float_type == "bf16"
         logits = next(value for value in self.session.get_outputs() if value.name == "logits")
         self._logits_dtype = {"tensor(float)": np.float32, "tensor(float16)": np.float16}[logits.type]
-        self._vocabulary = int(logits.shape[2])
+        self._vocabulary = logits.shape[2]
         self._keep_last = self._to_device(np.array(1, np.int64))
         self._spare: list[KVCache] = []
 
@@ -169,19 +179,21 @@ class GraphSession:
             if cache.batch == batch and cache.capacity >= tokens:
                 cache.length = 0
                 return cache
+        if self._cache_kind == "growing":
+            return KVCache(self.to_device(self._no_past(batch)), batch, tokens)
         capacity = -(-tokens // _CACHE_STEP) * _CACHE_STEP
-        shape = [batch, self._heads, capacity, self._head_size]
         values = {
             name: self._ort.OrtValue.ortvalue_from_shape_and_type(
-                shape, _ONNX_BFLOAT16 if self._bf16 else self.dtype.type, self.device
+                [batch, heads, capacity, size], _ONNX_BFLOAT16 if self._bf16 else self.dtype.type, self.device
             )
-            for name in self._pasts
+            for name, (heads, size) in self._pasts.items()
         }
         return KVCache(values, batch, capacity)
 
     def return_cache(self, cache: KVCache) -> None:
-        """Keep a cache's buffers for the next request."""
-        self._spare = [cache]
+        """Keep a shared cache's buffers for the next request."""
+        if self._cache_kind == "shared":
+            self._spare = [cache]
 
     def bind(self, cache: KVCache, ports: Mapping[str, Any]) -> "BoundSession":
         """Bind cache and ports once; the result runs any number of steps."""
@@ -193,13 +205,19 @@ class GraphSession:
         ids, mask = np.zeros((2, len(rows), length), np.int64)
         for i, row in enumerate(rows):
             ids[i, : len(row)], mask[i, : len(row)] = row, 1
-        empty = np.zeros((len(rows), self._heads, 0, self._head_size), self.dtype)
-        feeds = {"input_ids": ids, "attention_mask": mask, **dict.fromkeys(self._pasts, empty), **ports}
+        feeds = {"input_ids": ids, "attention_mask": mask, **self._no_past(len(rows)), **ports}
+        if self._has_positions:
+            feeds["position_ids"] = np.tile(np.arange(length), (len(rows), 1))
         values = {name: ort_value(array, self._bf16) for name, array in feeds.items()}
         with plain_failure():
             logits = self.session.run_with_ort_values(["logits"], values)[0].numpy()
         logits = logits.astype(np.float32, copy=False)
         return [logits[i, : len(row)] for i, row in enumerate(rows)]
+
+    def _no_past(self, batch: int) -> dict[str, NDArray[np.generic]]:
+        return {
+            name: np.zeros((batch, heads, 0, size), self.dtype) for name, (heads, size) in self._pasts.items()
+        }
 
     def _to_device(self, array: NDArray[np.generic]) -> Any:
         return ort_value(array, self._bf16, self.device)
@@ -211,12 +229,15 @@ class BoundSession:
     def __init__(self, graph: GraphSession, cache: KVCache, ports: Mapping[str, Any]) -> None:
         self._graph, self._cache = graph, cache
         self._binding = graph.session.io_binding()
-        for name, value in cache.values.items():
-            self._binding.bind_ortvalue_input(name, value)
-            self._binding.bind_ortvalue_output(name.replace("past_key_values", "present"), value)
         for name, value in ports.items():
             self._binding.bind_ortvalue_input(name, value)
-        self._binding.bind_ortvalue_input("reft.logits_to_keep", graph._keep_last)
+        if graph._keeps_logits:
+            self._binding.bind_ortvalue_input("reft.logits_to_keep", graph._keep_last)
+        if graph._cache_kind == "growing":
+            return
+        for name, value in cache.values.items():
+            self._binding.bind_ortvalue_input(name, value)
+            self._binding.bind_ortvalue_output(_present(name), value)
         shape = [cache.batch, 1, graph._vocabulary]
         self._logits = graph._ort.OrtValue.ortvalue_from_shape_and_type(shape, graph._logits_dtype, "cpu")
         self._binding.bind_ortvalue_output("logits", self._logits)
@@ -229,10 +250,30 @@ class BoundSession:
             raise ReftEdgeError(f"the KV cache holds {cache.capacity} tokens; {total} were asked for")
         self._binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids, np.int64))
         self._binding.bind_cpu_input("attention_mask", np.ones((cache.batch, total), np.int64))
+        if self._graph._has_positions:
+            positions = np.tile(np.arange(cache.length, total), (cache.batch, 1))
+            self._binding.bind_cpu_input("position_ids", positions)
+        logits = self._run_growing() if self._graph._cache_kind == "growing" else self._run_shared()
+        cache.length = total
+        last: Logits = logits.numpy()[:, -1].astype(np.float32, copy=False)
+        return last
+
+    def _run_shared(self) -> Any:
         with plain_failure():
             self._graph.session.run_with_iobinding(self._binding)
-        cache.length = total
-        logits: Logits = self._logits.numpy()[:, 0].astype(np.float32, copy=False)
+        return self._logits
+
+    def _run_growing(self) -> Any:
+        """The graph's own outputs become the cache."""
+        self._binding.clear_binding_outputs()
+        for name, value in self._cache.values.items():
+            self._binding.bind_ortvalue_input(name, value)
+            self._binding.bind_output(_present(name), self._graph.device)
+        self._binding.bind_output("logits", "cpu")
+        with plain_failure():
+            self._graph.session.run_with_iobinding(self._binding)
+        *presents, logits = self._binding.get_outputs()
+        self._cache.values = dict(zip(self._cache.values, presents, strict=True))
         return logits
 
     def prefill(self, ids: Ids, chunk: int = PREFILL_CHUNK) -> Logits:
@@ -240,6 +281,10 @@ class BoundSession:
         for start in range(0, ids.shape[1], chunk):
             logits = self.step(ids[:, start : start + chunk])
         return logits
+
+
+def _present(past: str) -> str:
+    return past.replace("past_key_values", "present")
 
 
 def _usable_cores() -> int:
