@@ -104,13 +104,13 @@ def add_ports(
         _copy_texts(source, model, folder)
         report("copying weights")
         ir.save(built, folder / _PLAIN, external_data=f"{GRAPH}.data")
-        head_size = _head_size(built.graph)
+        head_size = _head_size(built.graph, config)
         del built, sites
 
         report("running the graph")
         prompts = load_prompts(folder)
         rows = [prompts.encode_raw(text) for text in TEXTS]
-        found = probe(folder / _PLAIN, taps, head, rows)
+        found = probe(folder / _PLAIN, taps, head, rows, head_size)
         if found.hidden_size != config.hidden_size or found.dtype.name not in _FLOAT_TYPES:
             raise ReftEdgeError(
                 f"the residual stream found is {found.dtype.name} of size {found.hidden_size}; expected float32 or float16 of "
@@ -205,10 +205,10 @@ def _cache(graph: ir.Graph) -> str:
         if present not in outputs:
             raise ReftEdgeError(f"the graph has an input {past.name} but no output {present} to go on with")
         shape = past.shape
-        if shape is None or len(shape) != 4 or not all(isinstance(shape[axis], int) for axis in (1, 3)):
+        if shape is None or len(shape) != 4 or not isinstance(shape[1], int):
             raise ReftEdgeError(
-                f"the graph's input {past.name} is {shape}; expected [batch, heads, tokens, head size] with whole "
-                "numbers for heads and head size"
+                f"the graph's input {past.name} is {shape}; expected [batch, heads, tokens, head size] with a "
+                "number for heads"
             )
     if not pasts:
         return "none"
@@ -241,11 +241,11 @@ def _head(graph: ir.Graph) -> str | None:
         return None
 
 
-def _head_size(graph: ir.Graph) -> int:
+def _head_size(graph: ir.Graph, config: Any) -> int:
     for value in graph.inputs:
-        if _PAST.fullmatch(str(value.name)) and value.shape is not None:
-            return int(value.shape[3])
-    return 0
+        if _PAST.fullmatch(str(value.name)) and value.shape is not None and isinstance(value.shape[3], int):
+            return value.shape[3]
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def _quantisation(graph: ir.Graph) -> tuple[str, dict[str, Any]]:

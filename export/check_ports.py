@@ -27,6 +27,7 @@ from reft_edge.runtime.session import GraphSession, Logits, open_graph, plain_fa
 from reft_edge.steering import decoder_layers, steered
 
 PORT_TOLERANCE = 1e-4
+_UNRELATED = 0.9
 _DECODED = 3
 
 Stream = NDArray[np.float32]
@@ -59,7 +60,9 @@ class Probe:
     """Whether the value that was taken for the head's input is `[batch, tokens, hidden size]`."""
 
 
-def probe(graph: Path, taps: Sequence[Tap], head: str | None, rows: Sequence[Sequence[int]]) -> Probe:
+def probe(
+    graph: Path, taps: Sequence[Tap], head: str | None, rows: Sequence[Sequence[int]], head_size: int
+) -> Probe:
     """Run the untouched graph and read block outputs, and the head's input, from inside.
 
     Raises ReftEdgeError unless every block's output is `[batch, tokens, d]` with the same d and type.
@@ -67,7 +70,7 @@ def probe(graph: Path, taps: Sequence[Tap], head: str | None, rows: Sequence[Seq
     names = [name for part in taps for name in (part.value, part.skip) if name]
     wanted = [*names, *([head] if head else [])]
     streams, kinds, whole = [], set(), bool(head)
-    for row, found in zip(rows, _run(graph, wanted, rows, {}), strict=True):
+    for row, found in zip(rows, _run(graph, wanted, rows, head_size, {}), strict=True):
         for name in names:
             array = found[name]
             if array.ndim != 3 or array.shape[:2] != (1, len(row)):
@@ -120,7 +123,7 @@ def run_graphs(
     exact = replace(manifest, graph=graph.name, float_type="fp32")
     edit = fold(random_adapter(manifest).to_adapter())
     ports = port_inputs(edit, manifest, np.dtype(np.float32))
-    reference = [found["logits"][0] for found in _run(untouched, [], rows, {})]
+    reference = [found["logits"][0] for found in _run(untouched, [], rows, manifest.head_size, {})]
 
     session = GraphSession(folder, exact, device="cpu", prepack=False)
     shipped = [session.score([row], {})[0] for row in rows]
@@ -130,7 +133,7 @@ def run_graphs(
 
     inside = [name for part in taps for name in (part.value, part.skip, _edited(part.layer)) if name]
     port_error = 0.0
-    for row, found in zip(rows, _run(graph, inside, rows, ports), strict=True):
+    for row, found in zip(rows, _run(graph, inside, rows, manifest.head_size, ports), strict=True):
         t = np.arange(len(row))
         for part in taps:
             expected = apply(edit, part.layer, _stream(found, part), t, len(row))
@@ -177,6 +180,11 @@ class PortVerification:
             found.append(
                 f"the outputs found for blocks {list(self.misplaced)} are nearer to other blocks' in PyTorch; "
                 "either the model is not the one that the graph was exported from, or the places are wrong"
+            )
+        elif not self.stream_error <= _UNRELATED:
+            found.append(
+                f"a block's output is {self.stream_error:.2g} of its size away from PyTorch's; the model is not the one "
+                "that the graph was exported from"
             )
         if not self.effect > 0:
             found.append("an adapter at every port does not move the logits")
@@ -257,15 +265,15 @@ def _decode_error(session: GraphSession, rows: Sequence[Sequence[int]], whole: S
         cache = session.take_cache(1, len(row))
         bound = session.bind(cache, {})
         start = max(1, len(row) - _DECODED)
-        found = [bound.prefill(np.array([row[:start]]))[0]]
-        found += [bound.step(np.array([[token]]))[0] for token in row[start:]]
+        found = [bound.prefill(np.array([row[:start]]))[0].copy()]
+        found += [bound.step(np.array([[token]]))[0].copy() for token in row[start:]]
         session.return_cache(cache)
         error = max(error, float(np.abs(np.stack(found) - expected[start - 1 :]).max()))
     return error
 
 
 def _run(
-    graph: Path, inside: Sequence[str], rows: Sequence[Sequence[int]], ports: PortInputs
+    graph: Path, inside: Sequence[str], rows: Sequence[Sequence[int]], head_size: int, ports: PortInputs
 ) -> list[dict[str, NDArray[np.float32]]]:
     """`logits` and values from inside the graph, for each row by itself."""
     path = graph
@@ -283,7 +291,13 @@ def _run(
     for row in rows:
         with plain_failure():
             found.append(
-                dict(zip(names, session.run(names, {**plain_feeds(session, row), **ports}), strict=True))
+                dict(
+                    zip(
+                        names,
+                        session.run(names, {**plain_feeds(session, row, head_size), **ports}),
+                        strict=True,
+                    )
+                )
             )
     if inside:
         path.unlink()

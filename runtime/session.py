@@ -107,7 +107,7 @@ def _round_to_bfloat16(array: NDArray[np.float32]) -> NDArray[np.uint16]:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
-def plain_feeds(session: Any, row: Sequence[int]) -> dict[str, NDArray[np.generic]]:
+def plain_feeds(session: Any, row: Sequence[int], head_size: int) -> dict[str, NDArray[np.generic]]:
     """What a session's graph needs to run one row of tokens without a KV cache behind it; no ports."""
     ids = np.array([row], np.int64)
     feeds: dict[str, NDArray[np.generic]] = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
@@ -116,7 +116,7 @@ def plain_feeds(session: Any, row: Sequence[int]) -> dict[str, NDArray[np.generi
             feeds[value.name] = np.arange(len(row))[None]
         elif value.name.startswith("past_key_values."):
             kind = np.float16 if value.type == "tensor(float16)" else np.float32
-            feeds[value.name] = np.zeros((1, value.shape[1], 0, value.shape[3]), kind)
+            feeds[value.name] = np.zeros((1, value.shape[1], 0, head_size), kind)
     return feeds
 
 
