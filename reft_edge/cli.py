@@ -359,7 +359,8 @@ def add_ports(
     ):
         typer.echo(line)
     typer.echo(f"wrote {output}: {manifest.precision}, ports at {len(manifest.layers)} layers; verified:")
-    typer.echo("  no adapter              bitwise equal to the graph without ports")
+    fused = f"; {figures['rank0_error']:.1g} apart where nodes are fused" if figures["rank0_error"] else ""
+    typer.echo(f"  no adapter              bitwise equal to the graph without ports{fused}")
     typer.echo(f"  each port               within {figures['port_error']:.1g} of numpy, relative")
     typer.echo(
         f"  each block's output     within {figures['stream_error']:.2g} of PyTorch's, relative, and nearest to its own block's"

@@ -63,10 +63,13 @@ def check_cpu(manifest: Manifest) -> None:
         )
 
 
-def open_graph(path: Path, device: str = "auto", threads: int | None = None, prepack: bool = True) -> Any:
+def open_graph(
+    path: Path, device: str = "auto", threads: int | None = None, prepack: bool = True, fuse: bool = True
+) -> Any:
     """An InferenceSession. `threads`: intra-op threads, by default one a core this process may use.
 
     `prepack`: keep weights in the layout that is fastest to multiply with, at the cost of memory for a second copy.
+    `fuse`: let ONNX Runtime merge neighbouring nodes, which is faster and can round differently.
 
     Raises ReftEdgeError if the graph cannot be loaded, or if CUDA was asked for and did not start.
     """
@@ -77,6 +80,8 @@ def open_graph(path: Path, device: str = "auto", threads: int | None = None, pre
         4  # else a warning for every overridable initializer; errors come as exceptions
     )
     options.intra_op_num_threads = threads or _usable_cores()
+    if not fuse:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     if not prepack:
         options.add_session_config_entry("session.disable_prepacking", "1")
     providers: list[Any] = ["CPUExecutionProvider"]
