@@ -291,7 +291,12 @@ def _decode_error(session: GraphSession, rows: Sequence[Sequence[int]], whole: S
 
 
 def _run(
-    graph: Path, inside: Sequence[str], rows: Sequence[Sequence[int]], head_size: int, ports: PortInputs
+    graph: Path,
+    inside: Sequence[str],
+    rows: Sequence[Sequence[int]],
+    head_size: int,
+    ports: PortInputs,
+    fuse: bool = True,
 ) -> list[dict[str, NDArray[np.float32]]]:
     """`logits` and values from inside the graph, for each row by itself."""
     path = graph
