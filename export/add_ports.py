@@ -27,7 +27,7 @@ from reft_edge.prompts import load_prompts
 GRAPH = "model.onnx"
 _PLAIN = "plain.onnx"
 _PAST = re.compile(r"past_key_values\.(\d+)\.(?:key|value)")
-_OTHER_INPUTS = (INPUT_IDS, ATTENTION_MASK, "position_ids")
+_OTHER_INPUTS = (INPUT_IDS, ATTENTION_MASK, "position_ids", "num_logits_to_keep")
 _LEAST_OPSET = 13
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")

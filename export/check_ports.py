@@ -1,8 +1,9 @@
 """Checking ports in a graph from elsewhere: against numpy inside the graph, and against the PyTorch model's own blocks.
 
 A quantised graph's logits cannot be held to PyTorch's within a small tolerance. What can: that unused ports change no bit,
-that each port computes h + ((hA + b) · gate) B as numpy does from the same h, and that the h of port i is the output of the
-model's block i rather than of any other.
+that each port computes h + ((hA + b) · gate) B as numpy does from the same h, and that what is added to the residual stream
+between two ports is what the model's block there adds, rather than any other block. (Whole outputs of neighbouring blocks are too
+alike in a deep model to tell blocks apart after rounding; what each block adds is not.)
 """
 
 from collections.abc import Sequence
@@ -27,7 +28,8 @@ from reft_edge.runtime.session import GraphSession, Logits, open_graph, plain_fa
 from reft_edge.steering import decoder_layers, steered
 
 PORT_TOLERANCE = 1e-4
-_UNRELATED = 0.9
+_UNRELATED = 1.0
+"""The distance at which nothing at all would be as near."""
 _DECODED = 3
 
 Stream = NDArray[np.float32]
@@ -167,10 +169,11 @@ class PortVerification:
     the fused ones round differently. 0 if they are bitwise equal here, too."""
     port_error: float
     """max |edited block output − what numpy makes of the unedited one|, relative to the largest value."""
-    stream_error: float
-    """Largest relative distance of a block's output from that of the same block in PyTorch."""
+    block_error: float
+    """How far what a block adds to the residual stream is from what it adds in PyTorch, relative to the latter's norm:
+    the median over tokens, of the worst block."""
     misplaced: tuple[int, ...]
-    """Blocks whose output in the graph is nearer to another block's in PyTorch than to their own."""
+    """Blocks that add what is nearer to another block's addition in PyTorch than to their own."""
     effect: float
     """max |logits with a random adapter at every port − logits without|, in the graph."""
     agreement: float
@@ -191,12 +194,13 @@ class PortVerification:
             found.append(f"a port's edit differs from numpy's by {self.port_error:.2g} of its size")
         if self.misplaced:
             found.append(
-                f"the outputs found for blocks {list(self.misplaced)} are nearer to other blocks' in PyTorch; "
-                "either the model is not the one that the graph was exported from, or the places are wrong"
+                f"what blocks {list(self.misplaced)} were found to add is nearer to other blocks' additions in PyTorch: the "
+                "model is not the one that the graph was exported from, the places are wrong, or the graph is rounded too "
+                "coarsely to tell"
             )
-        elif not self.stream_error <= _UNRELATED:
+        elif not self.block_error < _UNRELATED:
             found.append(
-                f"a block's output is {self.stream_error:.2g} of its size away from PyTorch's; the model is not the one "
+                f"what a block adds is {self.block_error:.2g} of its size away from PyTorch's; the model is not the one "
                 "that the graph was exported from"
             )
         if not self.effect > 0:
@@ -223,7 +227,7 @@ def compare(
 ) -> PortVerification:
     """Hold what the graphs said against the PyTorch model they were exported from."""
     own = [torch_streams(model, row) for row in rows]
-    distances = np.max([_distances(mine, theirs) for mine, theirs in zip(streams, own, strict=True)], axis=0)
+    distances = _distances(_additions(streams), _additions(own))
     base = [torch_logits(model, row) for row in rows]
     base_error = steered_error = None
     if manifest.precision == "fp32":
@@ -234,7 +238,7 @@ def compare(
         rank0_bitwise=found.same_unfused,
         rank0_error=_furthest(found.shipped, found.plain),
         port_error=found.port_error,
-        stream_error=float(distances.diagonal().max()),
+        block_error=float(distances.diagonal().max()),
         misplaced=tuple(int(i) for i in np.flatnonzero(distances.argmin(1) != np.arange(len(distances)))),
         effect=_furthest(found.steered, found.shipped),
         agreement=float(np.mean(np.concatenate(found.shipped).argmax(1) == np.concatenate(base).argmax(1))),
@@ -270,10 +274,23 @@ def torch_streams(model: Any, row: Sequence[int]) -> list[Stream]:
     return streams
 
 
-def _distances(mine: Sequence[Stream], theirs: Sequence[Stream]) -> NDArray[np.float64]:
-    """`[mine, theirs]`: how far each of mine is from each of theirs, relative to the latter's norm."""
+def _additions(streams: Sequence[Sequence[Stream]]) -> NDArray[np.float32]:
+    """What each block adds at every token of all rows, `[blocks, tokens, d]`; the first block's includes the embedding."""
+    outputs = np.concatenate([np.stack(row) for row in streams], axis=1)
+    return np.diff(outputs, axis=0, prepend=np.zeros_like(outputs[:1]))
+
+
+def _distances(mine: NDArray[np.float32], theirs: NDArray[np.float32]) -> NDArray[np.float64]:
+    """`[mine, theirs]`: the median over tokens of how far each of mine is from each of theirs, relative to the latter."""
     return np.array(
-        [[np.linalg.norm(a - b) / (np.linalg.norm(b) or 1.0) for b in theirs] for a in mine], np.float64
+        [
+            [
+                np.median(np.linalg.norm(a - b, axis=1) / np.maximum(np.linalg.norm(b, axis=1), 1e-12))
+                for b in theirs
+            ]
+            for a in mine
+        ],
+        np.float64,
     )
 
 
@@ -328,8 +345,10 @@ def _run(
 
 
 def _stream(found: dict[str, NDArray[np.float32]], part: Tap) -> Stream:
-    value = found[part.value][0].astype(np.float32)
-    return value + found[part.skip][0].astype(np.float32) if part.skip else value
+    stream: Stream = found[part.value][0].astype(np.float32)
+    if part.skip:
+        stream = stream + found[part.skip][0].astype(np.float32)
+    return stream
 
 
 def _edited(layer: int) -> str:

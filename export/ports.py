@@ -187,6 +187,7 @@ def _gate(
         "generated",
     )
     opened = op("Or", [op("Or", [prefix, suffix], "on_prompt"), generated], "open")
+    assert scale.dtype is not None
     return op("Mul", [op("Cast", [opened], "open_as_float", to=scale.dtype), scale], "gate")
 
 

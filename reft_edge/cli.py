@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -363,7 +363,7 @@ def add_ports(
     typer.echo(f"  no adapter              bitwise equal to the graph without ports{fused}")
     typer.echo(f"  each port               within {figures['port_error']:.1g} of numpy, relative")
     typer.echo(
-        f"  each block's output     within {figures['stream_error']:.2g} of PyTorch's, relative, and nearest to its own block's"
+        f"  what each block adds    within {figures['block_error']:.2g} of PyTorch's, relative, and nearest to its own block's"
     )
     if figures["base_error"] is not None:
         typer.echo(
@@ -377,7 +377,7 @@ def add_ports(
         typer.echo("the graph has no KV cache: it can score text, not generate")
 
 
-def _table(rows: list[tuple[str, ...]]) -> list[str]:
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows

@@ -20,6 +20,8 @@ _CUDA = "CUDAExecutionProvider"
 _CACHE_STEP = 256
 HOST_TYPES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": np.dtype(np.float32)}
 _ONNX_BFLOAT16 = 16
+_OWN_KEEP = "num_logits_to_keep"
+"""An input of some graphs from elsewhere: how many of the last tokens get logits, 0 for all."""
 
 Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
@@ -117,7 +119,9 @@ def plain_feeds(session: Any, row: Sequence[int], head_size: int) -> dict[str, N
     ids = np.array([row], np.int64)
     feeds: dict[str, NDArray[np.generic]] = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
     for value in session.get_inputs():
-        if value.name == "position_ids":
+        if value.name == _OWN_KEEP:
+            feeds[value.name] = np.zeros([1] * len(value.shape), np.int64)
+        elif value.name == "position_ids":
             feeds[value.name] = np.arange(len(row))[None]
         elif value.name.startswith("past_key_values."):
             kind = np.float16 if value.type == "tensor(float16)" else np.float32
@@ -176,6 +180,7 @@ class GraphSession:
         }
         """Heads and size of a head."""
         self._has_positions = "position_ids" in inputs
+        self._own_keep = [1] * len(inputs[_OWN_KEEP].shape) if _OWN_KEEP in inputs else None
         self._keeps_logits = "reft.logits_to_keep" in manifest.ports
         self.dtype = HOST_TYPES[manifest.float_type]
         """Of float arrays given to this session; where the graph has bf16, which numpy lacks, they are converted."""
@@ -226,6 +231,8 @@ class GraphSession:
         feeds = {"input_ids": ids, "attention_mask": mask, **self._no_past(len(rows)), **ports}
         if self._has_positions:
             feeds["position_ids"] = np.tile(np.arange(length), (len(rows), 1))
+        if self._own_keep is not None:
+            feeds[_OWN_KEEP] = np.zeros(self._own_keep, np.int64)
         values = {name: ort_value(array, self._bf16) for name, array in feeds.items()}
         with plain_failure():
             logits = self.session.run_with_ort_values(["logits"], values)[0].numpy()
@@ -251,6 +258,8 @@ class BoundSession:
             self._binding.bind_ortvalue_input(name, value)
         if graph._keeps_logits:
             self._binding.bind_ortvalue_input("reft.logits_to_keep", graph._keep_last)
+        if graph._own_keep is not None:
+            self._binding.bind_cpu_input(_OWN_KEEP, np.ones(graph._own_keep, np.int64))
         if graph._cache_kind == "growing":
             return
         for name, value in cache.values.items():
