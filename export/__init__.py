@@ -95,17 +95,9 @@ def export_model(
             context_length=genai["context_length"],
             eos_token_ids=tuple(eos if isinstance(eos, list) else [eos]),
             ports=ports,
-            versions={
-                package: _version(package)
-                for package in (
-                    "reft-edge",
-                    "onnxruntime",
-                    "onnxruntime-genai",
-                    "onnx-ir",
-                    "torch",
-                    "transformers",
-                )
-            },
+            versions=package_versions(
+                "reft-edge", "onnxruntime", "onnxruntime-genai", "onnx-ir", "torch", "transformers"
+            ),
             float_type=_FLOAT_TYPES[float_type],
             device=device,
             quantisation={**asdict(target.quantisation), **carried} if target.quantised else {},
@@ -140,6 +132,11 @@ def _quantisation(model: ModelFolder, precision: str, chosen: Quantisation | Non
             "(Q4_0, Q4_1 and Q8_0 for int4, Q8_0 for int8); choose another --algorithm"
         )
     return chosen
+
+
+def package_versions(*packages: str) -> dict[str, str]:
+    """What wrote a folder: the installed version of each package."""
+    return {package: _version(package) for package in packages}
 
 
 def _version(package: str) -> str:

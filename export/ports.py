@@ -55,12 +55,12 @@ class _Builder:
 
 
 def insert_ports(
-    model: ir.Model, sites: Sequence[Site], hidden_size: int, dtype: np.dtype
+    model: ir.Model, sites: Sequence[Site], hidden_size: int, dtype: np.dtype, keep_logits: bool = True
 ) -> dict[str, list[str | int]]:
     """Add a port at each site, in place; returns the port table: input names and their shapes.
 
-    `dtype` is the residual stream's. A graph with an output `logits` also gets `reft.logits_to_keep`. Raises
-    ReftEdgeError if the graph has such an output and no head that leads to it.
+    `dtype` is the residual stream's. A graph with an output `logits` also gets `reft.logits_to_keep`, unless
+    `keep_logits` is false. Raises ReftEdgeError if the graph has such an output and no head that leads to it.
     """
     graph = model.graph
     inputs = {value.name: value for value in graph.inputs}
@@ -98,7 +98,7 @@ def insert_ports(
         for use in site.uses:
             use.node.replace_input_with(use.index, edited)
 
-    if any(output.name == "logits" for output in graph.outputs):
+    if keep_logits and any(output.name == "logits" for output in graph.outputs):
         _keep_logits(graph, port("reft.logits_to_keep", [], np.array(0, np.int64)))
     return table
 
@@ -120,9 +120,19 @@ def _keep_logits(graph: ir.Graph, keep: ir.Value) -> None:
     graph.insert_before(head, op.nodes)
     head.replace_input_with(0, kept)
     logits = next(output for output in graph.outputs if output.name == "logits")
-    logits.shape = (
-        ir.Shape(["batch_size", "logits_length", *logits.shape[2:]]) if logits.shape is not None else None
-    )
+    vocabulary = logits.shape[2:] if logits.shape is not None else ()
+    for node in _after(graph, head):
+        for output in node.outputs:
+            output.shape = None
+    logits.shape = ir.Shape(["batch_size", "logits_length", *vocabulary]) if vocabulary else None
+
+
+def _after(graph: ir.Graph, start: ir.Node) -> list[ir.Node]:
+    found = {start}
+    for node in graph:
+        if any(value is not None and value.producer() in found for value in node.inputs):
+            found.add(node)
+    return list(found)
 
 
 def _earliest(graph: ir.Graph, uses: Sequence[Use]) -> ir.Node:
@@ -177,7 +187,8 @@ def _gate(
         "generated",
     )
     opened = op("Or", [op("Or", [prefix, suffix], "on_prompt"), generated], "open")
-    return op("Mul", [op("CastLike", [opened, scale], "open_as_float"), scale], "gate")
+    assert scale.dtype is not None
+    return op("Mul", [op("Cast", [opened], "open_as_float", to=scale.dtype), scale], "gate")
 
 
 def _initializer(

@@ -8,7 +8,10 @@ import onnx_ir as ir
 
 from reft_edge.errors import ReftEdgeError
 
-_SKIP_NORMS = ("SkipSimplifiedLayerNormalization", "SkipLayerNormalization")
+SKIP_NORMS = ("SkipSimplifiedLayerNormalization", "SkipLayerNormalization")
+_PRODUCTS = ("MatMul", "MatMulNBits", "DynamicQuantizeMatMul")
+_INTEGER_PRODUCTS = ("MatMulInteger", "MatMulIntegerToFloat")
+_AFTER_HEAD = ("Add", "Cast", "Div", "Identity", "Mul", "Tanh")
 _NAME = re.compile(r"/model/layers\.(\d+)/(?:input_layernorm|final_norm_layernorm)/SkipLayerNorm")
 
 
@@ -44,12 +47,12 @@ def find_sites(graph: ir.Graph, num_layers: int) -> list[Site]:
     norms: dict[int, ir.Node] = {}
     for node in graph:
         match = _NAME.fullmatch(node.name or "")
-        if match and node.op_type in _SKIP_NORMS:
+        if match and node.op_type in SKIP_NORMS:
             norms[int(match[1]) - 1] = node
     missing = [layer for layer in range(num_layers) if layer not in norms]
     if missing:
         raise ReftEdgeError(
-            f"cannot place ports after layers {missing}: looked for {' or '.join(_SKIP_NORMS)} nodes named like "
+            f"cannot place ports after layers {missing}: looked for {' or '.join(SKIP_NORMS)} nodes named like "
             f"/model/layers.1/input_layernorm/SkipLayerNorm and found {len(norms)} of {num_layers}; "
             "this architecture's graph is not supported"
         )
@@ -59,14 +62,22 @@ def find_sites(graph: ir.Graph, num_layers: int) -> list[Site]:
 
 
 def find_head_input(graph: ir.Graph) -> tuple[ir.Node, ir.Value]:
-    """The node that multiplies by the language-model head, and the hidden states that it reads.
+    """The node that first reads hidden states for the language-model head, as its input 0, and these hidden states.
 
-    Raises ReftEdgeError if no matrix product leads to the graph's output `logits`.
+    It is the head's matrix product, or the node that quantises activations for it. Raises ReftEdgeError if no such
+    product leads to the graph's output `logits` by way of nothing but scaling, biases and caps.
     """
     value = next((output for output in graph.outputs if output.name == "logits"), None)
     node = value.producer() if value is not None else None
-    while node is not None and node.op_type not in ("MatMul", "MatMulNBits"):
+    while node is not None and node.op_type in _AFTER_HEAD:
         node = _present(node.inputs[0]).producer()
+    if node is not None and node.op_type in _INTEGER_PRODUCTS:
+        quantised = _present(node.inputs[0])
+        node = quantised.producer()
+        if node is not None and (node.op_type != "DynamicQuantizeLinear" or len(quantised.uses()) != 1):
+            node = None
+    elif node is not None and node.op_type not in _PRODUCTS:
+        node = None
     if node is None:
         raise ReftEdgeError(
             "cannot find the language-model head: no MatMul leads to an output named `logits`"

@@ -16,7 +16,7 @@ from reft_edge.graph_weights import use_graph_weights
 from reft_edge.interventions import Interventions
 from reft_edge.manifest import Manifest
 from reft_edge.runtime.binding import PortInputs, port_inputs
-from reft_edge.runtime.session import GraphSession, Logits, open_graph, plain_failure
+from reft_edge.runtime.session import GraphSession, Logits, open_graph, plain_failure, plain_feeds
 from reft_edge.steering import steered
 
 TEXTS = (
@@ -160,18 +160,10 @@ def _check_types(graph: Path) -> None:
 
 def _plain_logits(graph: Path, manifest: Manifest, rows: Sequence[Sequence[int]]) -> list[Logits]:
     session = open_graph(graph, device="cpu", prepack=False)
-    pasts = [value for value in session.get_inputs() if value.name.startswith("past_key_values.")]
-    empty = np.zeros((1, pasts[0].shape[1], 0, manifest.head_size), np.float32)
     logits = []
     for row in rows:
-        ids = np.array([row], np.int64)
-        feeds = {
-            "input_ids": ids,
-            "attention_mask": np.ones_like(ids),
-            **{value.name: empty for value in pasts},
-        }
         with plain_failure():
-            logits.append(session.run(["logits"], feeds)[0][0])
+            logits.append(session.run(["logits"], plain_feeds(session, row, manifest.head_size))[0][0])
     return logits
 
 

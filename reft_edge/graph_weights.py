@@ -36,6 +36,11 @@ def use_exported_weights(model: Any, folder: Path, base_fingerprint: str) -> Man
             f"{folder} is an export of {manifest.base_name} with fingerprint {manifest.base_fingerprint}, not of this "
             f"model, which has {base_fingerprint}; give the folder that this model was exported to"
         )
+    if manifest.source != "export" and manifest.quantisation:
+        raise ReftEdgeError(
+            f"{folder} holds a quantised graph that reft-edge did not build, and cannot read the weights of; "
+            "train on the model itself, or give a folder that `reft-edge export` wrote"
+        )
     use_graph_weights(model, folder / manifest.graph)
     return manifest
 

@@ -10,6 +10,7 @@ from reft_edge.errors import BaseMismatchError, ReftEdgeError
 
 MANIFEST = "reft_edge.json"
 VERSION = 1
+CACHES = ("shared", "growing", "none")
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,11 @@ class Manifest:
     """How weights were rounded: algorithm, block_size, accuracy_level; empty where they were not."""
     kind: str = "decoder"
     """`decoder`: the graph continues text; `encoder`: its output is the last block's hidden states."""
+    cache: str = "shared"
+    """How the graph keeps keys and values: shared (past and present are one buffer, as in onnxruntime-genai's graphs),
+    growing (each run gives back longer ones), or none (it can score text but not generate)."""
+    source: str = "export"
+    """What wrote the folder: export, or add-ports, for a graph that came from elsewhere."""
     graph: str = "model.onnx"
     version: int = VERSION
 
@@ -90,6 +96,10 @@ def load_manifest(folder: Path) -> Manifest:
         )
     except (KeyError, TypeError) as error:
         raise ReftEdgeError(f"{path} is malformed ({error}); export the model again") from error
+    if manifest.cache not in CACHES:
+        raise ReftEdgeError(
+            f"{path} names an unknown kind of cache, {manifest.cache!r}; expected one of {', '.join(CACHES)}"
+        )
     if Path(manifest.graph).name != manifest.graph:
         raise ReftEdgeError(f"{path} names a graph outside its folder: {manifest.graph!r}")
     return manifest

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 from reft_edge.errors import ReftEdgeError
 from reft_edge.interventions import Interventions, Weights
@@ -87,7 +88,7 @@ class Steering:
         ids = kwargs.get("input_ids", args[0] if args else None)
         if ids is None:
             ids = kwargs["inputs_embeds"][..., 0]
-        cache = kwargs.get("past_key_values")
+        cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
         past = cache.get_seq_length() if cache is not None else 0
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         if mask is None:

@@ -141,6 +141,11 @@ class SteeredModel:
         """
         if max_tokens < 1:
             raise ReftEdgeError(f"max_tokens is {max_tokens}; expected 1 or more")
+        if self.manifest.cache == "none":
+            raise ReftEdgeError(
+                "this folder's graph has no KV cache, so it can score text (SteeredModel.logits) but not generate; "
+                "export the model again with past_key_values inputs and add ports to that"
+            )
         chosen = self._chosen(adapter)
         ids = self._encode(prompt, chosen, raw)
         if len(ids) >= self.manifest.context_length:

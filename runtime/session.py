@@ -29,6 +29,8 @@ _ELEMENT_TYPES: dict[str, Any] = {
     "tensor(float16)": np.float16,
     "tensor(bfloat16)": _ONNX_BFLOAT16,
 }
+_OWN_KEEP = "num_logits_to_keep"
+"""An input of some graphs from elsewhere: how many of the last tokens get logits, 0 for all."""
 
 Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
@@ -121,6 +123,21 @@ def _round_to_bfloat16(array: NDArray[np.float32]) -> NDArray[np.uint16]:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
+def plain_feeds(session: Any, row: Sequence[int], head_size: int) -> dict[str, NDArray[np.generic]]:
+    """What a session's graph needs to run one row of tokens without a KV cache behind it; no ports."""
+    ids = np.array([row], np.int64)
+    feeds: dict[str, NDArray[np.generic]] = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    for value in session.get_inputs():
+        if value.name == _OWN_KEEP:
+            feeds[value.name] = np.zeros([1] * len(value.shape), np.int64)
+        elif value.name == "position_ids":
+            feeds[value.name] = np.arange(len(row))[None]
+        elif value.name.startswith("past_key_values."):
+            kind = np.float16 if value.type == "tensor(float16)" else np.float32
+            feeds[value.name] = np.zeros((1, value.shape[1], 0, head_size), kind)
+    return feeds
+
+
 @contextmanager
 def plain_failure() -> Iterator[None]:
     """Turn ONNX Runtime's exceptions, which share no class but Exception, into a ReftEdgeError with their first line."""
@@ -134,7 +151,11 @@ def plain_failure() -> Iterator[None]:
 
 @dataclass
 class KVCache:
-    """Keys and values of one running batch; past and present of each layer share a buffer of `capacity` tokens."""
+    """Keys and values of one running batch, by the names of the graph's inputs.
+
+    In a shared cache, past and present of each layer are one buffer of `capacity` tokens; in a growing one, a step
+    replaces each value by a longer one.
+    """
 
     values: dict[str, Any]
     batch: int
@@ -159,17 +180,24 @@ class GraphSession:
             check_cpu(manifest)
         self.session = open_graph(folder / manifest.graph, device, threads, prepack)
         self.device = "cuda" if _CUDA in self.session.get_providers() else "cpu"
-        self._head_size = manifest.head_size
+        self._cache_kind = manifest.cache
         inputs = {value.name: value for value in self.session.get_inputs()}
-        self._pasts = [name for name in inputs if name.startswith("past_key_values.")]
-        self._heads = int(inputs[self._pasts[0]].shape[1])
+        self._pasts = {
+            name: (int(value.shape[1]), manifest.head_size)
+            for name, value in inputs.items()
+            if name.startswith("past_key_values.")
+        }
+        """Heads and size of a head."""
+        self._has_positions = "position_ids" in inputs
+        self._own_keep = [1] * len(inputs[_OWN_KEEP].shape) if _OWN_KEEP in inputs else None
+        self._keeps_logits = "reft.logits_to_keep" in manifest.ports
         self.dtype = HOST_TYPES[manifest.float_type]
         """Of float arrays given to this session; where the graph has bf16, which numpy lacks, they are converted."""
         self._bf16 = manifest.float_type == "bf16"
-        self._cache_type = _ELEMENT_TYPES[inputs[self._pasts[0]].type]
+        self._cache_type = next((_ELEMENT_TYPES[inputs[name].type] for name in self._pasts), np.float32)
         logits = next(value for value in self.session.get_outputs() if value.name == "logits")
         self._logits_dtype = _ELEMENT_TYPES[logits.type]
-        self._vocabulary = int(logits.shape[2])
+        self._vocabulary = logits.shape[2]
         self._keep_last = self._to_device(np.array(1, np.int64))
         self._spare: list[KVCache] = []
 
@@ -184,17 +212,15 @@ class GraphSession:
             if cache.batch == batch and cache.capacity >= tokens:
                 cache.length = 0
                 return cache
+        if self._cache_kind == "growing":
+            return KVCache(self._empty_pasts(batch, 0, self.device), batch, tokens)
         capacity = -(-tokens // _CACHE_STEP) * _CACHE_STEP
-        shape = [batch, self._heads, capacity, self._head_size]
-        values = {
-            name: self._ort.OrtValue.ortvalue_from_shape_and_type(shape, self._cache_type, self.device)
-            for name in self._pasts
-        }
-        return KVCache(values, batch, capacity)
+        return KVCache(self._empty_pasts(batch, capacity, self.device), batch, capacity)
 
     def return_cache(self, cache: KVCache) -> None:
-        """Keep a cache's buffers for the next request."""
-        self._spare = [cache]
+        """Keep a shared cache's buffers for the next request."""
+        if self._cache_kind == "shared":
+            self._spare = [cache]
 
     def bind(self, cache: KVCache, ports: Mapping[str, Any]) -> "BoundSession":
         """Bind cache and ports once; the result runs any number of steps."""
@@ -206,16 +232,25 @@ class GraphSession:
         ids, mask = np.zeros((2, len(rows), length), np.int64)
         for i, row in enumerate(rows):
             ids[i, : len(row)], mask[i, : len(row)] = row, 1
-        shape = [len(rows), self._heads, 0, self._head_size]
-        empty = self._ort.OrtValue.ortvalue_from_shape_and_type(shape, self._cache_type)
-        values = {name: ort_value(array, self._bf16) for name, array in ports.items()}
-        values.update(
-            input_ids=ort_value(ids), attention_mask=ort_value(mask), **dict.fromkeys(self._pasts, empty)
-        )
+        feeds: dict[str, NDArray[np.generic]] = {"input_ids": ids, "attention_mask": mask, **ports}
+        if self._has_positions:
+            feeds["position_ids"] = np.tile(np.arange(length), (len(rows), 1))
+        if self._own_keep is not None:
+            feeds[_OWN_KEEP] = np.zeros(self._own_keep, np.int64)
+        values = {name: ort_value(array, self._bf16) for name, array in feeds.items()}
+        values.update(self._empty_pasts(len(rows), 0, "cpu"))
         with plain_failure():
             logits = self.session.run_with_ort_values(["logits"], values)[0].numpy()
         logits = logits.astype(np.float32, copy=False)
         return [logits[i, : len(row)] for i, row in enumerate(rows)]
+
+    def _empty_pasts(self, batch: int, capacity: int, device: str) -> dict[str, Any]:
+        return {
+            name: self._ort.OrtValue.ortvalue_from_shape_and_type(
+                [batch, heads, capacity, size], self._cache_type, device
+            )
+            for name, (heads, size) in self._pasts.items()
+        }
 
     def _to_device(self, array: NDArray[np.generic]) -> Any:
         return ort_value(array, self._bf16, self.device)
@@ -227,12 +262,17 @@ class BoundSession:
     def __init__(self, graph: GraphSession, cache: KVCache, ports: Mapping[str, Any]) -> None:
         self._graph, self._cache = graph, cache
         self._binding = graph.session.io_binding()
-        for name, value in cache.values.items():
-            self._binding.bind_ortvalue_input(name, value)
-            self._binding.bind_ortvalue_output(name.replace("past_key_values", "present"), value)
         for name, value in ports.items():
             self._binding.bind_ortvalue_input(name, value)
-        self._binding.bind_ortvalue_input("reft.logits_to_keep", graph._keep_last)
+        if graph._keeps_logits:
+            self._binding.bind_ortvalue_input("reft.logits_to_keep", graph._keep_last)
+        if graph._own_keep is not None:
+            self._binding.bind_cpu_input(_OWN_KEEP, np.ones(graph._own_keep, np.int64))
+        if graph._cache_kind == "growing":
+            return
+        for name, value in cache.values.items():
+            self._binding.bind_ortvalue_input(name, value)
+            self._binding.bind_ortvalue_output(_present(name), value)
         shape = [cache.batch, 1, graph._vocabulary]
         self._logits = graph._ort.OrtValue.ortvalue_from_shape_and_type(shape, graph._logits_dtype, "cpu")
         self._binding.bind_ortvalue_output("logits", self._logits)
@@ -245,10 +285,30 @@ class BoundSession:
             raise ReftEdgeError(f"the KV cache holds {cache.capacity} tokens; {total} were asked for")
         self._binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids, np.int64))
         self._binding.bind_cpu_input("attention_mask", np.ones((cache.batch, total), np.int64))
+        if self._graph._has_positions:
+            positions = np.tile(np.arange(cache.length, total), (cache.batch, 1))
+            self._binding.bind_cpu_input("position_ids", positions)
+        logits = self._run_growing() if self._graph._cache_kind == "growing" else self._run_shared()
+        cache.length = total
+        last: Logits = logits.numpy()[:, -1].astype(np.float32, copy=False)
+        return last
+
+    def _run_shared(self) -> Any:
         with plain_failure():
             self._graph.session.run_with_iobinding(self._binding)
-        cache.length = total
-        logits: Logits = self._logits.numpy()[:, 0].astype(np.float32, copy=False)
+        return self._logits
+
+    def _run_growing(self) -> Any:
+        """The graph's own outputs become the cache."""
+        self._binding.clear_binding_outputs()
+        for name, value in self._cache.values.items():
+            self._binding.bind_ortvalue_input(name, value)
+            self._binding.bind_output(_present(name), self._graph.device)
+        self._binding.bind_output("logits", "cpu")
+        with plain_failure():
+            self._graph.session.run_with_iobinding(self._binding)
+        *presents, logits = self._binding.get_outputs()
+        self._cache.values = dict(zip(self._cache.values, presents, strict=True))
         return logits
 
     def prefill(self, ids: Ids, chunk: int = PREFILL_CHUNK) -> Logits:
@@ -256,6 +316,10 @@ class BoundSession:
         for start in range(0, ids.shape[1], chunk):
             logits = self.step(ids[:, start : start + chunk])
         return logits
+
+
+def _present(past: str) -> str:
+    return past.replace("past_key_values", "present")
 
 
 def _usable_cores() -> int:

@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from reft_edge.cli import app
+from tests.foreign import export_dynamo
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -22,8 +23,9 @@ def commands() -> list[list[str]]:
     return [shlex.split(line)[1:] for line in lines if line.startswith("reft-edge ")]
 
 
-def test_the_guides_run_as_written(device_folder, tmp_path, monkeypatch, capsys):
+def test_the_guides_run_as_written(device_folder, tiny_model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    export_dynamo(tiny_model, Path("smol_onnx"), cached=True)
     (rows,) = blocks("json")
     Path("rows.jsonl").write_text(rows)
     used = []
@@ -34,7 +36,7 @@ def test_the_guides_run_as_written(device_folder, tmp_path, monkeypatch, capsys)
         result = CliRunner().invoke(app, here)
         assert result.exit_code == 0, (arguments, result.output)
         used.append(arguments[0])
-    assert set(used) == {"train", "export", "run", "pack"}
+    assert set(used) == {"train", "export", "add-ports", "run", "pack"}
     (example,) = blocks("python")
     exec(compile(example, "README.md", "exec"), {})
     assert capsys.readouterr().out.strip()
@@ -53,7 +55,7 @@ def test_options_named_in_the_text_exist():
     named = set(re.findall(r"`(--[a-z-]+)", README))
     helps = "".join(
         CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "300"}).output
-        for command in ("train", "export", "run", "pack")
+        for command in ("train", "export", "add-ports", "run", "pack")
     )
     missing = [option for option in sorted(named) if option not in helps]
     assert missing == []

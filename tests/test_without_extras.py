@@ -49,6 +49,7 @@ def test_no_onnxruntime_names_the_two_extras(device_folder):
     [
         ("torch", ["train", "{hf}", "{hf}/config.json", "-o", "x.safetensors"], "reft-edge[train]"),
         ("onnx_ir", ["export", "{hf}", "-o", "x"], "reft-edge[export]"),
+        ("onnx_ir", ["add-ports", "{hf}/x.onnx", "-o", "x", "--model", "{hf}"], "reft-edge[export]"),
     ],
 )
 def test_a_missing_extra_is_named(device_folder, tmp_path, missing, arguments, extra):

@@ -68,7 +68,9 @@ def make_model(folder: Path, architecture: str = "llama", seed: int = 0, **chang
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(architecture, **{**SHARED, **ARCHITECTURES[architecture], **changes})
+    config = AutoConfig.for_model(
+        architecture, **{**SHARED, **ARCHITECTURES.get(architecture, {}), **changes}
+    )
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

@@ -1,5 +1,6 @@
 """What PyTorch says: the reference for exported graphs."""
 
+import inspect
 from pathlib import Path
 
 import torch
@@ -60,13 +61,16 @@ def logits(model: nn.Module, ids: list[int]) -> torch.Tensor:
 def greedy(model: nn.Module, ids: list[int], count: int) -> list[int]:
     """The likeliest tokens after a prompt, with a KV cache, up to the end-of-sequence token."""
     eos, tokens = model.config.eos_token_id, []
+    # transformers 5.24 renamed `past_key_values`
+    argument = next(
+        name for name in inspect.signature(model.forward).parameters if name in ("cache", "past_key_values")
+    )
     output = model(input_ids=torch.tensor([ids]), use_cache=True)
     while len(tokens) < count:
         token = int(output.logits[0, -1].argmax())
         if token == eos:
             break
         tokens.append(token)
-        output = model(
-            input_ids=torch.tensor([[token]]), past_key_values=output.past_key_values, use_cache=True
-        )
+        cache = {argument: output[argument]}
+        output = model(input_ids=torch.tensor([[token]]), **cache, use_cache=True)
     return tokens
