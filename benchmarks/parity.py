@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from reft_edge.adapter import save_adapter
 from reft_edge.errors import ReftEdgeError
 from reft_edge.export import PRECISIONS, export_model
-from reft_edge.export.verify import random_adapter
+from reft_edge.export.verify import random_adapters
 from reft_edge.models import ModelFolder
 from reft_edge.runtime import SteeredModel
 from reft_edge.runtime.pack import pack_adapter
@@ -56,7 +56,8 @@ def measure(architecture: str, precision: str, model: Path, work: Path) -> Parit
         manifest = export_model(ModelFolder(model, architecture), folder, precision, device=device)
     except ReftEdgeError as error:
         return Parity(architecture, precision, refused=str(error))
-    save_adapter(random_adapter(manifest).to_adapter(), work / "task.safetensors")
+    (interventions,) = random_adapters(manifest)
+    save_adapter(interventions.to_adapter(), work / "task.safetensors")
     checked = manifest.verification
     return Parity(
         architecture,

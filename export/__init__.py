@@ -1,7 +1,7 @@
 """Exporting a frozen model once to ONNX with intervention ports. Needs the extra `export`."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,13 +21,14 @@ from reft_edge.export.build import (
 )
 from reft_edge.export.gguf_blocks import can_carry, carry_blocks
 from reft_edge.export.ports import insert_ports
-from reft_edge.export.residual import find_sites, stream_type
+from reft_edge.export.residual import find_part_sites, find_sites, stream_type
 from reft_edge.export.verify import TEXTS, compare, require, run_graphs
 from reft_edge.files import replace_folder
 from reft_edge.fingerprint import fingerprint
 from reft_edge.layers import parse_layers
 from reft_edge.manifest import MANIFEST, Manifest, save_manifest
 from reft_edge.models import ModelFolder, load_model
+from reft_edge.places import COMPONENTS
 from reft_edge.prompts import load_prompts
 
 __all__ = ["ALGORITHMS", "BLOCK_SIZES", "DEVICES", "PRECISIONS", "Quantisation", "export_model"]
@@ -44,16 +45,20 @@ def export_model(
     layers: str = "all",
     report: Report = lambda step: None,
     *,
+    components: Sequence[str] = ("block",),
     device: str = "cpu",
     quantisation: Quantisation | None = None,
 ) -> Manifest:
     """Build the graph, insert ports after `layers`, verify against PyTorch, and write the folder `output`.
 
-    `device` is what the graph is for, cpu or cuda; it is built and verified on the CPU either way. `report` is told
+    `components` of each layer get a port: its `block`, its `attention`, its `mlp`. `device` is what the graph is for, cpu or cuda; it is built and verified on the CPU either way. `report` is told
     each step. Nothing is left at `output` unless everything succeeded; an earlier export there is replaced only then.
     Raises ReftEdgeError if the model cannot be built, ported or verified.
     """
+    components = _components(components)
     if is_encoder(model):
+        if components != ("block",):
+            raise ReftEdgeError("an encoder has ports on its blocks only; leave --components away")
         from reft_edge.export.encoder import export_encoder
 
         return export_encoder(model, output, precision, layers, report)
@@ -76,11 +81,20 @@ def export_model(
             carried = {"carried": count, "matrices": of}
         built = ir.load(plain)
         genai = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
-        sites = [site for site in find_sites(built.graph, num_layers) if site.layer in chosen]
-        float_type = stream_type(sites)
+        blocks = find_sites(built.graph, num_layers)
+        sites = [
+            site
+            for component in reversed(components)
+            for site in (
+                find_part_sites(built.graph, component, chosen)
+                if component != "block"
+                else [block for block in blocks if block.place.layer in chosen]
+            )
+        ]
+        float_type = stream_type(blocks)
         ports = insert_ports(built, sites, genai["decoder"]["hidden_size"], float_type.numpy())
         ir.save(built, graph)
-        del built, sites
+        del built, blocks, sites
 
         eos = genai["eos_token_id"]
         manifest = Manifest(
@@ -91,6 +105,7 @@ def export_model(
             hidden_size=genai["decoder"]["hidden_size"],
             num_layers=num_layers,
             layers=chosen,
+            components=components,
             head_size=genai["decoder"]["head_size"],
             context_length=genai["context_length"],
             eos_token_ids=tuple(eos if isinstance(eos, list) else [eos]),
@@ -117,6 +132,17 @@ def export_model(
         manifest = replace(manifest, verification=asdict(verification))
         save_manifest(manifest, folder)
     return manifest
+
+
+def _components(chosen: Sequence[str]) -> tuple[str, ...]:
+    """In the order of COMPONENTS, block first. Raises ReftEdgeError for an unknown one or none."""
+    if unknown := sorted(set(chosen) - set(COMPONENTS)):
+        raise ReftEdgeError(
+            f"unknown components {', '.join(map(repr, unknown))}; choose among {', '.join(COMPONENTS)}"
+        )
+    if not chosen:
+        raise ReftEdgeError(f"no components were named; choose among {', '.join(COMPONENTS)}")
+    return tuple(component for component in COMPONENTS if component in chosen)
 
 
 def _quantisation(model: ModelFolder, precision: str, chosen: Quantisation | None) -> Quantisation:

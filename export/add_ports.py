@@ -37,8 +37,8 @@ Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a block's output is in the graph."""
+class BlockOutput:
+    """Where a block's output is formed in the graph."""
 
     layer: int
     node: str
@@ -51,7 +51,7 @@ class Place:
 class Ported:
     """What `add_ports` found and wrote."""
 
-    places: list[Place]
+    outputs: list[BlockOutput]
     """The output of every block, also of those that got no port."""
     manifest: Manifest
 
@@ -89,7 +89,9 @@ def add_ports(
     built = _load(source)
     cache = _cache(built.graph)
     sites = _find_sites(built.graph)
-    places = [Place(site.layer, _forming_node(site), str(site.uses[0].value.name)) for site in sites]
+    outputs = [
+        BlockOutput(site.place.layer, _forming_node(site), str(site.uses[0].value.name)) for site in sites
+    ]
     if len(sites) != config.num_hidden_layers:
         raise ReftEdgeError(
             f"found {len(sites)} blocks in {source}, but {model.name} has {config.num_hidden_layers}; "
@@ -119,7 +121,7 @@ def add_ports(
 
         report("inserting ports")
         built = ir.load(folder / _PLAIN)
-        sites = [site for site in _find_sites(built.graph) if site.layer in chosen]
+        sites = [site for site in _find_sites(built.graph) if site.place.layer in chosen]
         ports = insert_ports(built, sites, found.hidden_size, found.dtype, keep_logits=found.head_reads_all)
         ir.save(built, folder / GRAPH)
         del built, sites
@@ -157,7 +159,7 @@ def add_ports(
         (folder / _PLAIN).unlink()
         manifest = replace(manifest, verification=asdict(verification))
         save_manifest(manifest, folder)
-    return Ported(places, manifest)
+    return Ported(outputs, manifest)
 
 
 def _load(source: Path) -> ir.Model:

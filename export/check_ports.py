@@ -16,13 +16,13 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
-from reft_edge.adapter import fold
 from reft_edge.algebra import apply
 from reft_edge.errors import ReftEdgeError
 from reft_edge.export.exact import write_exact
 from reft_edge.export.residual import Site
-from reft_edge.export.verify import TOLERANCE, random_adapter, torch_logits
+from reft_edge.export.verify import TOLERANCE, all_at_once, random_adapters, torch_logits
 from reft_edge.manifest import Manifest
+from reft_edge.places import Place
 from reft_edge.runtime.binding import PortInputs, port_inputs
 from reft_edge.runtime.session import GraphSession, Logits, open_graph, plain_failure, plain_feeds
 from reft_edge.steering import decoder_layers, steered
@@ -47,7 +47,7 @@ class Tap:
 
 def tap(site: Site) -> Tap:
     """What to read to see the output of a site's block; take it before ports are inserted."""
-    return Tap(site.layer, str(site.uses[0].value.name), str(site.skip.value.name) if site.skip else "")
+    return Tap(site.place.layer, str(site.uses[0].value.name), str(site.skip.value.name) if site.skip else "")
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def run_graphs(
         write_exact(folder / manifest.graph, graph)
         write_exact(folder / plain, untouched)
     exact = replace(manifest, graph=graph.name, float_type="fp32")
-    edit = fold(random_adapter(manifest).to_adapter())
+    edit = all_at_once(random_adapters(manifest))
     ports = port_inputs(edit, manifest, np.dtype(np.float32))
     reference = [found["logits"][0] for found in _run(untouched, [], rows, manifest.head_size, {})]
 
@@ -148,7 +148,7 @@ def run_graphs(
     for row, found in zip(rows, _run(graph, inside, rows, manifest.head_size, ports), strict=True):
         t = np.arange(len(row))
         for part in taps:
-            expected = apply(edit, part.layer, _stream(found, part), t, len(row))
+            expected = apply(edit, Place(part.layer), _stream(found, part), t, len(row))
             edited = _stream({**found, part.value: found[_edited(part.layer)]}, part)
             scale = max(1.0, float(np.abs(expected).max()))
             port_error = max(port_error, float(np.abs(edited - expected).max()) / scale)
@@ -231,7 +231,7 @@ def compare(
     base = [torch_logits(model, row) for row in rows]
     base_error = steered_error = None
     if manifest.precision == "fp32":
-        with steered(model, (random_adapter(manifest), 1.0)):
+        with steered(model, *((part, 1.0) for part in random_adapters(manifest))):
             steered_base = [torch_logits(model, row) for row in rows]
         base_error, steered_error = _furthest(found.shipped, base), _furthest(found.steered, steered_base)
     return PortVerification(

@@ -27,12 +27,13 @@ from reft_edge.encoders import (
 from reft_edge.errors import ReftEdgeError
 from reft_edge.export.ports import insert_ports
 from reft_edge.export.residual import Site, Use
-from reft_edge.export.verify import TEXTS, TOLERANCE, random_adapter
+from reft_edge.export.verify import TEXTS, TOLERANCE, random_adapters
 from reft_edge.files import replace_folder
 from reft_edge.fingerprint import fingerprint
 from reft_edge.layers import parse_layers
 from reft_edge.manifest import MANIFEST, Manifest, save_manifest
 from reft_edge.models import ModelFolder, load_model_prompts
+from reft_edge.places import Place
 from reft_edge.runtime.binding import port_inputs
 from reft_edge.runtime.encoder import EncoderSession, Floats
 from reft_edge.steering import decoder_layers, steered
@@ -192,7 +193,9 @@ def split_outputs(graph: ir.Graph, layers: Sequence[int]) -> list[Site]:
     for node in reversed(list(graph)):
         if node is not copy and not any(value.uses() for value in node.outputs):
             graph.remove(node, safe=True)
-    return [Site(layer, tuple(Use(use.node, use.idx) for use in blocks[layer].uses())) for layer in layers]
+    return [
+        Site(Place(layer), tuple(Use(use.node, use.idx) for use in blocks[layer].uses())) for layer in layers
+    ]
 
 
 def _drop_blocks(path: Path) -> None:
@@ -214,7 +217,7 @@ def verify_encoder(
     folder: Path, plain: Path, manifest: Manifest, encoder: Any, rows: Sequence[Tokens]
 ) -> EncoderVerification:
     """Run rows through the graph with ports, the one without, and the PyTorch model."""
-    interventions = random_adapter(manifest)
+    (interventions,) = random_adapters(manifest)
     ports = port_inputs(fold(interventions.to_adapter()), manifest, np.dtype(np.float32))
     graph = EncoderSession(folder / manifest.graph, "cpu")
     shipped = [graph.hidden_states([row], {})[0] for row in rows]

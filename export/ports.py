@@ -1,6 +1,6 @@
 """Intervention ports: small edit nodes on the residual stream whose weights are overridable graph inputs.
 
-At each port, with h the block's output:
+At each port, with h the hidden state of its place (a block's output, or that of the block's attention or MLP):
 
     h' = h + ((h A + b) · gate[columns]) B
 
@@ -19,6 +19,7 @@ Every input below has a default of rank 0, under which the graph computes what i
     reft.layers.i.A / .b / .B          float  [adapter_batch, d, rank_i] / [adapter_batch, 1, rank_i] / [adapter_batch, rank_i, d]
     reft.layers.i.columns              int64  [rank_i]             which gate each column uses
 
+A port on a layer's attention or MLP has reft.layers.i.attention or reft.layers.i.mlp in place of reft.layers.i.
 adapter_batch is 1 or the batch size, for another adapter in every row.
 """
 
@@ -59,6 +60,8 @@ def insert_ports(
 ) -> dict[str, list[str | int]]:
     """Add a port at each site, in place; returns the port table: input names and their shapes.
 
+    A site whose hidden state depends on another's within the same layer comes after it.
+
     `dtype` is the residual stream's. A graph with an output `logits` also gets `reft.logits_to_keep`, unless
     `keep_logits` is false. Raises ReftEdgeError if the graph has such an output and no head that leads to it.
     """
@@ -83,7 +86,8 @@ def insert_ports(
     graph.insert_before(graph[0], start.nodes)
 
     for site in sites:
-        name, rank = f"reft.layers.{site.layer}", f"rank_{site.layer}"
+        name = site.place.port
+        rank = name.replace("reft.layers.", "rank_").replace(".", "_")
         a = port(f"{name}.A", ["adapter_batch", hidden_size, rank], np.zeros((1, hidden_size, 0), dtype))
         b = port(f"{name}.b", ["adapter_batch", 1, rank], np.zeros((1, 1, 0), dtype))
         back = port(f"{name}.B", ["adapter_batch", rank, hidden_size], np.zeros((1, 0, hidden_size), dtype))

@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from reft_edge.adapter import fold
 from reft_edge.export import Quantisation, Report, export_model
 from reft_edge.export.gguf_blocks import can_carry
-from reft_edge.export.verify import random_adapter
+from reft_edge.export.verify import all_at_once, random_adapters
 from reft_edge.manifest import Manifest
 from reft_edge.models import ModelFolder
 from reft_edge.prompts import load_prompts
@@ -112,9 +111,9 @@ def _measure(folder: Path, manifest: Manifest, device: str) -> _Run:
     ids = load_prompts(folder).encode_raw(text)
     length = min(ROW_TOKENS, manifest.context_length - 1)
     rows = [ids[start : start + length] for start in range(0, len(ids), length)]
-    on_prompt = port_inputs(fold(random_adapter(manifest).to_adapter()), manifest, graph.dtype)
+    on_prompt = port_inputs(all_at_once(random_adapters(manifest)), manifest, graph.dtype)
     everywhere = port_inputs(
-        fold(random_adapter(manifest, positions="all+gen").to_adapter()), manifest, graph.dtype
+        all_at_once(random_adapters(manifest, positions="all+gen")), manifest, graph.dtype
     )
     losses, likeliest, steered = [], [], []
     for row in rows:

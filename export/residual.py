@@ -1,4 +1,4 @@
-"""Finding the residual stream in a decoder graph: where each block's output is first formed."""
+"""Finding in a decoder graph where outputs of blocks, and of their parts, are first formed."""
 
 import re
 from collections.abc import Sequence
@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from reft_edge.errors import ReftEdgeError
+from reft_edge.places import Place
 
 SKIP_NORMS = ("SkipSimplifiedLayerNormalization", "SkipLayerNormalization")
 _PRODUCTS = ("MatMul", "MatMulNBits", "DynamicQuantizeMatMul")
 _INTEGER_PRODUCTS = ("MatMulInteger", "MatMulIntegerToFloat")
 _AFTER_HEAD = ("Add", "Cast", "Div", "Identity", "Mul", "Tanh")
+_PARTS = {"attention": "attn", "mlp": "mlp"}
 _NAME = re.compile(r"/model/layers\.(\d+)/(?:input_layernorm|final_norm_layernorm)/SkipLayerNorm")
 
 
@@ -29,10 +31,10 @@ class Use:
 
 @dataclass(frozen=True)
 class Site:
-    """Where a block's output is formed: the value that `uses` read, plus what `skip` reads where the sum of the two is
-    only formed inside a fused skip-and-normalise node."""
+    """Where a place's hidden state is formed: the value that `uses` read, plus what `skip` reads where the sum of the
+    two is only formed inside a fused skip-and-normalise node."""
 
-    layer: int
+    place: Place
     uses: tuple[Use, ...]
     """Everything that reads the value; all of them read the edited one once there is a port."""
     skip: Use | None = None
@@ -57,8 +59,36 @@ def find_sites(graph: ir.Graph, num_layers: int) -> list[Site]:
             "this architecture's graph is not supported"
         )
     return [
-        Site(layer, uses=(Use(norms[layer], 1),), skip=Use(norms[layer], 0)) for layer in range(num_layers)
+        Site(Place(layer), uses=(Use(norms[layer], 1),), skip=Use(norms[layer], 0))
+        for layer in range(num_layers)
     ]
+
+
+def find_part_sites(graph: ir.Graph, component: str, layers: Sequence[int]) -> list[Site]:
+    """The output of the attention or the MLP of each of `layers`, in a graph made by onnxruntime-genai's model builder.
+
+    It is the one value that is computed under the part's name and read elsewhere. Raises ReftEdgeError that says what
+    was looked for if a layer has none or several.
+    """
+    sites = []
+    for layer in layers:
+        inside = f"/model/layers.{layer}/{_PARTS[component]}/"
+        found = []
+        for node in graph:
+            if (node.name or "").startswith(inside):
+                uses = [tuple(Use(use.node, use.idx) for use in value.uses()) for value in node.outputs]
+                found += [
+                    reads
+                    for reads in uses
+                    if any(not (use.node.name or "").startswith(inside) for use in reads)
+                ]
+        if len(found) != 1:
+            raise ReftEdgeError(
+                f"cannot place a port on the {component} output of layer {layer}: expected one value that nodes named "
+                f"{inside}... compute for others, found {len(found)}; this architecture's graph has no such port"
+            )
+        sites.append(Site(Place(layer, component), found[0]))
+    return sites
 
 
 def find_head_input(graph: ir.Graph) -> tuple[ir.Node, ir.Value]:

@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from reft_edge.errors import ReftEdgeError
 from reft_edge.export.residual import SKIP_NORMS, Site, Use
+from reft_edge.places import Place
 
 _ATTENTION = ("Attention", "GroupQueryAttention", "MultiHeadAttention", "PagedAttention", "SparseAttention")
 _SAME = ("Cast", "Dropout", "Identity")
@@ -59,9 +60,9 @@ def find_sites_by_structure(graph: ir.Graph) -> list[Site]:
     sites = [_site(layer, block[-1]) for layer, block in enumerate(blocks)]
     for site, block in zip(sites, blocks, strict=True):
         for number in _named_layers(block):
-            if number != site.layer:
+            if number != site.place.layer:
                 raise ReftEdgeError(
-                    f"cannot place ports: by structure, {block[-1].node.name} closes block {site.layer}, but its name says {number}"
+                    f"cannot place ports: by structure, {block[-1].node.name} closes block {site.place.layer}, but its name says {number}"
                 )
     return sites
 
@@ -282,5 +283,5 @@ def _named_layers(block: Sequence[_Sum]) -> Iterator[int]:
 
 def _site(layer: int, closing: _Sum) -> Site:
     if closing.fused:
-        return Site(layer, (Use(closing.node, closing.branch),), Use(closing.node, 1 - closing.branch))
-    return Site(layer, tuple(Use(use.node, use.idx) for use in closing.node.outputs[0].uses()))
+        return Site(Place(layer), (Use(closing.node, closing.branch),), Use(closing.node, 1 - closing.branch))
+    return Site(Place(layer), tuple(Use(use.node, use.idx) for use in closing.node.outputs[0].uses()))

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from reft_edge.adapter import AdapterConfig, fold
+from reft_edge.algebra import Edit, concat
 from reft_edge.errors import ReftEdgeError
 from reft_edge.export.exact import write_exact
 from reft_edge.graph_weights import use_graph_weights
@@ -39,7 +40,7 @@ class Verification:
     base_error: float
     """max |logits(ONNX Runtime) − logits(PyTorch)| without an adapter."""
     steered_error: float
-    """The same with a random LoReFT adapter active at every port."""
+    """The same with random LoReFT adapters active at every port."""
     effect: float
     """max |logits with − logits without that adapter| in PyTorch: what the error is to be seen against."""
     agreement: float
@@ -58,10 +59,23 @@ class Verification:
         return found
 
 
-def random_adapter(
-    manifest: Manifest, positions: str = "f7+l7", rank: int = 4, seed: int = 0
+def random_adapters(manifest: Manifest, positions: str = "f7+l7", rank: int = 4) -> list[Interventions]:
+    """A LoReFT adapter for each component, with random weights at every port, strong enough to move logits by several
+    units."""
+    return [
+        _random_adapter(manifest, component, positions, rank, seed)
+        for seed, component in enumerate(manifest.components)
+    ]
+
+
+def all_at_once(interventions: Sequence[Interventions]) -> Edit:
+    """Several adapters as one edit."""
+    return concat([fold(part.to_adapter()) for part in interventions])
+
+
+def _random_adapter(
+    manifest: Manifest, component: str, positions: str, rank: int, seed: int
 ) -> Interventions:
-    """A LoReFT adapter with random weights at every port, strong enough to move logits by several units."""
     config = AdapterConfig(
         "loreft",
         manifest.base_name,
@@ -71,6 +85,7 @@ def random_adapter(
         manifest.layers,
         rank,
         positions,
+        component=component,
     )
     return Interventions(config, seed=seed)
 
@@ -86,7 +101,7 @@ class GraphLogits:
     exact: list[Logits]
     """The same in exact arithmetic: float32 activations, weights as rounded as they ship."""
     steered: list[Logits]
-    """In exact arithmetic, with `random_adapter`."""
+    """In exact arithmetic, with `random_adapters`."""
 
 
 def run_graphs(
@@ -97,7 +112,7 @@ def run_graphs(
     A 16-bit graph is run without its ports in exact arithmetic, too: a CPU has no kernels for bf16, and where ONNX
     Runtime computes fp16 in float32 it is free to round elsewhere once nodes are added.
     """
-    ports = port_inputs(fold(random_adapter(manifest).to_adapter()), manifest, np.dtype(np.float32))
+    ports = port_inputs(all_at_once(random_adapters(manifest)), manifest, np.dtype(np.float32))
     exact_path, exact_plain = folder / "exact.onnx", folder / "exact_plain.onnx"
     exact_manifest = replace(manifest, graph=exact_path.name, precision="fp32", float_type="fp32")
     if manifest.precision == "fp32":
@@ -129,7 +144,7 @@ def compare(
     else:
         use_graph_weights(model, graph)
         base = [torch_logits(model, row) for row in rows]
-    with steered(model, (random_adapter(manifest), 1.0)):
+    with steered(model, *((part, 1.0) for part in random_adapters(manifest))):
         steered_base = [torch_logits(model, row) for row in rows]
     return Verification(
         base_error=_largest_difference(found.exact, base),

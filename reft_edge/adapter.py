@@ -35,6 +35,7 @@ from safetensors.numpy import load, save
 from reft_edge.algebra import Array, Edit, Gate, LayerEdit
 from reft_edge.errors import AdapterFileError, ReftEdgeError
 from reft_edge.files import write_atomically
+from reft_edge.places import COMPONENTS, Place
 from reft_edge.positions import Span, parse_positions
 
 FORMAT = "reft-edge"
@@ -79,9 +80,16 @@ class AdapterConfig:
     """What the classification head tells apart; empty where there is no head."""
     pooling: str = ""
     """The vector that the head reads: `cls`, the first token's, or `mean`, the mean over a row's tokens."""
+    component: str = "block"
+    """What of each layer is edited: the output of its whole `block`, of its `attention`, or of its `mlp`."""
 
     def __post_init__(self) -> None:
         _check_config(self)
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """Where it acts, in the order of `layers`."""
+        return tuple(Place(layer, self.component) for layer in self.layers)
 
     @property
     def spans(self) -> tuple[Span, ...]:
@@ -134,7 +142,7 @@ class Adapter:
 
 
 def fold(adapter: Adapter) -> Edit:
-    """The adapter as one linear edit (A, b, B) a layer.
+    """The adapter as one linear edit (A, b, B) a place.
 
     Raises ReftEdgeError if its act_fn is not linear: such an edit is not affine in h.
     """
@@ -149,16 +157,16 @@ def fold(adapter: Adapter) -> Edit:
         rows_a = np.zeros_like(rows_b)
     gates = tuple(Gate(span) for span in config.spans)
     columns = np.repeat(np.arange(len(gates)), config.rank)
-    layers = {
-        layer: LayerEdit(
+    places = {
+        place: LayerEdit(
             A=np.ascontiguousarray(rows_a[i].reshape(-1, config.hidden_size).T),
             b=bias[i].reshape(-1),
             B=rows_b[i].reshape(-1, config.hidden_size),
             gates=columns,
         )
-        for i, layer in enumerate(config.layers)
+        for i, place in enumerate(config.places)
     }
-    return Edit(config.hidden_size, gates, layers)
+    return Edit(config.hidden_size, gates, places)
 
 
 def folded_rows(intervention: str, t: Mapping[str, Any]) -> tuple[Any, Any, Any]:
@@ -356,6 +364,8 @@ def _check_config(config: AdapterConfig) -> None:
         raise AdapterFileError(f"act_fn {config.act_fn!r} is not an activation's name")
     if config.intervention in LINEAR_ONLY and config.act_fn != "linear":
         raise AdapterFileError(f"{config.intervention} has no activation function; act_fn must be `linear`")
+    if config.component not in COMPONENTS:
+        raise AdapterFileError(f"component is {config.component!r}; expected one of {', '.join(COMPONENTS)}")
     if config.add_bias and config.intervention != "noreft":
         raise AdapterFileError("add_bias is only for noreft")
     if config.prompt_format not in ("chat", "raw"):

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reft_edge.errors import ReftEdgeError
+from reft_edge.places import Place
 from reft_edge.positions import Span, active
 
 Array = NDArray[np.float32]
@@ -26,7 +27,7 @@ class Gate:
 
 @dataclass(frozen=True)
 class LayerEdit:
-    """The edit of one layer: `A [d, r]`, `b [r]`, `B [r, d]` (float32) and the gate of each column, `gates [r]` (int64)."""
+    """The edit of one place: `A [d, r]`, `b [r]`, `B [r, d]` (float32) and the gate of each column, `gates [r]` (int64)."""
 
     A: Array
     b: Array
@@ -36,11 +37,11 @@ class LayerEdit:
 
 @dataclass(frozen=True)
 class Edit:
-    """Edits of some layers of a model with hidden size `hidden_size`; columns point into `gates`."""
+    """Edits at some places of a model with hidden size `hidden_size`; columns point into `gates`."""
 
     hidden_size: int
     gates: tuple[Gate, ...]
-    layers: dict[int, LayerEdit]
+    places: dict[Place, LayerEdit]
 
     @property
     def on_generated(self) -> bool:
@@ -63,34 +64,34 @@ def concat(edits: Sequence[Edit]) -> Edit:
     sizes = {edit.hidden_size for edit in edits}
     if len(sizes) > 1:
         raise ReftEdgeError(f"adapters of unlike hidden sizes {sorted(sizes)} cannot run together")
-    layers: dict[int, LayerEdit] = {}
+    places: dict[Place, LayerEdit] = {}
     offset = 0
     for edit in edits:
-        for layer, part in edit.layers.items():
+        for place, part in edit.places.items():
             shifted = replace(part, gates=part.gates + offset)
-            layers[layer] = _join(layers[layer], shifted) if layer in layers else shifted
+            places[place] = _join(places[place], shifted) if place in places else shifted
         offset += len(edit.gates)
     gates = tuple(gate for edit in edits for gate in edit.gates)
-    return Edit(edits[0].hidden_size, gates, dict(sorted(layers.items())))
+    return Edit(edits[0].hidden_size, gates, dict(sorted(places.items())))
 
 
 def subspace(edit: Edit, columns: slice) -> Edit:
-    """Only the given columns of every layer's rank axis (pyreft's subspaces)."""
+    """Only the given columns of every place's rank axis (pyreft's subspaces)."""
     return replace(
         edit,
-        layers={
-            layer: LayerEdit(part.A[:, columns], part.b[columns], part.B[columns], part.gates[columns])
-            for layer, part in edit.layers.items()
+        places={
+            place: LayerEdit(part.A[:, columns], part.b[columns], part.B[columns], part.gates[columns])
+            for place, part in edit.places.items()
         },
     )
 
 
-def apply(edit: Edit, layer: int, h: Array, t: NDArray[np.int64], n: int) -> Array:
+def apply(edit: Edit, place: Place, h: Array, t: NDArray[np.int64], n: int) -> Array:
     """The edited hidden states of one row: the reference that graphs and runtimes are checked against.
 
     `h [sequence, d]`, `t [sequence]` absolute positions, `n` the prompt's length in tokens.
     """
-    part = edit.layers.get(layer)
+    part = edit.places.get(place)
     if part is None:
         return h
     opened = np.stack([active(gate.span, t, n) * np.float32(gate.scale) for gate in edit.gates], axis=1)

@@ -83,6 +83,10 @@ def train(
     positions: Annotated[
         str, typer.Option(help="Tokens to edit: f7, l7, all, gen, joined with `+`.")
     ] = "f7+l7",
+    component: Annotated[
+        str,
+        typer.Option(help="What of each layer to edit: the output of its block, its attention or its mlp."),
+    ] = "block",
     tied: Annotated[bool, typer.Option("--tied", help="One set of weights for all positions.")] = False,
     act_fn: Annotated[
         str, typer.Option(help="Activation inside the edit; only `linear` runs on exported models.")
@@ -164,6 +168,7 @@ def train(
             layers=layers,
             rank=rank,
             positions=positions,
+            component=component,
             tied=tied,
             act_fn=act_fn,
             prompt_format=prompt_format,
@@ -256,6 +261,12 @@ def export(
     layers: Annotated[
         str, typer.Option(help="Layers that get a port: `all`, `3;9;18`, `0-5`, or a mix.")
     ] = "all",
+    components: Annotated[
+        str,
+        typer.Option(
+            help="What of each layer gets a port: block, attention, mlp, joined with commas. Each costs a little time."
+        ),
+    ] = "block",
     report: Annotated[
         bool,
         typer.Option(
@@ -293,6 +304,7 @@ def export(
                 precision,
                 layers,
                 report=lambda step: status.update(f"{step} …"),
+                components=[part.strip() for part in components.split(",")],
                 device=device,
                 quantisation=Quantisation(algorithm, block_size, accuracy_level),
             )
@@ -311,6 +323,7 @@ def export(
                         "device",
                         "quantisation",
                         "layers",
+                        "components",
                         "verification",
                     )
                 },
@@ -428,7 +441,7 @@ def add_ports(
         _print_json(
             {
                 "path": str(output),
-                "places": [vars(place) for place in ported.places],
+                "blocks": [vars(block) for block in ported.outputs],
                 **{
                     name: getattr(manifest, name)
                     for name in ("base_fingerprint", "precision", "cache", "layers", "verification")
@@ -439,8 +452,8 @@ def add_ports(
     for line in _table(
         [("layer", "node", "value", "port")]
         + [
-            (str(place.layer), place.node, place.value, "yes" if place.layer in manifest.layers else "no")
-            for place in ported.places
+            (str(block.layer), block.node, block.value, "yes" if block.layer in manifest.layers else "no")
+            for block in ported.outputs
         ]
     ):
         typer.echo(line)
@@ -475,6 +488,7 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
     epilog='Example: `reft-edge run smol/ "Who are you?" --adapter emoji.safetensors:0.8`',
 )
 def run(
+    context: typer.Context,
     folder: Folder,
     prompt: Annotated[
         str,
@@ -528,6 +542,7 @@ def run(
         from reft_edge.manifest import load_manifest
 
         if load_manifest(folder).kind == "encoder":
+            _refuse(context, _GENERATION, "is for models that continue text; this folder holds an encoder")
             _run_encoder(folder, prompt, text2, adapter or [], device, threads, as_json)
             return
         if text2 is not None:
@@ -628,6 +643,28 @@ def _print_encoder_figures(output: Path, size: int, seconds: float, manifest: "M
         f"{figures['effect']:.1f}"
     )
     typer.echo(f"  in a padded batch       max difference {figures['batch_error']:.2g} from each text alone")
+
+
+_GENERATION = (
+    "raw",
+    "max_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "seed",
+    "stop",
+    "stats",
+)
+
+
+def _refuse(context: typer.Context, names: Sequence[str], why: str) -> None:
+    """Raise ReftEdgeError if any of these options was given."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if parameter.name in names and source is not None and source.name == "COMMANDLINE":
+            raise ReftEdgeError(f"{parameter.opts[0]} {why}")
 
 
 def _run_encoder(

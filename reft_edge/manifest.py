@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from reft_edge.errors import BaseMismatchError, ReftEdgeError
+from reft_edge.places import Place
 
 MANIFEST = "reft_edge.json"
 VERSION = 1
@@ -47,8 +48,15 @@ class Manifest:
     growing (each run gives back longer ones), or none (it can score text but not generate)."""
     source: str = "export"
     """What wrote the folder: export, or add-ports, for a graph that came from elsewhere."""
+    components: tuple[str, ...] = ("block",)
+    """What of each of `layers` has a port."""
     graph: str = "model.onnx"
     version: int = VERSION
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """Every place that has a port."""
+        return tuple(Place(layer, component) for layer in self.layers for component in self.components)
 
     def check_kind(self, kind: str, folder: Path) -> None:
         """Raise ReftEdgeError unless the folder holds that kind of model."""
@@ -91,9 +99,9 @@ def load_manifest(folder: Path) -> Manifest:
             f"{path} has version {found!r}; this reft-edge reads {VERSION}: export the model again"
         )
     try:
-        manifest = Manifest(
-            **{**fields, "layers": tuple(fields["layers"]), "eos_token_ids": tuple(fields["eos_token_ids"])}
-        )
+        for name in ("layers", "eos_token_ids", "components"):
+            fields[name] = tuple(fields[name])
+        manifest = Manifest(**fields)
     except (KeyError, TypeError) as error:
         raise ReftEdgeError(f"{path} is malformed ({error}); export the model again") from error
     if manifest.cache not in CACHES:

@@ -1,4 +1,4 @@
-"""Running interventions inside a PyTorch model: hooks on the outputs of its blocks."""
+"""Running interventions inside a PyTorch model: hooks on the outputs of its blocks, or of their parts."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +11,11 @@ from transformers.cache_utils import Cache
 
 from reft_edge.errors import ReftEdgeError
 from reft_edge.interventions import Interventions, Weights
+from reft_edge.places import Place
 from reft_edge.positions import active
+
+_MODULES = {"attention": ("self_attn",), "mlp": ("mlp",)}
+"""What transformers calls a decoder block's parts."""
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:
@@ -29,6 +33,19 @@ def decoder_layers(model: Any) -> nn.ModuleList:
             f"found {len(blocks)} lists of that many blocks"
         )
     return blocks[0]
+
+
+def component_module(block: nn.Module, component: str) -> nn.Module:
+    """The module whose output is a block's `component`. Raises ReftEdgeError if there is no such one."""
+    if component == "block":
+        return block
+    found = [module for name, module in block.named_children() if name in _MODULES[component]]
+    if len(found) != 1:
+        raise ReftEdgeError(
+            f"cannot tell which module is the {component} of {type(block).__name__}; looked for "
+            f"{' or '.join(_MODULES[component])} and found {', '.join(name for name, _ in block.named_children())}"
+        )
+    return found[0]
 
 
 @dataclass
@@ -65,10 +82,14 @@ class Steering:
                     f"{interventions.config.hidden_size}; this model has {len(blocks)} of {model.config.hidden_size}"
                 )
         edited = sorted(
-            {layer for interventions, _ in self.adapters for layer in interventions.config.layers}
+            {place for interventions, _ in self.adapters for place in interventions.config.places}
         )
+        modules = [component_module(blocks[place.layer], place.component) for place in edited]
         self._handles = [model.register_forward_pre_hook(self._begin, with_kwargs=True)]
-        self._handles += [blocks[layer].register_forward_hook(self._hook(layer)) for layer in edited]
+        self._handles += [
+            module.register_forward_hook(self._hook(place))
+            for module, place in zip(modules, edited, strict=True)
+        ]
 
     def remove(self) -> None:
         """Detach: the model answers as before."""
@@ -113,23 +134,23 @@ class Steering:
             ],
         )
 
-    def _hook(self, layer: int) -> Any:
+    def _hook(self, place: Place) -> Any:
         def edit(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             hidden = output[0] if isinstance(output, tuple) else output
-            edited = self._edit(layer, hidden)
+            edited = self._edit(place, hidden)
             return (edited, *output[1:]) if isinstance(output, tuple) else edited
 
         return edit
 
-    def _edit(self, layer: int, hidden: Tensor) -> Tensor:
+    def _edit(self, place: Place, hidden: Tensor) -> Tensor:
         assert self._step is not None
         flat = hidden.flatten(0, 1)
         edited = flat
         with torch.autocast(hidden.device.type, enabled=False):
             for number, (interventions, scale) in enumerate(self.adapters):
-                if layer not in interventions.config.layers:
+                if place not in interventions.config.places:
                     continue
-                index = interventions.config.layers.index(layer)
+                index = interventions.config.places.index(place)
                 for group, tokens in enumerate(self._step.tokens[number]):
                     if tokens.numel() == 0:
                         continue

@@ -57,6 +57,8 @@ class TrainSettings:
     schedule: str = "linear"
     weight_decay: float = 0.0
     """AdamW's; never applied to the rotation R."""
+    component: str = "block"
+    """What of each layer is edited: the output of its `block`, its `attention` or its `mlp`."""
     dropout: float = 0.0
     clip: float = 1.0
     """Largest gradient norm."""
@@ -356,6 +358,7 @@ def adapter_config(
         prompt_format=settings.prompt_format,
         labels=labels,
         pooling=settings.pooling,
+        component=settings.component,
     )
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from reft_edge.adapter import INTERVENTIONS, Adapter, AdapterConfig, fold
 from reft_edge.algebra import Edit, apply, concat, scale, subspace
 from reft_edge.errors import ReftEdgeError
+from reft_edge.places import COMPONENTS, Place
 from reft_edge.positions import active
 
 D, LAYERS = 12, 4
@@ -67,7 +68,7 @@ def hidden(seed: int, tokens: int) -> np.ndarray:
 
 
 def delta(edit: Edit, layer: int, h: np.ndarray, n: int) -> np.ndarray:
-    return apply(edit, layer, h, np.arange(len(h)), n) - h
+    return apply(edit, Place(layer), h, np.arange(len(h)), n) - h
 
 
 @given(
@@ -115,9 +116,21 @@ def test_subspaces_split_an_edit(seed: int, cut: int) -> None:
 @given(seed=st.integers(0, 999))
 def test_rank_0_and_scale_0_change_nothing(seed: int) -> None:
     edit, h = fold(make_adapter("loreft", seed, positions="all+gen")), hidden(seed, 10)
-    assert np.array_equal(apply(subspace(edit, slice(0, 0)), 0, h, np.arange(10), 5), h)
-    assert np.array_equal(apply(scale(edit, 0), 0, h, np.arange(10), 5), h)
-    assert np.array_equal(apply(edit, 1, h, np.arange(10), 5), h)
+    assert np.array_equal(apply(subspace(edit, slice(0, 0)), Place(0), h, np.arange(10), 5), h)
+    assert np.array_equal(apply(scale(edit, 0), Place(0), h, np.arange(10), 5), h)
+    assert np.array_equal(apply(edit, Place(1), h, np.arange(10), 5), h)
+
+
+def test_components_are_places_of_their_own() -> None:
+    h = hidden(0, 10)
+    edits = [fold(make_adapter("loreft", 1, component=component)) for component in COMPONENTS]
+    together = concat(edits)
+    for component, edit in zip(COMPONENTS, edits, strict=True):
+        place = Place(0, component)
+        assert np.array_equal(
+            apply(together, place, h, np.arange(10), 10), apply(edit, place, h, np.arange(10), 10)
+        )
+    assert np.array_equal(apply(edits[1], Place(0), h, np.arange(10), 10), h)
 
 
 def test_on_generated() -> None:

@@ -6,11 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from reft_edge.adapter import INTERVENTIONS, Adapter, AdapterConfig, fold, load_adapter, save_adapter
-from reft_edge.classification import class_scores, load_labelled
+from reft_edge.classification import load_labelled
 from reft_edge.cli import app
 from reft_edge.encoders import default_pooling, load_encoder, load_text_tokens
 from reft_edge.errors import AdapterFileError, BaseMismatchError, ReftEdgeError
@@ -27,8 +26,8 @@ from reft_edge.runtime.pack import pack_adapter
 from reft_edge.steering import steered
 from reft_edge.training import TrainSettings, train
 from tests.tiny import ENCODERS, LAYERS, make_encoder
+from tests.torch_reference import random_classifier, torch_probabilities
 
-CPU = torch.device("cpu")
 TOLERANCE = 1e-3
 TEXTS = [
     "I am well, thank you.",
@@ -59,37 +58,6 @@ def bert(tmp_path_factory):
     source = ModelFolder(make_encoder(folder / "hf", "bert"), "bert")
     export_model(source, folder / "export")
     return source, load_encoder(source), folder / "export"
-
-
-def random_classifier(model, path=None, intervention="loreft", labels=("no", "yes", "?"), seed=0, **fields):
-    config = AdapterConfig(
-        intervention,
-        "tiny",
-        fingerprint(model),
-        model.config.hidden_size,
-        LAYERS,
-        tuple(range(LAYERS)),
-        1 if intervention == "steering" else 3,
-        **{"positions": "f3+l3", "labels": labels, "pooling": "mean" if labels else "", **fields},
-    )
-    random = np.random.default_rng(seed)
-    tensors = dict(Interventions(config, seed=seed).to_adapter().tensors)
-    for name in ("head.weight", "head.bias", "v"):
-        if name in tensors:
-            tensors[name] = random.normal(size=tensors[name].shape).astype(np.float32)
-    adapter = Adapter(config, tensors)
-    if path is not None:
-        save_adapter(adapter, path)
-    return adapter
-
-
-def torch_probabilities(source, model, adapter, texts):
-    tokens = load_text_tokens(source)
-    interventions = Interventions.from_adapter(adapter)
-    with torch.no_grad(), steered(model, (interventions, 1.0)):
-        return [
-            class_scores(model, interventions, [tokens(text)], CPU)[0].softmax(0).numpy() for text in texts
-        ]
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
@@ -220,6 +188,13 @@ def test_long_texts_are_cut_to_the_context(bert, tmp_path):
 def test_default_pooling_follows_sentence_transformers(encoder, bert):
     assert default_pooling(encoder[0]) == "mean"
     assert default_pooling(bert[0]) == "cls"
+
+
+@pytest.mark.parametrize("option", [["--max-tokens", "5"], ["--stop", "x"], ["--chat"], ["--stats"]])
+def test_options_for_generation_are_refused(bert, option):
+    result = CliRunner().invoke(app, ["run", str(bert[2]), "A", *option])
+    assert result.exit_code == 1
+    assert "is for models that continue text; this folder holds an encoder" in result.stderr
 
 
 def test_what_does_not_fit_is_refused(bert, device_folder, tmp_path):

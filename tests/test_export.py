@@ -26,6 +26,7 @@ from reft_edge.fingerprint import fingerprint
 from reft_edge.interventions import Interventions
 from reft_edge.manifest import load_manifest
 from reft_edge.models import ModelFolder, load_model
+from reft_edge.places import COMPONENTS, Place
 from reft_edge.runtime.binding import port_inputs
 from reft_edge.runtime.session import GraphSession, _round_to_bfloat16, ort_value
 from reft_edge.steering import steered
@@ -40,7 +41,7 @@ TOLERANCE = 1e-3
 def exported(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     source = ModelFolder(make_model(folder / "hf", request.param), request.param)
-    manifest = export_model(source, folder / "export")
+    manifest = export_model(source, folder / "export", components=COMPONENTS)
     return load_model(source), GraphSession(folder / "export", manifest, "cpu"), manifest
 
 
@@ -78,6 +79,39 @@ def check_parity(model, graph, manifest, **fields):
 @pytest.mark.parametrize("positions", ["f7+l7", "all+gen"])
 def test_every_architecture_in_prefill_and_decode(exported, positions):
     check_parity(*exported, positions=positions)
+
+
+def test_every_component_of_every_architecture(exported):
+    """Adapters on attention, MLP and block outputs at once."""
+    model, graph, manifest = exported
+    adapters = [random_adapter(model, seed=i, component=name) for i, name in enumerate(COMPONENTS)]
+    expected = [logits(model, ROW).numpy()]
+    for adapter in adapters:
+        with steered(model, (Interventions.from_adapter(adapter), 1.0)):
+            expected.append(logits(model, ROW).numpy())
+    with steered(model, *((Interventions.from_adapter(adapter), 1.0) for adapter in adapters)):
+        expected.append(logits(model, ROW).numpy())
+    edits = [fold(adapter) for adapter in adapters]
+    for edit, wanted in zip([*edits, concat(edits)], expected[1:], strict=True):
+        found = graph.score([ROW], port_inputs(edit, manifest, graph.dtype))[0]
+        assert np.abs(found - wanted).max() <= TOLERANCE
+        assert np.abs(wanted - expected[0]).max() > 0.01
+
+
+def test_a_component_without_a_port_is_refused(llama):
+    model, graph, manifest = llama
+    edit = fold(random_adapter(model, component="mlp", layers=(1,)))
+    with pytest.raises(ReftEdgeError, match=r"layers 1 \(mlp\), which have no port .* --components"):
+        port_inputs(edit, manifest, graph.dtype)
+
+
+@pytest.mark.parametrize(
+    ("components", "expected"), [((), "no components"), (("heads",), "unknown components 'heads'")]
+)
+def test_components_are_checked(tmp_path, components, expected):
+    source = ModelFolder(make_model(tmp_path / "hf"), "tiny")
+    with pytest.raises(ReftEdgeError, match=expected):
+        export_model(source, tmp_path / "out", components=components)
 
 
 def test_rank_0_is_bitwise_the_plain_graph(exported):
@@ -299,7 +333,7 @@ def test_a_port_in_the_wrong_place_fails_verification(tmp_path, wide, monkeypatc
 
     def shifted(graph, num_layers):
         found = sites(graph, num_layers)
-        return [replace(site, layer=(site.layer + 1) % num_layers) for site in found]
+        return [replace(site, place=Place((site.place.layer + 1) % num_layers)) for site in found]
 
     monkeypatch.setattr("reft_edge.export.find_sites", shifted)
     with pytest.raises(ReftEdgeError, match="logits differ from PyTorch's"):

@@ -169,7 +169,7 @@ def test_adapter_round_trip_and_fold(kind: str) -> None:
     for layer in range(3):
         for group in range(2):
             delta = again.weights().delta(h, layer, group, again.act).detach().numpy()
-            part = edit.layers[adapter.config.layers[layer]]
+            part = edit.places[adapter.config.places[layer]]
             columns = part.gates == group
             folded = (h.numpy() @ part.A[:, columns] + part.b[columns]) @ part.B[columns]
             np.testing.assert_allclose(delta, folded, atol=1e-5)

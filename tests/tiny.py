@@ -159,16 +159,24 @@ def _make_encoder_tokenizer(folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
+CLASSIFIED = [
+    "A",
+    "Water boils at one hundred degrees.",
+    "The capital of France is Paris, of Italy it is Rome.",
+]
+
+
 def write_device_folder(folder: Path) -> None:
-    """An export, two adapters and PyTorch's greedy tokens, for tests on a machine without torch."""
+    """A decoder with adapters and PyTorch's greedy tokens, an encoder with an adapter and PyTorch's probabilities, for tests on a machine without torch."""
     import json
 
+    from reft_edge.encoders import load_encoder
     from reft_edge.export import export_model
     from reft_edge.interventions import Interventions
     from reft_edge.models import ModelFolder, load_model
     from reft_edge.prompts import load_prompts
     from reft_edge.steering import steered
-    from tests.torch_reference import greedy, random_adapter
+    from tests.torch_reference import greedy, random_adapter, random_classifier, torch_probabilities
 
     folder.mkdir(parents=True, exist_ok=True)
     source = ModelFolder(make_model(folder / "hf"), "tiny-llama")
@@ -181,6 +189,15 @@ def write_device_folder(folder: Path) -> None:
         with steered(model, (Interventions.from_adapter(adapter), 1.0)):
             expected[name] = greedy(model, ids, 24)
     (folder / "expected.json").write_text(json.dumps(expected))
+
+    source = ModelFolder(make_encoder(folder / "encoder-hf"), "tiny-bert")
+    export_model(source, folder / "encoder")
+    encoder = load_encoder(source)
+    adapter = random_classifier(encoder, folder / "labels.safetensors")
+    probabilities = [
+        [float(share) for share in row] for row in torch_probabilities(source, encoder, adapter, CLASSIFIED)
+    ]
+    (folder / "probabilities.json").write_text(json.dumps(probabilities))
 
 
 if __name__ == "__main__":

@@ -3,12 +3,16 @@
 import inspect
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 from reft_edge.adapter import Adapter, AdapterConfig, save_adapter
+from reft_edge.classification import class_scores
+from reft_edge.encoders import load_text_tokens
 from reft_edge.fingerprint import fingerprint
 from reft_edge.interventions import Interventions
+from reft_edge.steering import steered
 
 
 def random_adapter(
@@ -74,3 +78,38 @@ def greedy(model: nn.Module, ids: list[int], count: int) -> list[int]:
         cache = {argument: output[argument]}
         output = model(input_ids=torch.tensor([[token]]), **cache, use_cache=True)
     return tokens
+
+
+def random_classifier(model, path=None, intervention="loreft", labels=("no", "yes", "?"), seed=0, **fields):
+    """A classification adapter with a head of some size; without labels, no head."""
+    layers = model.config.num_hidden_layers
+    config = AdapterConfig(
+        intervention,
+        "tiny",
+        fingerprint(model),
+        model.config.hidden_size,
+        layers,
+        tuple(range(layers)),
+        1 if intervention == "steering" else 3,
+        **{"positions": "f3+l3", "labels": labels, "pooling": "mean" if labels else "", **fields},
+    )
+    random = np.random.default_rng(seed)
+    tensors = dict(Interventions(config, seed=seed).to_adapter().tensors)
+    for name in ("head.weight", "head.bias", "v"):
+        if name in tensors:
+            tensors[name] = random.normal(size=tensors[name].shape).astype(np.float32)
+    adapter = Adapter(config, tensors)
+    if path is not None:
+        save_adapter(adapter, path)
+    return adapter
+
+
+def torch_probabilities(source, model, adapter, texts):
+    """Of every label, `[labels]` a text."""
+    tokens = load_text_tokens(source)
+    interventions = Interventions.from_adapter(adapter)
+    with torch.no_grad(), steered(model, (interventions, 1.0)):
+        return [
+            class_scores(model, interventions, [tokens(text)], torch.device("cpu"))[0].softmax(0).numpy()
+            for text in texts
+        ]
