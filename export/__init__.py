@@ -51,8 +51,9 @@ def export_model(
 ) -> Manifest:
     """Build the graph, insert ports after `layers`, verify against PyTorch, and write the folder `output`.
 
-    `components` of each layer get a port: its `block`, its `attention`, its `mlp`. `device` is what the graph is for, cpu or cuda; it is built and verified on the CPU either way. `report` is told
-    each step. Nothing is left at `output` unless everything succeeded; an earlier export there is replaced only then.
+    `components` of each layer get a port: its `block`, its `attention`, its `mlp`. `device` is what the graph is for,
+    cpu or cuda; it is built and verified on the CPU either way. `report` is told each step. Nothing is left at `output`
+    unless everything succeeded; an earlier export there is replaced only then.
     Raises ReftEdgeError if the model cannot be built, ported or verified.
     """
     components = _components(components)

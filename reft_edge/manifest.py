@@ -11,6 +11,7 @@ from reft_edge.places import Place
 
 MANIFEST = "reft_edge.json"
 VERSION = 1
+_TUPLES = ("layers", "eos_token_ids", "components")
 CACHES = ("shared", "growing", "none")
 
 
@@ -99,9 +100,8 @@ def load_manifest(folder: Path) -> Manifest:
             f"{path} has version {found!r}; this reft-edge reads {VERSION}: export the model again"
         )
     try:
-        for name in ("layers", "eos_token_ids", "components"):
-            fields[name] = tuple(fields[name])
-        manifest = Manifest(**fields)
+        lists = {name: tuple(value) for name, value in fields.items() if name in _TUPLES}
+        manifest = Manifest(**{**fields, **lists})
     except (KeyError, TypeError) as error:
         raise ReftEdgeError(f"{path} is malformed ({error}); export the model again") from error
     if manifest.cache not in CACHES:

@@ -19,6 +19,7 @@ from reft_edge.fingerprint import fingerprint
 from reft_edge.interventions import Interventions
 from reft_edge.manifest import load_manifest
 from reft_edge.models import ModelFolder
+from reft_edge.places import Place
 from reft_edge.runtime import SteeredEncoder, SteeredModel
 from reft_edge.runtime.binding import port_inputs
 from reft_edge.runtime.encoder import EncoderSession
@@ -112,7 +113,7 @@ def test_a_port_in_the_wrong_place_fails_the_check(bert, tmp_path, monkeypatch):
     split = module.split_outputs
 
     def shifted(graph, layers):
-        return [replace(site, layer=(site.layer + 1) % LAYERS) for site in split(graph, layers)]
+        return [replace(site, place=Place((site.place.layer + 1) % LAYERS)) for site in split(graph, layers)]
 
     monkeypatch.setattr(module, "split_outputs", shifted)
     with pytest.raises(ReftEdgeError, match="hidden states differ from PyTorch's"):
@@ -126,7 +127,7 @@ def test_ports_only_where_asked_and_fp32_only(bert, tmp_path):
         f"reft.layers.1.{part}" for part in ("A", "b", "B", "columns")
     ]
     random_classifier(bert[1], tmp_path / "task.safetensors")
-    with pytest.raises(ReftEdgeError, match=r"layers \[0, 2\], which have no port"):
+    with pytest.raises(ReftEdgeError, match=r"layers 0, 2, which have no port"):
         SteeredEncoder(tmp_path / "export", "cpu").load_adapter(tmp_path / "task.safetensors")
     with pytest.raises(ReftEdgeError, match="fp32 only, not int4"):
         export_model(bert[0], tmp_path / "other", "int4")
