@@ -21,7 +21,8 @@ from reft_edge.export.build import (
 )
 from reft_edge.export.gguf_blocks import can_carry, carry_blocks
 from reft_edge.export.ports import insert_ports
-from reft_edge.export.residual import find_part_sites, find_sites, stream_type
+from reft_edge.export.residual import find_part_sites, stream_type
+from reft_edge.export.structure import find_blocks
 from reft_edge.export.verify import TEXTS, compare, require, run_graphs
 from reft_edge.files import replace_folder
 from reft_edge.fingerprint import fingerprint
@@ -82,7 +83,7 @@ def export_model(
             carried = {"carried": count, "matrices": of}
         built = ir.load(plain)
         genai = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
-        blocks = find_sites(built.graph, num_layers)
+        blocks = find_blocks(built.graph, num_layers)
         sites = [
             site
             for component in reversed(components)

@@ -14,8 +14,8 @@ from reft_edge.errors import ReftEdgeError
 from reft_edge.export import package_versions
 from reft_edge.export.check_ports import compare, probe, require, run_graphs, tap
 from reft_edge.export.ports import ATTENTION_MASK, INPUT_IDS, insert_ports
-from reft_edge.export.residual import Site, find_head_input, find_sites
-from reft_edge.export.structure import find_sites_by_structure
+from reft_edge.export.residual import Site, find_head_input
+from reft_edge.export.structure import find_blocks
 from reft_edge.export.verify import TEXTS
 from reft_edge.files import replace_folder
 from reft_edge.fingerprint import fingerprint
@@ -88,7 +88,8 @@ def add_ports(
     config = _config(model)
     built = _load(source)
     cache = _cache(built.graph)
-    sites = _find_sites(built.graph)
+    num_layers = _layers_with_cache(built.graph)
+    sites = find_blocks(built.graph, num_layers)
     outputs = [
         BlockOutput(site.place.layer, _forming_node(site), str(site.uses[0].value.name)) for site in sites
     ]
@@ -121,7 +122,7 @@ def add_ports(
 
         report("inserting ports")
         built = ir.load(folder / _PLAIN)
-        sites = [site for site in _find_sites(built.graph) if site.place.layer in chosen]
+        sites = [site for site in find_blocks(built.graph, num_layers) if site.place.layer in chosen]
         ports = insert_ports(built, sites, found.hidden_size, found.dtype, keep_logits=found.head_reads_all)
         ir.save(built, folder / GRAPH)
         del built, sites
@@ -218,15 +219,8 @@ def _cache(graph: ir.Graph) -> str:
     return "shared" if fused else "growing"
 
 
-def _find_sites(graph: ir.Graph) -> list[Site]:
-    """By name where onnxruntime-genai's builder gave the names, else by structure."""
-    caches = {match[1] for value in graph.inputs if (match := _PAST.fullmatch(str(value.name)))}
-    if caches:
-        try:
-            return find_sites(graph, len(caches))
-        except ReftEdgeError:
-            pass
-    return find_sites_by_structure(graph)
+def _layers_with_cache(graph: ir.Graph) -> int | None:
+    return len({match[1] for value in graph.inputs if (match := _PAST.fullmatch(str(value.name)))}) or None
 
 
 def _forming_node(site: Site) -> str:

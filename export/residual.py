@@ -13,7 +13,7 @@ SKIP_NORMS = ("SkipSimplifiedLayerNormalization", "SkipLayerNormalization")
 _PRODUCTS = ("MatMul", "MatMulNBits", "DynamicQuantizeMatMul")
 _INTEGER_PRODUCTS = ("MatMulInteger", "MatMulIntegerToFloat")
 _AFTER_HEAD = ("Add", "Cast", "Div", "Identity", "Mul", "Tanh")
-_PARTS = {"attention": "attn", "mlp": "mlp"}
+_PARTS = {"attention": ("attn",), "mlp": ("mlp", "moe")}
 _NAME = re.compile(r"/model/layers\.(\d+)/(?:input_layernorm|final_norm_layernorm)/SkipLayerNorm")
 
 
@@ -72,7 +72,7 @@ def find_part_sites(graph: ir.Graph, component: str, layers: Sequence[int]) -> l
     """
     sites = []
     for layer in layers:
-        inside = f"/model/layers.{layer}/{_PARTS[component]}/"
+        inside = tuple(f"/model/layers.{layer}/{part}/" for part in _PARTS[component])
         found = []
         for node in graph:
             if (node.name or "").startswith(inside):
@@ -85,7 +85,7 @@ def find_part_sites(graph: ir.Graph, component: str, layers: Sequence[int]) -> l
         if len(found) != 1:
             raise ReftEdgeError(
                 f"cannot place a port on the {component} output of layer {layer}: expected one value that nodes named "
-                f"{inside}... compute for others, found {len(found)}; this architecture's graph has no such port"
+                f"{' or '.join(inside)}... compute for others, found {len(found)}; this architecture's graph has no such port"
             )
         sites.append(Site(Place(layer, component), found[0]))
     return sites

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from reft_edge.errors import ReftEdgeError
-from reft_edge.export.residual import SKIP_NORMS, Site, Use
+from reft_edge.export.residual import SKIP_NORMS, Site, Use, find_sites
 from reft_edge.places import Place
 
 _ATTENTION = ("Attention", "GroupQueryAttention", "MultiHeadAttention", "PagedAttention", "SparseAttention")
@@ -41,6 +41,29 @@ class _Sum:
     @property
     def fused(self) -> bool:
         return self.node.op_type in SKIP_NORMS
+
+
+def find_blocks(graph: ir.Graph, num_layers: int | None) -> list[Site]:
+    """The output of each block, in order: by name where onnxruntime-genai's builder gave the names, else by structure.
+
+    Raises ReftEdgeError that says what was looked for, and what was found, if neither way leads to `num_layers` blocks
+    (where that number is known).
+    """
+    if num_layers is None:
+        return find_sites_by_structure(graph)
+    try:
+        return find_sites(graph, num_layers)
+    except ReftEdgeError as error:
+        unnamed = f"by name: {error}"
+    try:
+        sites = find_sites_by_structure(graph)
+    except ReftEdgeError as error:
+        raise ReftEdgeError(f"{error} ({unnamed})") from error
+    if len(sites) != num_layers:
+        raise ReftEdgeError(
+            f"cannot place ports: found {len(sites)} blocks by structure, expected {num_layers} ({unnamed})"
+        )
+    return sites
 
 
 def find_sites_by_structure(graph: ir.Graph) -> list[Site]:

@@ -23,6 +23,7 @@ from reft_edge.export.structure import find_sites_by_structure
 from reft_edge.interventions import Interventions
 from reft_edge.manifest import load_manifest
 from reft_edge.models import ModelFolder, load_model
+from reft_edge.places import Place
 from reft_edge.runtime import SteeredModel
 from reft_edge.runtime.binding import port_inputs
 from reft_edge.runtime.session import GraphSession
@@ -99,7 +100,7 @@ def test_torch_onnx_graphs_without_a_cache(tmp_path, architecture):
     figures = ported.manifest.verification
     assert figures["rank0_bitwise"]
     assert max(figures["base_error"], figures["steered_error"]) <= TOLERANCE < figures["effect"]
-    assert [place.layer for place in ported.places] == list(range(LAYERS))
+    assert [place.layer for place in ported.outputs] == list(range(LAYERS))
     assert ported.manifest.cache == "none"
     check_parity(model, tmp_path / "ported")
     check_parity(model, tmp_path / "ported", "all+gen")
@@ -169,7 +170,7 @@ def test_fp16(cached, source, tmp_path):
 def test_ports_only_where_asked(cached, source, tmp_path):
     ported = add_ports(cached, tmp_path / "ported", source, "1")
     assert ported.manifest.layers == (1,)
-    assert len(ported.places) == LAYERS
+    assert len(ported.outputs) == LAYERS
     assert {name.split(".")[2] for name in ported.manifest.ports if ".layers." in name} == {"1"}
 
 
@@ -251,13 +252,14 @@ def test_ports_in_the_wrong_place_are_found_out(cached, source, tmp_path, monkey
     """The self-check is real: ports one block off fail it, in a quantised graph, too."""
     graph = quantise(cached, tmp_path / "onnx") if quantise else cached
 
-    def shifted(graph):
-        found = find_sites_by_structure(graph)
-        return sorted(
-            (replace(site, layer=(site.layer + 1) % LAYERS) for site in found), key=lambda site: site.layer
-        )
+    def shifted(graph, num_layers):
+        moved = [
+            replace(site, place=Place((site.place.layer + 1) % LAYERS))
+            for site in find_sites_by_structure(graph)
+        ]
+        return sorted(moved, key=lambda site: site.place)
 
-    monkeypatch.setattr("reft_edge.export.add_ports.find_sites_by_structure", shifted)
+    monkeypatch.setattr("reft_edge.export.add_ports.find_blocks", shifted)
     with pytest.raises(ReftEdgeError, match=r"what blocks \[0, 1, 2\] were found to add is nearer to other"):
         add_ports(graph, tmp_path / "ported", source)
 
@@ -408,7 +410,7 @@ def test_an_optimum_export(tmp_path, source, device_folder, tiny_model):
     assert ir.load(graph).producer_name == "pytorch"
 
     ported = add_ports(graph, tmp_path / "ported", source)
-    assert [place.node for place in ported.places] == [f"Add /model/layers.{i}/Add_1" for i in range(LAYERS)]
+    assert [place.node for place in ported.outputs] == [f"Add /model/layers.{i}/Add_1" for i in range(LAYERS)]
     assert ported.manifest.cache == "growing"
     assert ported.manifest.verification["rank0_error"] == 0
     check_parity(tiny_model, tmp_path / "ported")

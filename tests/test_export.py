@@ -21,6 +21,7 @@ from reft_edge.algebra import concat, scale
 from reft_edge.errors import ReftEdgeError
 from reft_edge.export import ALGORITHMS, Quantisation, export_model
 from reft_edge.export.residual import find_sites
+from reft_edge.export.structure import find_blocks
 from reft_edge.export.verify import Verification
 from reft_edge.fingerprint import fingerprint
 from reft_edge.interventions import Interventions
@@ -335,10 +336,19 @@ def test_a_port_in_the_wrong_place_fails_verification(tmp_path, wide, monkeypatc
         found = sites(graph, num_layers)
         return [replace(site, place=Place((site.place.layer + 1) % num_layers)) for site in found]
 
-    monkeypatch.setattr("reft_edge.export.find_sites", shifted)
+    monkeypatch.setattr("reft_edge.export.find_blocks", shifted)
     with pytest.raises(ReftEdgeError, match="logits differ from PyTorch's"):
         export_model(wide, tmp_path / "export", precision)
     assert not (tmp_path / "export").exists()
+
+
+def test_blocks_are_found_by_structure_where_names_tell_nothing(tmp_path, wide, monkeypatch):
+    def nameless(graph, num_layers):
+        raise ReftEdgeError("no such names")
+
+    monkeypatch.setattr("reft_edge.export.structure.find_sites", nameless)
+    manifest = export_model(wide, tmp_path / "export", components=["block"])
+    assert manifest.layers == tuple(range(LAYERS))
 
 
 def test_other_folders_are_not_overwritten(tmp_path, device_folder):
@@ -364,3 +374,8 @@ def test_a_graph_without_the_residual_stream_is_refused(device_folder):
     model = ir.load(device_folder / "export/model.onnx")
     with pytest.raises(ReftEdgeError, match=rf"layers \[{LAYERS}, {LAYERS + 1}\]: looked for"):
         find_sites(model.graph, LAYERS + 2)
+    with pytest.raises(
+        ReftEdgeError,
+        match=rf"found {LAYERS} blocks by structure, expected {LAYERS + 2} \(by name: ",
+    ):
+        find_blocks(model.graph, LAYERS + 2)

@@ -51,6 +51,14 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "olmo": {"tie_word_embeddings": False},
     "phi": {"tie_word_embeddings": False, "head_dim": 16, "partial_rotary_factor": 1.0},
     "nemotron": {"tie_word_embeddings": False, "head_dim": 16, "partial_rotary_factor": 1.0},
+    "hunyuan_v1_dense": {"tie_word_embeddings": True, "head_dim": 16},
+    "gpt_oss": {
+        "tie_word_embeddings": False,
+        "head_dim": 16,
+        "sliding_window": 8,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
     "ernie4_5": {"tie_word_embeddings": True, "head_dim": 16},
 }
 TEMPLATE = (
