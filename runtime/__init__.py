@@ -1,7 +1,21 @@
 """What a device runs: an exported model in ONNX Runtime, with adapters swapped per request. Needs no torch."""
 
+from reft_edge.runtime.batch import Piece, Request, TokenScore
 from reft_edge.runtime.encoder import Classification, SteeredEncoder
+from reft_edge.runtime.engine import Engine, QueueFullError, Ticket
 from reft_edge.runtime.model import Generation, SteeredModel
 from reft_edge.runtime.sampling import Sampling
 
-__all__ = ["Classification", "Generation", "Sampling", "SteeredEncoder", "SteeredModel"]
+__all__ = [
+    "Classification",
+    "Engine",
+    "Generation",
+    "Piece",
+    "QueueFullError",
+    "Request",
+    "Sampling",
+    "SteeredEncoder",
+    "SteeredModel",
+    "Ticket",
+    "TokenScore",
+]

@@ -1,13 +1,29 @@
-"""From an edit to the inputs of a graph's ports."""
+"""From edits to the inputs of a graph's ports."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from reft_edge.algebra import Edit
+from reft_edge.algebra import Array, Edit
 from reft_edge.errors import ReftEdgeError
 from reft_edge.manifest import Manifest
+from reft_edge.places import Place
+from reft_edge.positions import UNLIMITED
 
 PortInputs = dict[str, NDArray[np.generic]]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """An adapter choice, on the device: port inputs for the prompt and for decode steps (empty where no gate is open)."""
+
+    prompt: dict[str, Any]
+    decode: dict[str, Any]
+    edit: Edit | None = None
+    """None where nothing acts."""
 
 
 def port_inputs(edit: Edit, manifest: Manifest, dtype: np.dtype[np.generic]) -> PortInputs:
@@ -42,4 +58,56 @@ def port_inputs(edit: Edit, manifest: Manifest, dtype: np.dtype[np.generic]) -> 
         inputs[f"{name}.b"] = np.ascontiguousarray(part.b[None, None], dtype)
         inputs[f"{name}.B"] = np.ascontiguousarray(part.B[None], dtype)
         inputs[f"{name}.columns"] = np.ascontiguousarray(part.gates, np.int64)
+    return inputs
+
+
+DecodeEdit = dict[Place, tuple[Array, Array, Array]]
+"""What of an edit acts on generated tokens: A `[d, r]`, b `[r]` and B `[r, d]`, scaled, by place."""
+
+
+def decode_edit(edit: Edit) -> DecodeEdit:
+    """The columns that are open on every generated token, their scales multiplied into B; empty if there are none."""
+    scales = np.array([gate.scale if gate.span.on_generated else 0.0 for gate in edit.gates], np.float32)
+    found: DecodeEdit = {}
+    for place, part in edit.places.items():
+        strength = scales[part.gates]
+        if (columns := np.flatnonzero(strength)).size:
+            back = part.B[columns] * strength[columns, None]
+            found[place] = (part.A[:, columns], part.b[columns], back)
+    return found
+
+
+def decode_inputs(edits: Sequence[DecodeEdit], dtype: np.dtype[np.generic]) -> PortInputs:
+    """Port inputs of a decode step in which every row has an edit of its own; empty if none has any.
+
+    adapter_batch is the number of rows; ranks are padded with zeros to each place's largest.
+    """
+    places = sorted({place for edit in edits for place in edit})
+    if not places:
+        return {}
+    one = np.ones((1, 1, 1), np.int64)
+    inputs: PortInputs = {
+        "reft.first": 0 * one,
+        "reft.last": 0 * one,
+        "reft.after": UNLIMITED * one,
+        "reft.scale": one.astype(dtype),
+        "reft.prompt_len": np.zeros(1, np.int64),
+    }
+    for place in places:
+        parts = [edit.get(place) for edit in edits]
+        rank = max(len(part[1]) for part in parts if part is not None)
+        size = next(len(part[0]) for part in parts if part is not None)
+        a = np.zeros((len(edits), size, rank), dtype)
+        b = np.zeros((len(edits), 1, rank), dtype)
+        back = np.zeros((len(edits), rank, size), dtype)
+        for row, part in enumerate(parts):
+            if part is not None:
+                used = len(part[1])
+                a[row, :, :used], b[row, 0, :used], back[row, :used] = part
+        inputs |= {
+            f"{place.port}.A": a,
+            f"{place.port}.b": b,
+            f"{place.port}.B": back,
+            f"{place.port}.columns": np.zeros(rank, np.int64),
+        }
     return inputs

@@ -1,8 +1,9 @@
 """`SteeredModel`: one exported model, many adapters, text in and out."""
 
+import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from reft_edge.algebra import Edit, concat, scale
 from reft_edge.errors import ReftEdgeError
 from reft_edge.manifest import load_manifest
 from reft_edge.prompts import Message, Prompts, load_prompts
-from reft_edge.runtime.binding import PortInputs, port_inputs
+from reft_edge.runtime.batch import Batch, Piece, Request, Row
+from reft_edge.runtime.binding import Bound, PortInputs, port_inputs
 from reft_edge.runtime.sampling import Sampler, Sampling
 from reft_edge.runtime.session import GraphSession, Logits
 from reft_edge.runtime.text import TextStream
@@ -29,14 +31,6 @@ _BOUND_LIMIT = 32
 class _Loaded:
     config: AdapterConfig
     edit: Edit
-
-
-@dataclass(frozen=True)
-class _Bound:
-    """An adapter choice, on the device: port inputs for the prompt and for decode steps (empty where no gate is open)."""
-
-    prompt: dict[str, Any]
-    decode: dict[str, Any]
 
 
 class Generation(Iterator[str]):
@@ -79,9 +73,10 @@ class SteeredModel:
         self.manifest = load_manifest(path)
         self.manifest.check_kind("decoder", path)
         self.prompts: Prompts = load_prompts(path)
-        self._graph = GraphSession(path, self.manifest, device, threads)
+        self.graph = GraphSession(path, self.manifest, device, threads)
+        self._lock = threading.Lock()
         self._adapters: dict[str, _Loaded] = {}
-        self._bound: OrderedDict[tuple[tuple[str, float], ...], _Bound] = OrderedDict()
+        self._bound: OrderedDict[tuple[tuple[str, float], ...], Bound] = OrderedDict()
 
     @property
     def adapters(self) -> dict[str, AdapterConfig]:
@@ -91,7 +86,7 @@ class SteeredModel:
     @property
     def device(self) -> str:
         """`cpu` or `cuda`: where the graph runs."""
-        return self._graph.device
+        return self.graph.device
 
     def load_adapter(self, path: Path | str, name: str | None = None) -> str:
         """Read, check and fold an adapter file; returns its name (by default the file's, without its ending).
@@ -104,14 +99,19 @@ class SteeredModel:
         if adapter.config.labels:
             raise ReftEdgeError(f"{path} classifies texts with a head of its own; this model continues text")
         edit = fold(adapter)
-        port_inputs(edit, self.manifest, self._graph.dtype)
+        port_inputs(edit, self.manifest, self.graph.dtype)
         name = name or Path(path).name.removesuffix(".safetensors")
-        self.unload_adapter(name)
-        self._adapters[name] = _Loaded(adapter.config, edit)
+        with self._lock:
+            self._forget(name)
+            self._adapters[name] = _Loaded(adapter.config, edit)
         return name
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter; nothing happens if there is none of that name."""
+        with self._lock:
+            self._forget(name)
+
+    def _forget(self, name: str) -> None:
         self._adapters.pop(name, None)
         for key in [key for key in self._bound if any(part == name for part, _ in key)]:
             del self._bound[key]
@@ -162,6 +162,54 @@ class SteeredModel:
         )
         return generation
 
+    def generate_batch(
+        self,
+        prompts: Sequence[str | list[Message]],
+        adapters: Sequence[AdapterChoice] | None = None,
+        *,
+        raw: bool | None = None,
+        max_tokens: int = 256,
+        stop: Sequence[str] = (),
+        sampling: Sampling | None = None,
+        batch_size: int = 8,
+    ) -> list[str]:
+        """Whole answers to several prompts, up to `batch_size` of them run together, each with its own adapters.
+
+        `adapters`: one choice a prompt, or None for no adapter; other options as for `stream`. Every answer is what
+        `generate` gives for its prompt alone. Raises ReftEdgeError as `stream` does, for unlike numbers of prompts and
+        choices, and for a graph that cannot run rows of unlike lengths together.
+        """
+        choices = [None] * len(prompts) if adapters is None else list(adapters)
+        if len(choices) != len(prompts):
+            raise ReftEdgeError(
+                f"there are {len(prompts)} prompts and {len(choices)} adapter choices; give one each"
+            )
+        batch = self.batch(max(1, min(batch_size, len(prompts))))
+        pieces: list[list[Piece]] = [[] for _ in prompts]
+        for prompt, choice, found in zip(prompts, choices, pieces, strict=True):
+            chosen = self._chosen(choice)
+            ids = tuple(self._encode(prompt, chosen, raw))
+            stops = (stop,) if isinstance(stop, str) else tuple(stop)
+            request = Request(ids, chosen, max_tokens, stops, sampling or Sampling())
+            batch.add(self.row(request, found.append))
+        while not batch.idle:
+            batch.step()
+        for found in pieces:
+            if found[-1].error is not None:
+                raise ReftEdgeError(found[-1].error)
+        return ["".join(piece.text for piece in found) for found in pieces]
+
+    def batch(self, slots: int, prefix_budget: int = 0) -> Batch:
+        """An empty batch of this model's rows; raises ReftEdgeError as `Batch` does."""
+        return Batch(self.graph, self.manifest.eos_token_ids, slots, prefix_budget)
+
+    def row(self, request: Request, deliver: Callable[[Piece], None]) -> Row:
+        """A request made ready for a batch; adapters are taken as they are now. Raises ReftEdgeError as `Row` does, and
+        for unknown adapters."""
+        with self._lock:
+            bound = self._bind(self._chosen(request.adapters))
+        return Row(request, bound, self.manifest.context_length, self.prompts.tokenizer, deliver)
+
     def logits(
         self,
         rows: Sequence[Sequence[int]],
@@ -185,25 +233,25 @@ class SteeredModel:
         chosen = self._chosen(adapter)
         inputs: PortInputs = {}
         if chosen:
-            inputs = port_inputs(self._edit(chosen), self.manifest, self._graph.dtype)
+            inputs = port_inputs(self._edit(chosen), self.manifest, self.graph.dtype)
             inputs["reft.prompt_len"] = np.array(lengths, np.int64)
-        return self._graph.score(rows, inputs)
+        return self.graph.score(rows, inputs)
 
     def _run(
         self,
         generation: Generation,
         ids: list[int],
-        bound: _Bound,
+        bound: Bound,
         limit: int,
         text: TextStream,
         sampler: Sampler,
     ) -> Iterator[str]:
         started = time.perf_counter()
-        cache = self._graph.take_cache(1, len(ids) + limit)
+        cache = self.graph.take_cache(1, len(ids) + limit)
         try:
-            length = self._graph.to_device({"reft.prompt_len": np.array([len(ids)], np.int64)})
-            logits = self._graph.bind(cache, {**bound.prompt, **length}).prefill(np.array([ids], np.int64))
-            decode = self._graph.bind(cache, {**bound.decode, **length})
+            length = self.graph.to_device({"reft.prompt_len": np.array([len(ids)], np.int64)})
+            logits = self.graph.bind(cache, {**bound.prompt, **length}).prefill(np.array([ids], np.int64))
+            decode = self.graph.bind(cache, {**bound.decode, **length})
             token = sampler.choose(logits[0])
             generation.prefill_seconds = time.perf_counter() - started
             while token not in self.manifest.eos_token_ids:
@@ -223,7 +271,7 @@ class SteeredModel:
             if not text.stopped and (piece := text.flush()):
                 yield piece
         finally:
-            self._graph.return_cache(cache)
+            self.graph.return_cache(cache)
 
     def _encode(
         self, prompt: str | list[Message], chosen: Mapping[str, float], raw: bool | None
@@ -264,17 +312,17 @@ class SteeredModel:
     def _edit(self, chosen: Mapping[str, float]) -> Edit:
         return concat([scale(self._adapters[name].edit, factor) for name, factor in chosen.items()])
 
-    def _bind(self, chosen: Mapping[str, float]) -> _Bound:
+    def _bind(self, chosen: Mapping[str, float]) -> Bound:
         acting = {name: factor for name, factor in chosen.items() if factor != 0}
         if not acting:
-            return _Bound({}, {})
+            return Bound({}, {})
         key = tuple(acting.items())
         if key in self._bound:
             self._bound.move_to_end(key)
             return self._bound[key]
         edit = self._edit(acting)
-        prompt = self._graph.to_device(port_inputs(edit, self.manifest, self._graph.dtype))
-        bound = self._bound[key] = _Bound(prompt, prompt if edit.on_generated else {})
+        prompt = self.graph.to_device(port_inputs(edit, self.manifest, self.graph.dtype))
+        bound = self._bound[key] = Bound(prompt, prompt if edit.on_generated else {}, edit)
         if len(self._bound) > _BOUND_LIMIT:
             self._bound.popitem(last=False)
         return bound

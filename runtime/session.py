@@ -180,21 +180,22 @@ class GraphSession:
             check_cpu(manifest)
         self.session = open_graph(folder / manifest.graph, device, threads, prepack)
         self.device = "cuda" if _CUDA in self.session.get_providers() else "cpu"
-        self._cache_kind = manifest.cache
+        self.shares_cache = manifest.cache == "shared"
+        """Whether past and present of a layer are one buffer."""
         inputs = {value.name: value for value in self.session.get_inputs()}
-        self._pasts = {
+        self.cache_shapes = {
             name: (int(value.shape[1]), manifest.head_size)
             for name, value in inputs.items()
             if name.startswith("past_key_values.")
         }
-        """Heads and size of a head."""
+        """Heads and size of a head, by the names of the cache's inputs."""
         self._has_positions = "position_ids" in inputs
         self._own_keep = [1] * len(inputs[_OWN_KEEP].shape) if _OWN_KEEP in inputs else None
         self._keeps_logits = "reft.logits_to_keep" in manifest.ports
         self.dtype = HOST_TYPES[manifest.float_type]
         """Of float arrays given to this session; where the graph has bf16, which numpy lacks, they are converted."""
         self._bf16 = manifest.float_type == "bf16"
-        self._cache_type = next((_ELEMENT_TYPES[inputs[name].type] for name in self._pasts), np.float32)
+        self.cache_dtype = next((_ELEMENT_TYPES[inputs[name].type] for name in self.cache_shapes), np.float32)
         logits = next(value for value in self.session.get_outputs() if value.name == "logits")
         self._logits_dtype = _ELEMENT_TYPES[logits.type]
         self._vocabulary = logits.shape[2]
@@ -212,19 +213,49 @@ class GraphSession:
             if cache.batch == batch and cache.capacity >= tokens:
                 cache.length = 0
                 return cache
-        if self._cache_kind == "growing":
+        if not self.shares_cache:
             return KVCache(self._empty_pasts(batch, 0, self.device), batch, tokens)
         capacity = -(-tokens // _CACHE_STEP) * _CACHE_STEP
         return KVCache(self._empty_pasts(batch, capacity, self.device), batch, capacity)
 
     def return_cache(self, cache: KVCache) -> None:
         """Keep a shared cache's buffers for the next request."""
-        if self._cache_kind == "shared":
+        if self.shares_cache:
             self._spare = [cache]
 
     def bind(self, cache: KVCache, ports: Mapping[str, Any]) -> "BoundSession":
         """Bind cache and ports once; the result runs any number of steps."""
         return BoundSession(self, cache, ports)
+
+    def new_binding(self, ports: Mapping[str, Any]) -> Any:
+        """An I/O binding with port inputs, and only the last token's logits asked for."""
+        binding = self.session.io_binding()
+        for name, value in ports.items():
+            binding.bind_ortvalue_input(name, value)
+        if self._keeps_logits:
+            binding.bind_ortvalue_input("reft.logits_to_keep", self._keep_last)
+        if self._own_keep is not None:
+            binding.bind_cpu_input(_OWN_KEEP, np.ones(self._own_keep, np.int64))
+        return binding
+
+    def bind_logits(self, binding: Any, rows: int) -> Any:
+        """Memory for the logits of every run with this binding, or None where the graph gives them for all tokens."""
+        if not self._keeps_logits and self._own_keep is None:
+            binding.bind_output("logits", "cpu")
+            return None
+        shape = [rows, 1, self._vocabulary]
+        value = self._ort.OrtValue.ortvalue_from_shape_and_type(shape, self._logits_dtype, "cpu")
+        binding.bind_ortvalue_output("logits", value)
+        return value
+
+    def run_bound(self, binding: Any, ids: Ids, mask: Ids, positions: Ids) -> None:
+        """Run with what is bound and these tokens `[rows, tokens]`, mask `[rows, past and tokens]` and positions."""
+        binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids, np.int64))
+        binding.bind_cpu_input("attention_mask", mask)
+        if self._has_positions:
+            binding.bind_cpu_input("position_ids", np.ascontiguousarray(positions))
+        with plain_failure():
+            self.session.run_with_iobinding(binding)
 
     def score(self, rows: Sequence[Sequence[int]], ports: Mapping[str, NDArray[np.generic]]) -> list[Logits]:
         """Logits of every token, `[tokens, vocabulary]` a row, from one right-padded batch without a cache."""
@@ -247,9 +278,9 @@ class GraphSession:
     def _empty_pasts(self, batch: int, capacity: int, device: str) -> dict[str, Any]:
         return {
             name: self._ort.OrtValue.ortvalue_from_shape_and_type(
-                [batch, heads, capacity, size], self._cache_type, device
+                [batch, heads, capacity, size], self.cache_dtype, device
             )
-            for name, (heads, size) in self._pasts.items()
+            for name, (heads, size) in self.cache_shapes.items()
         }
 
     def _to_device(self, array: NDArray[np.generic]) -> Any:
@@ -261,21 +292,13 @@ class BoundSession:
 
     def __init__(self, graph: GraphSession, cache: KVCache, ports: Mapping[str, Any]) -> None:
         self._graph, self._cache = graph, cache
-        self._binding = graph.session.io_binding()
-        for name, value in ports.items():
-            self._binding.bind_ortvalue_input(name, value)
-        if graph._keeps_logits:
-            self._binding.bind_ortvalue_input("reft.logits_to_keep", graph._keep_last)
-        if graph._own_keep is not None:
-            self._binding.bind_cpu_input(_OWN_KEEP, np.ones(graph._own_keep, np.int64))
-        if graph._cache_kind == "growing":
+        self._binding = graph.new_binding(ports)
+        if not graph.shares_cache:
             return
         for name, value in cache.values.items():
             self._binding.bind_ortvalue_input(name, value)
-            self._binding.bind_ortvalue_output(_present(name), value)
-        shape = [cache.batch, 1, graph._vocabulary]
-        self._logits = graph._ort.OrtValue.ortvalue_from_shape_and_type(shape, graph._logits_dtype, "cpu")
-        self._binding.bind_ortvalue_output("logits", self._logits)
+            self._binding.bind_ortvalue_output(present_name(name), value)
+        self._logits = graph.bind_logits(self._binding, cache.batch)
 
     def step(self, ids: Ids) -> Logits:
         """Run `ids [batch, tokens]` after what the cache holds; logits of the last token, `[batch, vocabulary]`."""
@@ -283,33 +306,27 @@ class BoundSession:
         total = cache.length + ids.shape[1]
         if total > cache.capacity:
             raise ReftEdgeError(f"the KV cache holds {cache.capacity} tokens; {total} were asked for")
-        self._binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids, np.int64))
-        self._binding.bind_cpu_input("attention_mask", np.ones((cache.batch, total), np.int64))
-        if self._graph._has_positions:
-            positions = np.tile(np.arange(cache.length, total), (cache.batch, 1))
-            self._binding.bind_cpu_input("position_ids", positions)
-        logits = self._run_growing() if self._graph._cache_kind == "growing" else self._run_shared()
+        if not self._graph.shares_cache:
+            self._bind_grown()
+        mask = np.ones((cache.batch, total), np.int64)
+        positions = np.tile(np.arange(cache.length, total), (cache.batch, 1))
+        self._graph.run_bound(self._binding, ids, mask, positions)
         cache.length = total
+        if self._graph.shares_cache and self._logits is not None:
+            logits = self._logits
+        else:
+            *presents, logits = self._binding.get_outputs()
+            cache.values = dict(zip(cache.values, presents, strict=True))
         last: Logits = logits.numpy()[:, -1].astype(np.float32, copy=False)
         return last
 
-    def _run_shared(self) -> Any:
-        with plain_failure():
-            self._graph.session.run_with_iobinding(self._binding)
-        return self._logits
-
-    def _run_growing(self) -> Any:
-        """The graph's own outputs become the cache."""
+    def _bind_grown(self) -> None:
+        """The last run's outputs become the cache; this run's are made anew."""
         self._binding.clear_binding_outputs()
         for name, value in self._cache.values.items():
             self._binding.bind_ortvalue_input(name, value)
-            self._binding.bind_output(_present(name), self._graph.device)
+            self._binding.bind_output(present_name(name), self._graph.device)
         self._binding.bind_output("logits", "cpu")
-        with plain_failure():
-            self._graph.session.run_with_iobinding(self._binding)
-        *presents, logits = self._binding.get_outputs()
-        self._cache.values = dict(zip(self._cache.values, presents, strict=True))
-        return logits
 
     def prefill(self, ids: Ids, chunk: int = PREFILL_CHUNK) -> Logits:
         """Run a whole prompt in chunks, which bounds memory on long ones; logits of its last token."""
@@ -318,7 +335,8 @@ class BoundSession:
         return logits
 
 
-def _present(past: str) -> str:
+def present_name(past: str) -> str:
+    """The output that goes with a cache's input."""
     return past.replace("past_key_values", "present")
 
 

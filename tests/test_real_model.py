@@ -146,7 +146,7 @@ def test_chunked_prefill_equals_whole_prefill(model):
     ids = np.array([model.prompts.encode_raw(" ".join(PROMPTS))])
     for name in (None, "prompt", "everywhere"):
         whole = model.logits(ids.tolist(), name)[0][-1]
-        graph = model._graph
+        graph = model.graph
         ports = {
             **model._bind(model._chosen(name)).prompt,
             **graph.to_device({"reft.prompt_len": np.array([ids.shape[1]])}),

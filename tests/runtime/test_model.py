@@ -76,7 +76,7 @@ def test_a_right_padded_batch_equals_the_rows_alone(model):
 def test_chunked_prefill_equals_whole_prefill(model, adapter, chunk):
     ids = np.random.default_rng(1).integers(2, 320, (1, 37))
     whole = model.logits(ids.tolist(), adapter)[0][-1]
-    graph = model._graph
+    graph = model.graph
     ports = {
         **model._bind(model._chosen(adapter)).prompt,
         **graph.to_device({"reft.prompt_len": np.array([37])}),

@@ -1,0 +1,127 @@
+"""`Engine`: a batch that runs in a thread of its own, fed through a bounded queue by any number of threads."""
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+
+from reft_edge.errors import ReftEdgeError
+from reft_edge.runtime.batch import Piece, Request, Row
+from reft_edge.runtime.model import SteeredModel
+
+PREFIX_BUDGET = 64 << 20
+
+
+class QueueFullError(ReftEdgeError):
+    """As many requests wait as the engine lets wait; try again later."""
+
+
+class Ticket(Iterator[Piece]):
+    """A request under way. Iterate for its pieces, from any thread, unless they are delivered elsewhere."""
+
+    def __init__(self, engine: "Engine", row: Row, pieces: "queue.SimpleQueue[Piece]") -> None:
+        self._engine, self._row, self._pieces = engine, row, pieces
+        self._over = False
+        self.prompt_tokens = len(row.request.ids)
+
+    @property
+    def tokens(self) -> list[int]:
+        """Generated token ids so far, the end-of-sequence token left out."""
+        return self._row.tokens
+
+    @property
+    def finish_reason(self) -> str | None:
+        return self._row.finish_reason
+
+    def cancel(self) -> None:
+        """Give up; the slot is free before the next step."""
+        self._row.cancelled = True
+        self._engine.wake()
+
+    def __next__(self) -> Piece:
+        if self._over:
+            raise StopIteration
+        piece = self._pieces.get()
+        self._over = piece.finish_reason is not None
+        return piece
+
+
+class Engine:
+    """Runs requests together, each with its own adapters, sampling and stop rules."""
+
+    def __init__(
+        self, model: SteeredModel, slots: int = 8, queue_limit: int = 64, prefix_budget: int = PREFIX_BUDGET
+    ) -> None:
+        """`slots`: requests that run at once; `queue_limit`: requests that may wait; `prefix_budget`: bytes of prompts
+        to remember."""
+        self.batch = model.batch(slots, prefix_budget)
+        self._arrived: deque[Row] = deque()
+        self._model, self._queue_limit = model, queue_limit
+        self._changed = threading.Condition()
+        self._closing: float | None = None
+        self._thread = threading.Thread(target=self._run, name="reft-edge engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def running(self) -> int:
+        """Requests that have a slot."""
+        return self.batch.running
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for one."""
+        return len(self.batch.waiting) + len(self._arrived)
+
+    def submit(self, request: Request, deliver: Callable[[Piece], None] | None = None) -> Ticket:
+        """Queue a request. `deliver` is called with each piece, in the engine's thread; without it, iterate the ticket.
+
+        Raises QueueFullError, or ReftEdgeError for a request that cannot run or an engine that is closing.
+        """
+        pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
+        row = self._model.row(request, lambda piece: _deliver(row, deliver or pieces.put, piece))
+        with self._changed:
+            if self._closing is not None:
+                raise ReftEdgeError("the engine is closing and takes no more requests")
+            if self.waiting >= self._queue_limit:
+                raise QueueFullError(f"{self.waiting} requests are waiting already; try again later")
+            self._arrived.append(row)
+            self._changed.notify()
+        return Ticket(self, row, pieces)
+
+    def wake(self) -> None:
+        """Look at cancelled requests now."""
+        with self._changed:
+            self._changed.notify()
+
+    def close(self, timeout: float | None = 0) -> None:
+        """Take no more requests; let those under way finish for `timeout` seconds (None: as long as they need), then
+        cancel them."""
+        with self._changed:
+            self._closing = float("inf") if timeout is None else time.monotonic() + timeout
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while self.batch.idle and not self._arrived and self._closing is None:
+                    self._changed.wait()
+                while self._arrived:
+                    self.batch.add(self._arrived.popleft())
+                over = self._closing is not None and (self.batch.idle or time.monotonic() >= self._closing)
+                if over:
+                    self.batch.abort("cancelled")
+                    return
+            try:
+                self.batch.step()
+            except Exception as error:
+                self.batch.abort("error", str(error))
+
+
+def _deliver(row: Row, deliver: Callable[[Piece], None], piece: Piece) -> None:
+    """A reader that fails loses its own request only."""
+    try:
+        deliver(piece)
+    except Exception:
+        row.cancelled = True

@@ -1,0 +1,85 @@
+"""The prefix cache: keys and values of prompts that ran before, for later prompts that begin alike."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from reft_edge.algebra import Edit
+from reft_edge.positions import active
+from reft_edge.runtime.rows import KeysAndValues
+
+LEAST = 16
+"""Tokens below which a prefix is not worth a copy."""
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """A prompt that was prefilled, and what its tokens left in the KV cache."""
+
+    ids: tuple[int, ...]
+    edit: Edit | None
+    content: KeysAndValues
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return sum(values.nbytes for values in self.content.values())
+
+
+class PrefixCache:
+    """Prompts by recent use, under a budget of bytes."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self._entries: list[Prefix] = []
+        self.hits = 0
+        """Tokens that did not have to be prefilled."""
+
+    @property
+    def size(self) -> int:
+        return sum(entry.size for entry in self._entries)
+
+    def find(self, ids: Sequence[int], edit: Edit | None) -> tuple[int, KeysAndValues | None]:
+        """How many first tokens of a prompt can be taken over, and from where.
+
+        At least the last token is always left to run, since its logits are needed.
+        """
+        best, found = 0, None
+        for entry in self._entries:
+            if entry.edit is edit:
+                count = usable(entry.ids, ids, edit)
+                if count > best:
+                    best, found = count, entry
+        if found is None or best < LEAST:
+            return 0, None
+        self._entries.remove(found)
+        self._entries.append(found)
+        self.hits += best
+        return best, found.content
+
+    def add(self, entry: Prefix) -> None:
+        """Remember a prompt; those it makes needless, and the least recently used beyond the budget, are forgotten."""
+        if entry.size > self.budget or len(entry.ids) < LEAST:
+            return
+        self._entries = [
+            other
+            for other in self._entries
+            if other.edit is not entry.edit or usable(entry.ids, other.ids, entry.edit) < len(other.ids) - 1
+        ]
+        self._entries.append(entry)
+        while self.size > self.budget:
+            self._entries.pop(0)
+
+
+def usable(before: Sequence[int], ids: Sequence[int], edit: Edit | None) -> int:
+    """How many tokens at the start of two prompts have the same keys and values: they are the same tokens, and every
+    gate that acts on one of them does so in both prompts, whose lengths may differ."""
+    count = min(len(before), len(ids) - 1)
+    same = np.array(before[:count]) == np.array(ids[:count])
+    count = int(same.argmin()) if not same.all() else count
+    t = np.arange(count)
+    for gate in edit.gates if edit is not None else ():
+        alike = active(gate.span, t, len(before)) == active(gate.span, t, len(ids))
+        count = min(count, int(alike.argmin()) if not alike.all() else count)
+    return count
