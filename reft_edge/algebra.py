@@ -44,6 +44,11 @@ class Edit:
     places: dict[Place, LayerEdit]
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of all weights."""
+        return sum(part.A.nbytes + part.b.nbytes + part.B.nbytes for part in self.places.values())
+
+    @property
     def on_generated(self) -> bool:
         """Whether any column can be active after the prompt."""
         return any(gate.span.on_generated and gate.scale != 0 for gate in self.gates)

@@ -104,6 +104,27 @@ class SteeredEncoder:
         """Forget an adapter; nothing happens if there is none of that name."""
         self._adapters.pop(name, None)
 
+    def adapter_size(self, name: str) -> int:
+        """Bytes that a loaded adapter's weights take."""
+        loaded = self._adapters[name]
+        return loaded.edit.nbytes + loaded.weight.nbytes + loaded.bias.nbytes
+
+    def embed(
+        self, texts: Sequence[Text], adapter: str | None = None, batch_size: int = 32
+    ) -> tuple[list[Floats], int]:
+        """Unit vectors `[d]` of texts, pooled as the adapter's head does (mean without one), and how many tokens were
+        read. Raises ReftEdgeError for an unknown adapter or an empty text."""
+        loaded = self._loaded(adapter) if adapter is not None else None
+        ports = port_inputs(loaded.edit, self.manifest, _FLOAT) if loaded else {}
+        pooling = loaded.config.pooling if loaded else "mean"
+        rows = [self._tokens(text) for text in texts]
+        vectors = []
+        for start in range(0, len(rows), batch_size):
+            for hidden in self._graph.hidden_states(rows[start : start + batch_size], ports):
+                pooled = _pool(hidden, pooling)
+                vectors.append(pooled / max(float(np.linalg.norm(pooled)), 1e-12))
+        return vectors, sum(len(row.ids) for row in rows)
+
     def classify(
         self, texts: Sequence[Text], adapter: str, factor: float = 1.0, batch_size: int = 32
     ) -> list[Classification]:
@@ -112,16 +133,19 @@ class SteeredEncoder:
         `factor` scales the adapter's edits, not its head. Raises ReftEdgeError for an unknown adapter, a factor that
         is not finite, or an empty text.
         """
-        if adapter not in self._adapters:
-            raise ReftEdgeError(
-                f"no adapter {adapter!r} is loaded; loaded: {', '.join(self._adapters) or 'none'}"
-            )
+        loaded = self._loaded(adapter)
         if isinstance(texts, str):
             raise ReftEdgeError("texts is one text; give a list of texts")
         if not np.isfinite(factor):
             raise ReftEdgeError(f"the scale of adapter {adapter!r} is {factor}; expected a finite number")
-        loaded = self._adapters[adapter]
         return list(self._classify([self._tokens(text) for text in texts], loaded, factor, batch_size))
+
+    def _loaded(self, name: str) -> _Loaded:
+        if name not in self._adapters:
+            raise ReftEdgeError(
+                f"no adapter {name!r} is loaded; loaded: {', '.join(self._adapters) or 'none'}"
+            )
+        return self._adapters[name]
 
     def _classify(
         self, rows: list[Tokens], loaded: _Loaded, factor: float, batch_size: int
@@ -130,11 +154,16 @@ class SteeredEncoder:
         labels = loaded.config.labels
         for start in range(0, len(rows), batch_size):
             for hidden in self._graph.hidden_states(rows[start : start + batch_size], ports):
-                pooled = hidden[0] if loaded.config.pooling == "cls" else hidden.mean(axis=0)
+                pooled = _pool(hidden, loaded.config.pooling)
                 shares = _softmax(loaded.weight @ pooled + loaded.bias)
                 yield Classification(
                     labels[int(shares.argmax())], dict(zip(labels, map(float, shares), strict=True))
                 )
+
+
+def _pool(hidden: Floats, pooling: str) -> Floats:
+    pooled: Floats = hidden[0] if pooling == "cls" else hidden.mean(axis=0)
+    return pooled
 
 
 def _softmax(scores: Floats) -> NDArray[np.float64]:

@@ -17,6 +17,10 @@ class QueueFullError(ReftEdgeError):
     """As many requests wait as the engine lets wait; try again later."""
 
 
+class ClosingError(ReftEdgeError):
+    """The engine takes no more requests."""
+
+
 class Ticket(Iterator[Piece]):
     """A request under way. Iterate for its pieces, from any thread, unless they are delivered elsewhere."""
 
@@ -82,7 +86,7 @@ class Engine:
         row = self._model.row(request, lambda piece: _deliver(row, deliver or pieces.put, piece))
         with self._changed:
             if self._closing is not None:
-                raise ReftEdgeError("the engine is closing and takes no more requests")
+                raise ClosingError("the engine is closing and takes no more requests")
             if self.waiting >= self._queue_limit:
                 raise QueueFullError(f"{self.waiting} requests are waiting already; try again later")
             self._arrived.append(row)

@@ -147,7 +147,7 @@ class SteeredModel:
                 "export the model again with past_key_values inputs and add ports to that"
             )
         chosen = self._chosen(adapter)
-        ids = self._encode(prompt, chosen, raw)
+        ids = self.encode(prompt, chosen, raw)
         if len(ids) >= self.manifest.context_length:
             raise ReftEdgeError(
                 f"the prompt has {len(ids)} tokens; this model's context is "
@@ -188,7 +188,7 @@ class SteeredModel:
         pieces: list[list[Piece]] = [[] for _ in prompts]
         for prompt, choice, found in zip(prompts, choices, pieces, strict=True):
             chosen = self._chosen(choice)
-            ids = tuple(self._encode(prompt, chosen, raw))
+            ids = tuple(self.encode(prompt, chosen, raw))
             stops = (stop,) if isinstance(stop, str) else tuple(stop)
             request = Request(ids, chosen, max_tokens, stops, sampling or Sampling())
             batch.add(self.row(request, found.append))
@@ -273,9 +273,14 @@ class SteeredModel:
         finally:
             self.graph.return_cache(cache)
 
-    def _encode(
-        self, prompt: str | list[Message], chosen: Mapping[str, float], raw: bool | None
+    def adapter_size(self, name: str) -> int:
+        """Bytes that a loaded adapter's weights take."""
+        return self._adapters[name].edit.nbytes
+
+    def encode(
+        self, prompt: str | list[Message], chosen: Mapping[str, float], raw: bool | None = None
     ) -> list[int]:
+        """A prompt's tokens, as `stream` makes them for these adapters. Raises ReftEdgeError as `stream` does."""
         if raw is None:
             formats = {self._adapters[name].config.prompt_format for name in chosen}
             if len(formats) > 1:
