@@ -677,6 +677,125 @@ def _api_key(file: Path | None) -> str | None:
     return key
 
 
+@app.command(rich_help_panel="Use", epilog="Example: `reft-edge chat smol/ --adapters tasks/`")
+def chat(
+    folder: Folder,
+    adapters: Annotated[
+        Path | None, typer.Option(help="A folder of adapter files to switch among.", show_default=False)
+    ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapter",
+            "-a",
+            metavar="FILE[:SCALE]",
+            help="An adapter file to begin with; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option(help="The system prompt.", show_default="the chat template's own")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability.")] = 1.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 discourages repeating tokens.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.", show_default=False)] = None,
+    device: Device = "auto",
+    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="one a core")] = None,
+) -> None:
+    """Talk with an exported model and switch adapters between turns; /help lists the commands."""
+    with _plain_errors():
+        from reft_edge.runtime import Sampling, SteeredModel
+        from reft_edge.runtime.chat import Chat, load_history
+        from reft_edge.runtime.store import AdapterStore
+
+        model = SteeredModel(folder, device, threads)
+        conversation = Chat(
+            model,
+            folder.resolve().name,
+            lambda text: typer.echo(text, nl=False),
+            AdapterStore(model, adapters) if adapters else None,
+            Sampling(temperature, top_k, top_p, 0.0, repetition_penalty, seed),
+            max_tokens,
+        )
+        conversation.system = system
+        loaded = [split_scale(given) for given in adapter or []]
+        conversation.choose([f"{model.load_adapter(path)}:{factor}" for path, factor in loaded])
+        typed = sys.stdin.isatty()
+        save = load_history(_history_file()) if typed else None
+        if typed:
+            typer.echo("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves", err=True)
+        try:
+            while True:
+                try:
+                    line = input(conversation.prompt if typed else "")
+                except KeyboardInterrupt:
+                    typer.echo()
+                    continue
+                if not conversation.take(line):
+                    break
+        except EOFError:
+            if typed:
+                typer.echo()
+        finally:
+            if save is not None:
+                save()
+
+
+def _history_file() -> Path:
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state"
+    return Path(state) / "reft-edge/chat_history"
+
+
+@app.command(rich_help_panel="Use", epilog="Example: `reft-edge bench smol/ --json`")
+def bench(
+    folder: Folder,
+    adapter: Annotated[
+        Path | None, typer.Option("--adapter", "-a", help="An adapter file.", show_default="a random one")
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 256,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Decode steps.")] = 64,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds; medians are printed.")] = 5,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the random adapter, at every port.")] = 8,
+    positions: Annotated[str, typer.Option(help="Its positions.")] = "f7+l7",
+    device: Device = "auto",
+    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="one a core")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure prefill, decode, first token, adapter switch and load, and memory on this machine."""
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    with _plain_errors(), Console(stderr=True).status("") as status:
+        from reft_edge.runtime.bench import BenchSettings
+        from reft_edge.runtime.bench import bench as run_bench
+
+        settings = BenchSettings(prompt_tokens, new_tokens, repeats, rank, positions)
+        found = run_bench(folder, settings, adapter, device, threads, lambda step: status.update(f"{step} …"))
+    if as_json:
+        _print_json({**asdict(found), "settings": asdict(settings)})
+        return
+    rows = [("", "no adapter", "adapter", "ratio")]
+    for name, digits, field in (
+        ("prefill, tokens/s", 0, "prefill_tokens_per_second"),
+        ("decode, tokens/s", 1, "decode_tokens_per_second"),
+        ("first token, ms", 1, "time_to_first_token"),
+    ):
+        factor = 1000 if "ms" in name else 1
+        base, steered = (getattr(speed, field) * factor for speed in (found.base, found.steered))
+        rows.append((name, f"{base:,.{digits}f}", f"{steered:,.{digits}f}", f"{steered / base:.3f}"))
+    for line in _table(rows):
+        typer.echo(line)
+    typer.echo(
+        f"switch to a loaded adapter   p50 {found.switch_p50 * 1e6:,.0f} µs, p99 {found.switch_p99 * 1e6:,.0f} µs"
+    )
+    typer.echo(f"from file to first use       p50 {found.load_p50 * 1e3:.2f} ms (4 layers, rank 4)")
+    typer.echo(f"peak memory                  {found.peak_memory / 1e6:,.0f} MB, on {found.device}")
+
+
 @app.command(
     rich_help_panel="Use",
     epilog="Example: `reft-edge pack emoji.safetensors --for smol/ -o emoji.onnx_adapter`",

@@ -199,6 +199,11 @@ class SteeredModel:
                 raise ReftEdgeError(found[-1].error)
         return ["".join(piece.text for piece in found) for found in pieces]
 
+    def prepare(self, adapter: AdapterChoice) -> Bound:
+        """An adapter choice as values that any number of runs can bind. Raises ReftEdgeError for an unknown adapter."""
+        with self._lock:
+            return self._bind(self._chosen(adapter))
+
     def batch(self, slots: int, prefix_budget: int = 0) -> Batch:
         """An empty batch of this model's rows; raises ReftEdgeError as `Batch` does."""
         return Batch(self.graph, self.manifest.eos_token_ids, slots, prefix_budget)
@@ -206,9 +211,13 @@ class SteeredModel:
     def row(self, request: Request, deliver: Callable[[Piece], None]) -> Row:
         """A request made ready for a batch; adapters are taken as they are now. Raises ReftEdgeError as `Row` does, and
         for unknown adapters."""
-        with self._lock:
-            bound = self._bind(self._chosen(request.adapters))
-        return Row(request, bound, self.manifest.context_length, self.prompts.tokenizer, deliver)
+        return Row(
+            request,
+            self.prepare(request.adapters),
+            self.manifest.context_length,
+            self.prompts.tokenizer,
+            deliver,
+        )
 
     def logits(
         self,

@@ -129,6 +129,38 @@ def test_prompt_from_standard_input_stop_and_stats(device_folder):
     assert sampled[0] == sampled[1]
 
 
+def test_chat_reads_lines_and_switches(device_folder):
+    lines = "Who are you?\n/adapter everywhere\nWho are you?\n"
+    options = ["--max-tokens", 8, "--adapters", device_folder, "--system", "Be brief."]
+    answers = call("chat", device_folder / "export", *options, input=lines).stdout.splitlines()
+    assert len(answers) >= 2
+    first = call(
+        "chat",
+        device_folder / "export",
+        *options,
+        "-a",
+        f"{device_folder}/everywhere.safetensors:0.5",
+        input="/adapters\n",
+    ).stdout
+    assert "* everywhere" in first
+    assert call("chat", device_folder / "export", "--adapters", "/nowhere", ok=False).exit_code == 1
+
+
+def test_bench_measures(device_folder):
+    options = ["--prompt-tokens", 32, "--new-tokens", 4, "--repeats", 1, "--rank", 2]
+    found = json.loads(call("bench", device_folder / "export", *options, "--json").stdout)
+    assert found["base"]["decode_tokens_per_second"] > 0
+    assert found["steered"]["time_to_first_token"] > 0
+    assert 0 < found["switch_p50"] <= found["switch_p99"] < found["load_p50"] * 10
+    assert found["peak_memory"] > 10**7
+    table = call(
+        "bench", device_folder / "export", *options, "-a", device_folder / "first.safetensors"
+    ).stdout
+    assert "decode, tokens/s" in table
+    too_long = call("bench", device_folder / "export", "--prompt-tokens", 300, ok=False)
+    assert "this model's context is 256" in " ".join(too_long.stderr.split())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

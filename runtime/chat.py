@@ -1,0 +1,175 @@
+"""A conversation in a terminal, with adapters switched between turns."""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from reft_edge.errors import ReftEdgeError
+from reft_edge.prompts import Message
+from reft_edge.runtime.model import Generation, SteeredModel
+from reft_edge.runtime.sampling import Sampling
+from reft_edge.runtime.store import AdapterStore
+
+HELP = """\
+/adapter NAME[:SCALE] ...  answer with these adapters from now on
+/adapters                  list what there is
+/base                      answer without adapters
+/system TEXT               set the system prompt; without TEXT, the template's own
+/clear                     forget the conversation
+/stats                     speed and size of the last answer
+/help                      this list
+/quit                      leave (or Ctrl-D)"""
+_ROOM = 64
+"""Tokens that an answer has at least; the oldest turns go when there are fewer."""
+
+
+@dataclass
+class Chat:
+    """One conversation. `write` gets text as it comes, without line ends added."""
+
+    model: SteeredModel
+    name: str
+    write: Callable[[str], None]
+    store: AdapterStore | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+    max_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        if self.model.prompts.template is None:
+            raise ReftEdgeError("the model has no chat template; use `reft-edge run --raw` for it")
+        self.turns: list[Message] = []
+        self.system: str | None = None
+        self.chosen: dict[str, float] = {}
+        self._switched: float | None = None
+        self._last: Generation | None = None
+
+    @property
+    def prompt(self) -> str:
+        """What stands before the user's line: the model and its adapters."""
+        parts = [name if factor == 1 else f"{name}:{factor:g}" for name, factor in self.chosen.items()]
+        return f"{self.name}{' + ' if parts else ''}{' + '.join(parts)}> "
+
+    def take(self, line: str) -> bool:
+        """Obey a command or answer a message; whether the conversation goes on. Errors are written, not raised."""
+        line = line.strip()
+        try:
+            if line.startswith("/"):
+                command, _, rest = line[1:].partition(" ")
+                return self._obey(command, rest.strip())
+            if line:
+                self._answer(line)
+        except ReftEdgeError as error:
+            self.write(f"{error}\n")
+        return True
+
+    def choose(self, given: Iterable[str]) -> None:
+        """Use adapters, `NAME` or `NAME:SCALE`, from the store or loaded already. Raises ReftEdgeError; then nothing changed."""
+        chosen: dict[str, float] = {}
+        for text in given:
+            name, colon, factor = text.rpartition(":")
+            try:
+                chosen[name if colon else text] = float(factor) if colon else 1.0
+            except ValueError as error:
+                raise ReftEdgeError(f"the scale in {text!r} is no number; write NAME:0.5") from error
+        if self.store is not None:
+            self.store.use(
+                [name for name in chosen if name not in self.model.adapters or name in self.store.loaded]
+            )
+        started = time.perf_counter()
+        self.model.prepare(chosen)
+        self._switched = time.perf_counter() - started
+        self.chosen = chosen
+
+    def _obey(self, command: str, rest: str) -> bool:
+        if command in ("quit", "exit", "q"):
+            return False
+        if command == "help":
+            self.write(HELP + "\n")
+        elif command == "adapter" and rest:
+            self.choose(rest.split())
+        elif command in ("adapter", "adapters"):
+            names = sorted({*self.model.adapters, *(self.store.names() if self.store else ())})
+            self.write(
+                "".join(f"{'*' if name in self.chosen else ' '} {name}\n" for name in names)
+                or "there are none\n"
+            )
+        elif command == "base":
+            self.choose(())
+        elif command == "system":
+            self.system = rest or None
+        elif command == "clear":
+            self.turns.clear()
+        elif command == "stats":
+            self._show_stats()
+        else:
+            self.write(f"there is no command /{command}; /help lists them\n")
+        return True
+
+    def _messages(self) -> list[Message]:
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return [*system, *self.turns]
+
+    def _answer(self, text: str) -> None:
+        self.turns.append({"role": "user", "content": text})
+        dropped = 0
+        while len(self.turns) > 1 and self._room() < _ROOM:
+            del self.turns[:2]
+            dropped += 1
+        if dropped:
+            self.write(f"(the context is full: the oldest {dropped} of the turns went)\n")
+        try:
+            generation = self.model.stream(
+                self._messages(), self.chosen, raw=False, max_tokens=self.max_tokens, sampling=self.sampling
+            )
+        except ReftEdgeError:
+            self.turns.pop()
+            raise
+        self._last, pieces = generation, list[str]()
+        try:
+            for piece in generation:
+                pieces.append(piece)
+                self.write(piece)
+        except KeyboardInterrupt:
+            self.write(" …")
+        self.write("\n")
+        self.turns.append({"role": "assistant", "content": "".join(pieces)})
+
+    def _room(self) -> int:
+        return self.model.manifest.context_length - len(self.model.prompts.encode_chat(self._messages()))
+
+    def _show_stats(self) -> None:
+        if self._last is None:
+            self.write("there was no answer yet\n")
+            return
+        last, context = self._last, self.model.manifest.context_length
+        used = last.prompt_tokens + len(last.tokens)
+        self.write(
+            f"prompt      {last.prompt_tokens} tokens, {last.prompt_tokens / max(last.prefill_seconds, 1e-9):,.0f} a second\n"
+            f"answer      {len(last.tokens)} tokens, {last.tokens_per_second:,.1f} a second\n"
+            f"context     {used:,} of {context:,} tokens\n"
+        )
+        if self._switched is not None:
+            self.write(f"last switch {self._switched * 1000:.3f} ms\n")
+
+
+def load_history(path: Path) -> Callable[[], None]:
+    """Line editing with a history that lasts, where the terminal's Python has readline; returns what saves it."""
+    try:
+        import readline
+    except ImportError:
+        return lambda: None
+    try:
+        readline.read_history_file(path)
+    except OSError:
+        readline.clear_history()
+
+    def save() -> None:
+        readline.set_history_length(1000)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            readline.write_history_file(path)
+        except OSError:
+            return
+
+    return save
