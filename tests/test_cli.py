@@ -13,7 +13,7 @@ from reft_edge.adapter import load_adapter
 from reft_edge.cli import app, split_scale
 from reft_edge.errors import ReftEdgeError
 
-COMMANDS = ("train", "export", "run", "pack", "demo")
+COMMANDS = ("train", "export", "add-ports", "run", "chat", "serve", "bench", "pack", "demo")
 runner = CliRunner()
 
 
