@@ -157,12 +157,12 @@ class Batch:
             _end(row, "cancelled")
 
     def _start(self, row: Row) -> None:
+        self.prefilling = row
         if self._cache.reserve(len(row.request.ids) + row.limit):
             self._bound_decode = None
         row.length, content = self.prefixes.find(row.request.ids, row.bound.edit)
         if content is not None:
             self._cache.write(len(self.decoding), content, row.length)
-        self.prefilling = row
 
     def _prefill(self, row: Row) -> None:
         slot, ids = len(self.decoding), row.request.ids
@@ -176,9 +176,9 @@ class Batch:
         if row.length < len(ids):
             return
         self.prefilling = self._bound_prefill = None
+        self.decoding.append(row)
         if self.prefixes.budget:
             self.prefixes.add(Prefix(ids, row.bound.edit, self._cache.read(slot, len(ids))))
-        self.decoding.append(row)
         if not self._take(row, logits[0]):
             self._leave(row)
 

@@ -13,7 +13,7 @@ LEAST = 16
 """Tokens below which a prefix is not worth a copy."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prefix:
     """A prompt that was prefilled, and what its tokens left in the KV cache."""
 

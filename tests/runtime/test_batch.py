@@ -247,6 +247,33 @@ def test_a_prefix_ends_where_interventions_begin_to_differ(first, last, before, 
         assert active(span, count, before) != active(span, count, now)
 
 
+def test_one_prompt_under_several_adapters_is_several_prefixes(model):
+    prompt = "The quick brown fox jumps over the lazy dog."
+    engine = Engine(model, slots=2)
+    for _ in range(2):
+        for choice in (None, "first", "everywhere"):
+            ticket = engine.submit(Request(ids(model, prompt), {choice: 1.0} if choice else {}, 6))
+            found = "".join(piece.text for piece in ticket)
+            assert found == model.generate(prompt, choice, raw=False, max_tokens=6)
+    engine.close()
+
+
+def test_a_failing_step_ends_every_request_and_the_engine_goes_on(model, monkeypatch):
+    engine = Engine(model, slots=2)
+
+    def broken(*args):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(engine.batch.prefixes, "find", broken)
+    tickets = [engine.submit(Request(ids(model, "ice"), max_tokens=4)) for _ in range(3)]
+    last = [list(ticket)[-1] for ticket in tickets]
+    assert {(piece.finish_reason, piece.error) for piece in last} == {("error", "out of memory")}
+    monkeypatch.undo()
+    ticket = engine.submit(Request(ids(model, "ice"), max_tokens=4))
+    assert "".join(piece.text for piece in ticket) == model.generate("ice", raw=False, max_tokens=4)
+    engine.close()
+
+
 def test_prefixes_belong_to_their_edit_and_stay_in_the_budget():
     def entry(start, edit=None, length=32):
         values = {"past_key_values.0.key": np.zeros((1, length, 4), np.float32)}
