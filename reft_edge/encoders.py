@@ -48,6 +48,21 @@ class TextTokens:
         return Tokens(tuple(encoded.ids), tuple(encoded.type_ids))
 
 
+def parse_row(row: Any) -> tuple[Text, str]:
+    """The text, or pair of texts, and label of a parsed row. Raises ReftEdgeError if it is not of the known form."""
+    if not isinstance(row, dict):
+        raise ReftEdgeError('expected an object like {"text": ..., "label": ...}')
+    text, second, label = row.get("text"), row.get("text2"), row.get("label")
+    if isinstance(label, int) and not isinstance(label, bool):
+        label = str(label)
+    if not isinstance(text, str) or not isinstance(label, str) or not isinstance(second, str | None):
+        raise ReftEdgeError(
+            'expected text under "text" (and under "text2" for pairs) and a text or whole number under '
+            f'"label"; found the fields {sorted(row)}'
+        )
+    return (text if second is None else (text, second)), label
+
+
 def is_encoder(model: ModelFolder) -> bool:
     """Whether the folder holds an encoder of MODEL_TYPES, by its config.json."""
     config = read_config(model)

@@ -26,6 +26,7 @@ from reft_edge.fingerprint import fingerprint
 from reft_edge.graph_weights import use_exported_weights
 from reft_edge.interventions import Interventions
 from reft_edge.layers import parse_layers
+from reft_edge.likelihood import only_logits_of
 from reft_edge.steering import Steering, decoder_layers, steered
 
 SCHEDULES = ("linear", "cosine", "constant")
@@ -444,17 +445,6 @@ def batch_loss(
     return nn.functional.cross_entropy(
         logits[0].float(), torch.tensor(targets, device=device), reduction="sum"
     )
-
-
-@contextmanager
-def only_logits_of(model: Any, tokens: Tensor) -> Iterator[None]:
-    """Inside the block, the language-model head sees only these tokens (bool, [batch, sequence]), as one row."""
-    head = model.get_output_embeddings()
-    handle = head.register_forward_pre_hook(lambda module, args: (args[0][tokens][None],))
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 @contextmanager

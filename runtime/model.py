@@ -189,6 +189,44 @@ class SteeredModel:
             inputs["reft.prompt_len"] = np.array(lengths, np.int64)
         return self._graph.score(rows, inputs)
 
+    def generate_tokens(
+        self, rows: Sequence[Sequence[int]], adapter: AdapterChoice = None, max_tokens: int = 256
+    ) -> list[list[int]]:
+        """Greedy answers, end-of-sequence tokens left out, to prompts of one length, which run as one batch.
+
+        Raises ReftEdgeError for prompts of unlike lengths, or without room for `max_tokens` more in the context.
+        """
+        length = len(rows[0]) if rows else 0
+        if not length or any(len(row) != length for row in rows):
+            raise ReftEdgeError("expected one or more prompts of one length, of at least one token")
+        if length + max_tokens > self.manifest.context_length:
+            raise ReftEdgeError(
+                f"{length} prompt tokens and {max_tokens} more do not fit this model's context of "
+                f"{self.manifest.context_length}"
+            )
+        if self.manifest.cache == "none":
+            raise ReftEdgeError("this folder's graph has no KV cache, so it can score text but not generate")
+        bound = self._bind(self._chosen(adapter))
+        ends = np.array(self.manifest.eos_token_ids)
+        tokens = np.zeros((len(rows), 0), np.int64)
+        cache = self._graph.take_cache(len(rows), length + max_tokens)
+        try:
+            given = self._graph.to_device({"reft.prompt_len": np.full(len(rows), length, np.int64)})
+            logits = self._graph.bind(cache, {**bound.prompt, **given}).prefill(np.array(rows, np.int64))
+            decode = self._graph.bind(cache, {**bound.decode, **given})
+            while True:
+                tokens = np.concatenate([tokens, logits.argmax(axis=1)[:, None]], axis=1)
+                if tokens.shape[1] == max_tokens or np.isin(tokens, ends).any(axis=1).all():
+                    break
+                logits = decode.step(tokens[:, -1:])
+        finally:
+            self._graph.return_cache(cache)
+        found = []
+        for row in tokens.tolist():
+            stop = next((i for i, token in enumerate(row) if token in self.manifest.eos_token_ids), None)
+            found.append(row[:stop])
+        return found
+
     def _run(
         self,
         generation: Generation,
