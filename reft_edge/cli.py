@@ -40,6 +40,18 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
+def _take_recipe(context: typer.Context, name: str | None) -> str | None:
+    """Make a recipe's values the defaults of the options that follow."""
+    if name is not None:
+        from reft_edge.recipes import recipe
+
+        try:
+            context.default_map = recipe(name)
+        except ReftEdgeError as error:
+            raise typer.BadParameter(str(error)) from error
+    return name
+
+
 def _version(value: bool) -> None:
     if value:
         typer.echo(f"reft-edge {__version__}")
@@ -60,20 +72,35 @@ def main(
     epilog="Example: `reft-edge train smollm2 rows.jsonl -o task.safetensors --epochs 10`",
 )
 def train(
+    context: typer.Context,
     model: Model,
     data: Annotated[
         Path,
         typer.Argument(
             metavar="DATA.jsonl",
             show_default=False,
-            help='Rows like {"prompt": ..., "completion": ...}, {"messages": [...]} or {"text": ..., "label": ...}.',
+            help='Rows like {"prompt": ..., "completion": ...}, {"messages": [...]}, {"text": ..., "label": ...} or '
+            '{"prompt": ..., "chosen": ..., "rejected": ...}.',
         ),
     ],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="The adapter file to write.", show_default=False)
     ],
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="The LoReFT paper's settings: commonsense, math, instruct or glue; your own options go first.",
+            show_default=False,
+            callback=_take_recipe,
+            is_eager=True,
+        ),
+    ] = None,
     task: Annotated[
-        str, typer.Option(help="completion, or classification: an encoder and a head for the rows' labels.")
+        str,
+        typer.Option(
+            help="completion; classification: an encoder and a head for the rows' labels; or preference: DPO on chosen "
+            "and rejected answers."
+        ),
     ] = "completion",
     intervention: Annotated[
         str, typer.Option(help="loreft, noreft, direft, nodireft, consreft, lobireft or steering.")
@@ -83,7 +110,10 @@ def train(
     positions: Annotated[
         str, typer.Option(help="Tokens to edit: f7, l7, all, gen, joined with `+`.")
     ] = "f7+l7",
-    tied: Annotated[bool, typer.Option("--tied", help="One set of weights for all positions.")] = False,
+    tied: Annotated[
+        bool,
+        typer.Option("--tied/--untied", help="One set of weights for all positions, or one for each part."),
+    ] = False,
     act_fn: Annotated[
         str, typer.Option(help="Activation inside the edit; only `linear` runs on exported models.")
     ] = "linear",
@@ -104,6 +134,9 @@ def train(
     weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay; never applied to R.")] = 0.0,
     dropout: Annotated[float, typer.Option(help="Dropout on edited hidden states.")] = 0.0,
     clip: Annotated[float, typer.Option(help="Largest gradient norm.")] = 1.0,
+    beta: Annotated[
+        float, typer.Option(help="DPO's beta: how firmly the base's own preferences are kept.")
+    ] = 0.1,
     seed: Annotated[int, typer.Option(help="Seed of initial weights, row order and dropout.")] = 0,
     dtype: Annotated[
         str, typer.Option(help="Base model arithmetic: fp32, bf16, or auto (bf16 where the hardware has it).")
@@ -146,12 +179,15 @@ def train(
     console = Console(stderr=True)
     with _plain_errors(), _extra("train"):
         from reft_edge.classification import LabelledTexts, load_labelled
-        from reft_edge.data import Dataset, load_dataset
+        from reft_edge.data import load_dataset
         from reft_edge.encoders import check_task, default_pooling, load_encoder, load_text_tokens
         from reft_edge.models import load_model, load_model_prompts, resolve_model
-        from reft_edge.training import TrainSettings
+        from reft_edge.preference import load_preferences
+        from reft_edge.training import Data, TrainSettings
         from reft_edge.training import train as run_training
 
+        if recipe is not None:
+            _print_recipe(recipe, context, console)
         folder = resolve_model(model, _plain(console))
         check_task(task, folder)
         classifies = task == "classification"
@@ -179,18 +215,20 @@ def train(
             clip=clip,
             seed=seed,
             dtype=dtype,
+            beta=beta,
             pooling=(pooling or default_pooling(folder)) if classifies else "",
         )
-        rows: Dataset | LabelledTexts
-        held_out: Dataset | LabelledTexts | None
+        rows: Data
+        held_out: Data | None
         if classifies:
             tokens = load_text_tokens(folder, max_length)
             rows = load_labelled(data, tokens)
             held_out = load_labelled(evaluate, tokens, rows.labels) if evaluate else None
         else:
-            rows = load_dataset(data, prompts, prompt_format, max_length)
-            held_out = load_dataset(evaluate, prompts, prompt_format, max_length) if evaluate else None
-        if isinstance(rows, Dataset) and rows.left_out:
+            load = load_preferences if task == "preference" else load_dataset
+            rows = load(data, prompts, prompt_format, max_length)
+            held_out = load(evaluate, prompts, prompt_format, max_length) if evaluate else None
+        if not isinstance(rows, LabelledTexts) and rows.left_out:
             console.print(
                 f"{rows.left_out} of {rows.left_out + len(rows.examples)} rows are longer than "
                 f"{max_length} tokens and are left out"
@@ -222,6 +260,17 @@ def train(
     if result.accuracy is not None:
         held += f", held-out accuracy {result.accuracy:.4f}"
     typer.echo(f"{result.steps} steps in {result.seconds:,.0f} s, training loss {result.loss:.4f}{held}")
+
+
+def _print_recipe(name: str, context: typer.Context, console: "Console") -> None:
+    from reft_edge.recipes import recipe
+
+    say = _plain(console)
+    say(f"recipe {name}:")
+    for option, value in recipe(name).items():
+        used = context.params[option]
+        yours = "" if used == value else f"  yours; the recipe has {value}"
+        say(f"  {option:13} {used}{yours}")
 
 
 @app.command(rich_help_panel="Make", epilog="Example: `reft-edge export smollm2 -o smol/ --precision int4`")

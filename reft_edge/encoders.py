@@ -11,7 +11,7 @@ from reft_edge.errors import ReftEdgeError
 from reft_edge.models import ModelFolder, load_model_prompts
 
 MODEL_TYPES = ("bert", "distilbert", "roberta")
-TASKS = ("completion", "classification")
+TASKS = ("completion", "classification", "preference")
 
 Text = str | tuple[str, str]
 """A text, or a pair of texts."""
@@ -77,7 +77,9 @@ def check_task(task: str, model: ModelFolder) -> None:
     if task not in TASKS:
         raise ReftEdgeError(f"unknown task {task!r}; choose one of {', '.join(TASKS)}")
     if (task == "classification") != is_encoder(model):
-        kind, needed = ("an encoder", TASKS[1]) if is_encoder(model) else ("no encoder", TASKS[0])
+        kind, needed = (
+            ("an encoder", TASKS[1]) if is_encoder(model) else ("no encoder", f"{TASKS[0]} or {TASKS[2]}")
+        )
         raise ReftEdgeError(
             f"{model.name} is {kind} ({', '.join(MODEL_TYPES)} are); it is trained with --task {needed}"
         )
