@@ -336,9 +336,7 @@ def _shifts(before: Any, after: Any, prompts: Prompts) -> tuple[list[TokenShift]
 def _token(prompts: Prompts, token: int) -> str:
     """Its text; where that is no whole character, the tokenizer's own name of it, and its id."""
     text = prompts.tokenizer.decode([token], skip_special_tokens=False)
-    return (
-        text if text and "\ufffd" not in text else f"{prompts.tokenizer.id_to_token(token)} (token {token})"
-    )
+    return text if text and "\ufffd" not in text else f"{prompts.tokenizer.id_to_token(token)}#{token}"
 
 
 def _between(adapter: Adapter, other: Adapter) -> Overlap:

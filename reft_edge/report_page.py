@@ -79,14 +79,12 @@ def render(inspection: Inspection) -> str:
     if inspection.curve:
         parts.append(_section("Training", "Loss in nats by optimiser step.", line(inspection.curve)))
     if inspection.strengths:
-        layers = inspection.config.layers
+        edited = [*map(str, inspection.config.layers)]
         body = "".join(
             f'<h3>{escape(strength.name)}</h3><div class="pair">'
+            + bars(dict(zip(edited, strength.gains.tolist(), strict=True)), "largest gain, by layer")
             + bars(
-                dict(zip(map(str, layers), strength.gains.tolist(), strict=True)), "largest gain, by layer"
-            )
-            + bars(
-                dict(zip(map(str, layers), strength.constants.tolist(), strict=True)),
+                dict(zip(edited, strength.constants.tolist(), strict=True)),
                 "constant part, by layer",
             )
             + "</div>"
@@ -101,14 +99,20 @@ def render(inspection: Inspection) -> str:
         )
     if inspection.between is not None:
         overlap = inspection.between
+        layers = [*map(str, overlap.layers)]
         parts.append(
             _section(
                 f"Overlap with {inspection.other}",
                 "Mean squared cosine of the principal angles between the subspaces that the two adapters write to: "
                 "1 is the same subspace, 0 orthogonal ones.",
-                bars(
-                    dict(zip(map(str, overlap.layers), overlap.shared.tolist(), strict=True)), "by layer", 1.0
-                ),
+                '<div class="pair">'
+                + bars(
+                    dict(zip(layers, overlap.shared.tolist(), strict=True)), "squared cosine, by layer", 1.0
+                )
+                + bars(
+                    dict(zip(layers, overlap.smallest.tolist(), strict=True)), "smallest angle, degrees", 90.0
+                )
+                + "</div>",
             )
         )
     if len(inspection.config.layers) > 1:
@@ -255,7 +259,7 @@ def heatmap(
 ) -> str:
     """Shades from none to `highest`; `cells` by (row, column) index; row 0 at the top."""
     left, above = 40, 20
-    side = max(7.0, min(26.0, 560 / max(len(rows), len(columns))))
+    side = max(7.0, min(32.0, 560 / max(len(rows), len(columns))))
     width, height = left + side * len(columns) + 4, above + side * len(rows) + 20
     drawn = []
     for (i, j), value in cells.items():

@@ -43,16 +43,8 @@ class OnnxDecoder:
         return found
 
     def generate(self, batch: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
-        """See `evaluation.Decoder`; prompts of one length run together."""
-        by_length: dict[int, list[int]] = {}
-        for index, ids in enumerate(batch):
-            by_length.setdefault(len(ids), []).append(index)
-        answers: list[list[int]] = [[] for _ in batch]
-        for indices in by_length.values():
-            found = self.model.generate_tokens([batch[i] for i in indices], self.adapters, max_tokens)
-            for index, answer in zip(indices, found, strict=True):
-                answers[index] = answer
-        return answers
+        """See `evaluation.Decoder`."""
+        return self.model.generate_tokens(batch, self.adapters, max_tokens)
 
 
 @dataclass(frozen=True)

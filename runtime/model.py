@@ -192,40 +192,52 @@ class SteeredModel:
     def generate_tokens(
         self, rows: Sequence[Sequence[int]], adapter: AdapterChoice = None, max_tokens: int = 256
     ) -> list[list[int]]:
-        """Greedy answers, end-of-sequence tokens left out, to prompts of one length, which run as one batch.
+        """Greedy answers to prompts of any lengths, end-of-sequence tokens left out, run as one batch without padding.
 
-        Raises ReftEdgeError for prompts of unlike lengths, or without room for `max_tokens` more in the context.
+        All rows are prefilled to the shortest prompt's length; longer ones go on token by token while others are
+        answered already. So prompts of like length should come together. Raises ReftEdgeError for an empty prompt, or
+        one that leaves no room for `max_tokens` in the context.
         """
-        length = len(rows[0]) if rows else 0
-        if not length or any(len(row) != length for row in rows):
-            raise ReftEdgeError("expected one or more prompts of one length, of at least one token")
-        if length + max_tokens > self.manifest.context_length:
+        lengths = np.array([len(row) for row in rows], np.int64)
+        if not len(lengths) or not lengths.min():
+            raise ReftEdgeError("expected one or more prompts of at least one token")
+        if lengths.max() + max_tokens > self.manifest.context_length:
             raise ReftEdgeError(
-                f"{length} prompt tokens and {max_tokens} more do not fit this model's context of "
+                f"{lengths.max()} prompt tokens and {max_tokens} more do not fit this model's context of "
                 f"{self.manifest.context_length}"
             )
         if self.manifest.cache == "none":
             raise ReftEdgeError("this folder's graph has no KV cache, so it can score text but not generate")
         bound = self._bind(self._chosen(adapter))
-        ends = np.array(self.manifest.eos_token_ids)
-        tokens = np.zeros((len(rows), 0), np.int64)
-        cache = self._graph.take_cache(len(rows), length + max_tokens)
+        start, ends = int(lengths.min()), self.manifest.eos_token_ids
+        prompts = np.zeros((len(rows), int(lengths.max())), np.int64)
+        for index, row in enumerate(rows):
+            prompts[index, : len(row)] = row
+        answers: list[list[int]] = [[] for _ in rows]
+        running = np.ones(len(rows), bool)
+        cache = self._graph.take_cache(len(rows), int(lengths.max()) + max_tokens)
         try:
-            given = self._graph.to_device({"reft.prompt_len": np.full(len(rows), length, np.int64)})
-            logits = self._graph.bind(cache, {**bound.prompt, **given}).prefill(np.array(rows, np.int64))
+            given = self._graph.to_device({"reft.prompt_len": lengths})
+            prefill = self._graph.bind(cache, {**bound.prompt, **given})
             decode = self._graph.bind(cache, {**bound.decode, **given})
-            while True:
-                tokens = np.concatenate([tokens, logits.argmax(axis=1)[:, None]], axis=1)
-                if tokens.shape[1] == max_tokens or np.isin(tokens, ends).any(axis=1).all():
+            logits = prefill.prefill(prompts[:, :start])
+            for at in range(start, prompts.shape[1] + max_tokens):
+                tokens = logits.argmax(axis=1)
+                prompted = at < lengths
+                for index in np.flatnonzero(running & ~prompted):
+                    if tokens[index] in ends:
+                        running[index] = False
+                    else:
+                        answers[index].append(int(tokens[index]))
+                        running[index] = len(answers[index]) < max_tokens
+                if not running.any():
                     break
-                logits = decode.step(tokens[:, -1:])
+                if prompted.any():
+                    tokens = np.where(prompted, prompts[:, at], tokens)
+                logits = (prefill if prompted.any() else decode).step(tokens[:, None])
         finally:
             self._graph.return_cache(cache)
-        found = []
-        for row in tokens.tolist():
-            stop = next((i for i, token in enumerate(row) if token in self.manifest.eos_token_ids), None)
-            found.append(row[:stop])
-        return found
+        return answers
 
     def _run(
         self,
