@@ -32,8 +32,9 @@ svg { display: block; max-width: 100%; height: auto; }
 svg text { fill: var(--soft); font: 11px system-ui, sans-serif; }
 .axis { stroke: var(--line); fill: none; }
 .curve { stroke: var(--mark); stroke-width: 2; fill: none; stroke-linejoin: round; }
-.mark { fill: var(--mark); } .other { fill: var(--other); } .none { fill: var(--line); }
-dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)); gap: .5rem 1.25rem; margin: 0; }
+.mark { fill: var(--mark); } .other { fill: var(--other); }
+.wide { min-width: 34rem; }
+dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); gap: .5rem 1.25rem; margin: 0; }
 dt { color: var(--soft); font-size: .8rem; } dd { margin: 0; overflow-wrap: anywhere; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 0 2rem; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
@@ -64,7 +65,7 @@ def render(inspection: Inspection) -> str:
             _section(
                 "Shift of predictions",
                 "KL divergence of the next token's probabilities with the adapter from those without, in nats, by the "
-                "position that predicts (-1, the prompt's last token, predicts the answer's first).",
+                "position that predicts (-1, the prompt's last token, predicts the answer's first; the answer has another colour).",
                 bars(effect.divergence, "nats"),
             )
         )
@@ -102,7 +103,7 @@ def render(inspection: Inspection) -> str:
         layers = [*map(str, overlap.layers)]
         parts.append(
             _section(
-                f"Overlap with {inspection.other}",
+                f"Overlap with {printable(inspection.other)}",
                 "Mean squared cosine of the principal angles between the subspaces that the two adapters write to: "
                 "1 is the same subspace, 0 orthogonal ones.",
                 '<div class="pair">'
@@ -123,7 +124,7 @@ def render(inspection: Inspection) -> str:
                 '<div class="pair">' + "".join(map(_overlaps, inspection.overlaps)) + "</div>",
             )
         )
-    title = escape(inspection.name)
+    title = escape(printable(inspection.name))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
@@ -150,7 +151,7 @@ def facts(inspection: Inspection) -> dict[str, str]:
         found["labels"] = ", ".join(config.labels)
         found["pooling"] = config.pooling
     found |= {
-        name.replace("_", " "): _plain(value)
+        _plain(name.replace("_", " ")): _plain(value)
         for name, value in config.training.items()
         if name != "curve" and value is not None
     }
@@ -161,9 +162,7 @@ def summary(inspection: Inspection) -> list[str]:
     """The same in a few lines for a terminal; texts from the file hold no control characters."""
     described = facts(inspection)
     width = max(map(len, described))
-    lines = [
-        f"{visible(name).replace('␣', ' '):{width}}  {_plain(value)}" for name, value in described.items()
-    ]
+    lines = [f"{name:{width}}  {value}" for name, value in described.items()]
     if inspection.curve:
         (_, first), (step, last) = inspection.curve[0], inspection.curve[-1]
         lines.append(f"{'curve':{width}}  loss {first:.4g} to {last:.4g} in {step:,} steps")
@@ -216,7 +215,7 @@ def bars(values: Mapping[str, float], unit: str, top: float | None = None) -> st
         x = left + number * step
         tall = value / highest * (height - below - 12)
         drawn.append(
-            f'<rect class="mark" x="{x + step * 0.12:.1f}" y="{height - below - tall:.1f}" '
+            f'<rect class="{"other" if name.startswith("+") else "mark"}" x="{x + step * 0.12:.1f}" y="{height - below - tall:.1f}" '
             f'width="{step * 0.76:.1f}" height="{tall:.1f}"><title>{escape(name)}: {value:.4g}</title></rect>'
         )
         if number % skip == 0:
@@ -281,7 +280,7 @@ def heatmap(
         if j % skip_columns == 0
     ]
     drawn.append(
-        f'<text x="{left}" y="{height - 5:.1f}">{names[0]} ↓, {names[1]} →; darkest {highest:.3g}</text>'
+        f'<text x="{left}" y="{height - 5:.1f}">{names[0]} ↓, {names[1]} →; strongest {highest:.3g}</text>'
     )
     return _svg(max(width, 240), height, drawn, f"{names[0]} by {names[1]}")
 
@@ -291,7 +290,7 @@ def _header(inspection: Inspection) -> str:
         f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>"
         for name, value in facts(inspection).items()
     )
-    return f"<h1>{escape(inspection.name)}</h1><section><h2>Adapter</h2><dl>{rows}</dl></section>"
+    return f"<h1>{escape(printable(inspection.name))}</h1><section><h2>Adapter</h2><dl>{rows}</dl></section>"
 
 
 def _section(title: str, explained: str, body: str) -> str:
@@ -312,9 +311,11 @@ def _norms(norms: Mapping[str, Mapping[int, float]]) -> str:
 def _overlaps(overlap: Overlap) -> str:
     labels = [*map(str, overlap.layers)]
     cells = {(i, j): float(overlap.shared[i, j]) for i, j in np.ndindex(overlap.shared.shape)}
-    return (
-        f"<div><h3>{escape(overlap.name)}</h3>{heatmap(cells, labels, labels, 1.0, ('layer', 'layer'))}</div>"
-    )
+    drawn = heatmap(cells, labels, labels, 1.0, ("layer", "layer"))
+    angles = np.where(np.eye(len(labels), dtype=bool), np.inf, overlap.smallest)
+    a, b = divmod(int(angles.argmin()), len(labels))
+    nearest = f"Nearest: layers {labels[a]} and {labels[b]}, smallest angle {angles[a, b]:.0f}°."
+    return f"<div><h3>{escape(overlap.name)}</h3>{drawn}<p>{nearest}</p></div>"
 
 
 def _tokens(title: str, shifts: Sequence[TokenShift]) -> str:
@@ -329,10 +330,15 @@ def _tokens(title: str, shifts: Sequence[TokenShift]) -> str:
     )
 
 
-def visible(text: str) -> str:
-    """Text on one line with its spaces, line ends and control characters shown."""
-    text = text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
+def printable(text: str) -> str:
+    """Text on one line, its line ends and control characters shown."""
+    text = text.replace("\n", "⏎").replace("\t", "⇥")
     return "".join(character if character.isprintable() else f"\\x{ord(character):02x}" for character in text)
+
+
+def visible(text: str) -> str:
+    """The same with its spaces shown."""
+    return printable(text).replace(" ", "␣")
 
 
 def _scale(highest: float, width: float, height: float, left: float, below: float) -> str:
@@ -349,7 +355,7 @@ def _scale(highest: float, width: float, height: float, left: float, below: floa
 
 def _svg(width: float, height: float, parts: Sequence[str], label: str) -> str:
     return (
-        f'<div class="scroll"><svg viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" height="{height:.0f}" '
+        f'<div class="scroll"><svg class="{"wide" if width > 600 else "small"}" viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" height="{height:.0f}" '
         f'role="img" aria-label="{escape(label)}">{"".join(parts)}</svg></div>'
     )
 
@@ -360,7 +366,7 @@ def _plain(value: Any) -> str:
         text = ", ".join(f"{name} {_plain(part)}" for name, part in list(value.items())[:12])
     else:
         text = f"{value:g}" if isinstance(value, float) else str(value)
-    return visible(text).replace("␣", " ")[:200]
+    return printable(text)[:200]
 
 
 def _ranges(layers: Sequence[int]) -> str:
