@@ -85,9 +85,17 @@ class Continuations:
 class Decoder(Protocol):
     """A language model with its adapters, as evaluation sees it."""
 
-    prompts: Prompts
-    prompt_format: str
-    context_length: int
+    @property
+    def prompts(self) -> Prompts:
+        """Its tokenizer and chat template."""
+
+    @property
+    def prompt_format(self) -> str:
+        """`chat` or `raw`."""
+
+    @property
+    def context_length(self) -> int:
+        """Tokens."""
 
     def log_likelihoods(self, batch: Sequence[Continuations]) -> list[list[float]]:
         """For each of its last tokens, the summed log-likelihood of a completion, in nats."""
@@ -99,7 +107,9 @@ class Decoder(Protocol):
 class Classifier(Protocol):
     """An encoder with a head."""
 
-    labels: tuple[str, ...]
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What it tells apart."""
 
     def probabilities(self, texts: Sequence[Text]) -> list[dict[str, float]]:
         """Of every label, for each text."""
@@ -294,7 +304,7 @@ def mcnemar(only_a: int, only_b: int) -> float:
     """The exact two-sided p-value: rows on which the runs differ fall to either side like a fair coin."""
     count, fewer = only_a + only_b, min(only_a, only_b)
     tail = sum(math.comb(count, k) for k in range(fewer + 1))
-    return min(1.0, 2 * tail / 2**count)
+    return min(1.0, float(2 * tail / 2**count))
 
 
 def save_records(records: Sequence[Record], path: Path) -> None:
@@ -384,9 +394,9 @@ def _choose(
     scores: list[dict[int, float]] = [{} for _ in questions.rows]
     for batch in batches(passes, batch_size, lambda entry: len(entry[2].ids), _PADDED_TOKENS):
         found = decoder.log_likelihoods([item for _, _, item in batch])
-        for (index, numbers, item), likelihoods in zip(batch, found, strict=True):
+        for (index, scored, item), likelihoods in zip(batch, found, strict=True):
             tokens = len(item.shared) + 1 if normalise else 1
-            scores[index].update({n: value / tokens for n, value in zip(numbers, likelihoods, strict=True)})
+            scores[index].update({n: value / tokens for n, value in zip(scored, likelihoods, strict=True)})
             if len(scores[index]) == len(questions.rows[index].choices):
                 on_done(1)
     records = []
@@ -401,8 +411,8 @@ def _generate(
     decoder: Decoder, questions: Questions, batch_size: int, max_tokens: int, on_done: OnDone
 ) -> list[Record]:
     encoded = [(question, _encode(decoder, question)) for question in questions.rows]
-    for question, ids in encoded:
-        _check_fits(decoder, question, len(ids) + max_tokens)
+    for question, prompt in encoded:
+        _check_fits(decoder, question, len(prompt) + max_tokens)
     records = []
     for batch in batches(encoded, batch_size, lambda entry: len(entry[1])):
         answers = decoder.generate([ids for _, ids in batch], max_tokens)
@@ -526,7 +536,8 @@ def as_prompts(questions: Questions, template: str, words: dict[str, str]) -> Qu
         given = dict(zip(("{text}", "{text2}"), texts, strict=False))
         if left_out := [name for name in given if name not in template]:
             raise ReftEdgeError(f"the template {template!r} does not hold {' and '.join(left_out)}")
-        prompt = re.sub(r"\{text2?\}", lambda found, given=given: given.get(found[0], ""), template)
+        parts = re.split(r"(\{text2?\})", template)
+        prompt = "".join(given.get(part, "" if part == "{text2}" else part) for part in parts)
         rows.append(dataclasses.replace(question, prompt=prompt, choices=completions, names=labels))
     return Questions(questions.task, rows)
 

@@ -366,8 +366,9 @@ def _overlap(a: Floats, b: Floats) -> tuple[float, float]:
 
 def _gains(rows_a: Array, rows_b: Array) -> Floats:
     """Spectral norms of AB, `[L, G]`, from the small factors of Aᵀ and B."""
-    small_a = np.linalg.qr(rows_a.astype(np.float64).swapaxes(-1, -2), mode="r")
-    small_b = np.linalg.qr(rows_b.astype(np.float64).swapaxes(-1, -2), mode="r")
+    small_a, small_b = (
+        np.asarray(np.linalg.qr(rows.astype(np.float64).swapaxes(-1, -2))[1]) for rows in (rows_a, rows_b)
+    )
     norms: Floats = np.linalg.norm(small_a @ small_b.swapaxes(-1, -2), ord=2, axis=(-2, -1))
     return norms
 
@@ -377,7 +378,7 @@ def _parsed(path: Path, limit: int) -> list[tuple[int, Any]]:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ReftEdgeError(f"cannot read {path}: {error}") from error
-    rows = []
+    rows: list[tuple[int, Any]] = []
     for number, line in enumerate(lines, start=1):
         if line.strip() and len(rows) < limit:
             try:

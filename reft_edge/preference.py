@@ -115,7 +115,8 @@ class PreferenceObjective:
         autocast: bool,
     ) -> Tensor:
         """Summed over pairs, in nats."""
-        return -nn.functional.logsigmoid(self.margins(model, steering, rows, device, autocast)).sum()
+        losses: Tensor = -nn.functional.logsigmoid(self.margins(model, steering, rows, device, autocast))
+        return losses.sum()
 
     def margins(
         self,
@@ -131,7 +132,8 @@ class PreferenceObjective:
             reference = answer_log_likelihoods(model, steering, sides, device, autocast)
         steered = answer_log_likelihoods(model, steering, sides, device, autocast)
         chosen, rejected = (steered - reference).view(2, -1)
-        return self.beta * (chosen - rejected)
+        margins: Tensor = self.beta * (chosen - rejected)
+        return margins
 
 
 def answer_log_likelihoods(

@@ -224,7 +224,7 @@ class SteeredModel:
             for at in range(start, prompts.shape[1] + max_tokens):
                 tokens = logits.argmax(axis=1)
                 prompted = at < lengths
-                for index in np.flatnonzero(running & ~prompted):
+                for index in np.flatnonzero(running & ~prompted).tolist():
                     if tokens[index] in ends:
                         running[index] = False
                     else:

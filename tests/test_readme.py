@@ -28,6 +28,7 @@ def test_the_guides_run_as_written(device_folder, tiny_model, tmp_path, monkeypa
     export_dynamo(tiny_model, Path("smol_onnx"), cached=True)
     (rows,) = blocks("json")
     Path("rows.jsonl").write_text(rows)
+    Path("test.jsonl").write_text('{"prompt": "2 and 2?", "answer": "4"}\n')
     used = []
     for arguments in commands():
         here = [
@@ -36,7 +37,7 @@ def test_the_guides_run_as_written(device_folder, tiny_model, tmp_path, monkeypa
         result = CliRunner().invoke(app, here)
         assert result.exit_code == 0, (arguments, result.output)
         used.append(arguments[0])
-    assert set(used) == {"train", "export", "add-ports", "run", "pack"}
+    assert set(used) == {"train", "export", "add-ports", "run", "eval", "compare", "inspect", "pack"}
     (example,) = blocks("python")
     exec(compile(example, "README.md", "exec"), {})
     assert capsys.readouterr().out.strip()
@@ -55,7 +56,7 @@ def test_options_named_in_the_text_exist():
     named = set(re.findall(r"`(--[a-z-]+)", README))
     helps = "".join(
         CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "300"}).output
-        for command in ("train", "export", "add-ports", "run", "pack")
+        for command in ("train", "export", "add-ports", "run", "eval", "compare", "inspect", "pack")
     )
     missing = [option for option in sorted(named) if option not in helps]
     assert missing == []
