@@ -28,7 +28,7 @@ def test_the_guides_run_as_written(device_folder, tiny_model, tmp_path, monkeypa
     export_dynamo(tiny_model, Path("smol_onnx"), cached=True)
     (rows,) = blocks("json")
     Path("rows.jsonl").write_text(rows)
-    Path("test.jsonl").write_text('{"prompt": "2 and 2?", "answer": "4"}\n')
+    Path("test.jsonl").write_text('{"prompt": "2 and 2?", "choices": ["4", "5"], "answer": 0}\n')
     used = []
     for arguments in commands():
         here = [
