@@ -45,7 +45,7 @@ class TorchDecoder:
 
     @torch.no_grad()
     def generate(self, batch: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
-        """See `evaluation.Decoder`."""
+        """See `evaluation.Decoder`; a repetition penalty and the like of the model's own are left out."""
         from transformers import GenerationConfig
 
         length = max(len(ids) for ids in batch)
@@ -54,13 +54,18 @@ class TorchDecoder:
             ids[i, length - len(row) :] = torch.tensor(row)
             mask[i, length - len(row) :] = 1
         ends = end_tokens(self.model)
-        config = GenerationConfig(
+        greedy = GenerationConfig(
             max_new_tokens=max_tokens, do_sample=False, eos_token_id=ends or None, pad_token_id=0
         )
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):
-            output = self.model.generate(
-                input_ids=ids.to(self.device), attention_mask=mask.to(self.device), generation_config=config
-            )
+        own = self.model.generation_config
+        self.model.generation_config = greedy
+        try:
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):
+                output = self.model.generate(
+                    input_ids=ids.to(self.device), attention_mask=mask.to(self.device)
+                )
+        finally:
+            self.model.generation_config = own
         return [_before_end(row[length:].tolist(), ends) for row in output]
 
 
