@@ -33,10 +33,10 @@ svg text { fill: var(--soft); font: 11px system-ui, sans-serif; }
 .axis { stroke: var(--line); fill: none; }
 .curve { stroke: var(--mark); stroke-width: 2; fill: none; stroke-linejoin: round; }
 .mark { fill: var(--mark); } .other { fill: var(--other); }
-.wide { min-width: 34rem; }
+section > .scroll > .wide { min-width: 34rem; }
 dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); gap: .5rem 1.25rem; margin: 0; }
 dt { color: var(--soft); font-size: .8rem; } dd { margin: 0; overflow-wrap: anywhere; }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 0 2rem; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); gap: 0 2rem; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 td, th { padding: .2rem .5rem .2rem 0; text-align: right; border-bottom: 1px solid var(--line); font-weight: 400; }
 th { color: var(--soft); font-size: .8rem; } td:first-child, th:first-child { text-align: left; }
@@ -259,7 +259,7 @@ def heatmap(
     """Shades from none to `highest`; `cells` by (row, column) index; row 0 at the top."""
     left, above = 40, 20
     side = max(7.0, min(32.0, 560 / max(len(rows), len(columns))))
-    width, height = left + side * len(columns) + 4, above + side * len(rows) + 20
+    width, height = left + side * len(columns) + 12, above + side * len(rows) + 20
     drawn = []
     for (i, j), value in cells.items():
         share = max(0.0, min(1.0, value / highest)) if highest else 0.0
