@@ -84,7 +84,7 @@ def test_an_adapter_that_does_nothing_loses_log_two_a_pair(model, pairs):
     adapter = Interventions.from_adapter(random_adapter(model, "steering", strength=0.0))
     with steered(model, (adapter, 0.0)) as steering:
         loss = PreferenceObjective(0.5).loss(model, steering, pairs.examples, CPU, autocast=False)
-    assert float(loss) == pytest.approx(len(pairs.examples) * math.log(2), rel=1e-6)
+    assert loss.item() == pytest.approx(len(pairs.examples) * math.log(2), rel=1e-6)
 
 
 def test_off_is_the_base_and_only_inside_the_block(model, pairs):
