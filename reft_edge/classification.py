@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reft_edge.encoders import Text, TextTokens, Tokens, has_token_types
+from reft_edge.encoders import TextTokens, Tokens, has_token_types, parse_row
 from reft_edge.errors import ReftEdgeError
 from reft_edge.files import sha256_of
 from reft_edge.interventions import Interventions
@@ -63,21 +63,6 @@ def load_labelled(path: Path, tokens: TextTokens, labels: Sequence[str] | None =
         )
     index = {label: i for i, label in enumerate(found)}
     return LabelledTexts([LabelledText(row, index[label]) for row, label in rows], found, sha256_of(path))
-
-
-def parse_row(row: Any) -> tuple[Text, str]:
-    """The text, or pair of texts, and label of a parsed row. Raises ReftEdgeError if it is not of the known form."""
-    if not isinstance(row, dict):
-        raise ReftEdgeError('expected an object like {"text": ..., "label": ...}')
-    text, second, label = row.get("text"), row.get("text2"), row.get("label")
-    if isinstance(label, int) and not isinstance(label, bool):
-        label = str(label)
-    if not isinstance(text, str) or not isinstance(label, str) or not isinstance(second, str | None):
-        raise ReftEdgeError(
-            'expected text under "text" (and under "text2" for pairs) and a text or whole number under '
-            f'"label"; found the fields {sorted(row)}'
-        )
-    return (text if second is None else (text, second)), label
 
 
 def class_scores(

@@ -41,6 +41,18 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
+def _take_recipe(context: typer.Context, name: str | None) -> str | None:
+    """Make a recipe's values the defaults of the options that follow."""
+    if name is not None:
+        from reft_edge.recipes import recipe
+
+        try:
+            context.default_map = recipe(name)
+        except ReftEdgeError as error:
+            raise typer.BadParameter(str(error)) from error
+    return name
+
+
 def _version(value: bool) -> None:
     if value:
         typer.echo(f"reft-edge {__version__}")
@@ -61,20 +73,35 @@ def main(
     epilog="Example: `reft-edge train smollm2 rows.jsonl -o task.safetensors --epochs 10`",
 )
 def train(
+    context: typer.Context,
     model: Model,
     data: Annotated[
         Path,
         typer.Argument(
             metavar="DATA.jsonl",
             show_default=False,
-            help='Rows like {"prompt": ..., "completion": ...}, {"messages": [...]} or {"text": ..., "label": ...}.',
+            help='Rows like {"prompt": ..., "completion": ...}, {"messages": [...]}, {"text": ..., "label": ...} or '
+            '{"prompt": ..., "chosen": ..., "rejected": ...}.',
         ),
     ],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="The adapter file to write.", show_default=False)
     ],
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="The LoReFT paper's settings: commonsense, math, instruct or glue; your own options go first.",
+            show_default=False,
+            callback=_take_recipe,
+            is_eager=True,
+        ),
+    ] = None,
     task: Annotated[
-        str, typer.Option(help="completion, or classification: an encoder and a head for the rows' labels.")
+        str,
+        typer.Option(
+            help="completion; classification: an encoder and a head for the rows' labels; or preference: DPO on chosen "
+            "and rejected answers."
+        ),
     ] = "completion",
     intervention: Annotated[
         str, typer.Option(help="loreft, noreft, direft, nodireft, consreft, lobireft or steering.")
@@ -88,7 +115,10 @@ def train(
         str,
         typer.Option(help="What of each layer to edit: the output of its block, its attention or its mlp."),
     ] = "block",
-    tied: Annotated[bool, typer.Option("--tied", help="One set of weights for all positions.")] = False,
+    tied: Annotated[
+        bool,
+        typer.Option("--tied/--untied", help="One set of weights for all positions, or one for each part."),
+    ] = False,
     act_fn: Annotated[
         str, typer.Option(help="Activation inside the edit; only `linear` runs on exported models.")
     ] = "linear",
@@ -109,6 +139,9 @@ def train(
     weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay; never applied to R.")] = 0.0,
     dropout: Annotated[float, typer.Option(help="Dropout on edited hidden states.")] = 0.0,
     clip: Annotated[float, typer.Option(help="Largest gradient norm.")] = 1.0,
+    beta: Annotated[
+        float, typer.Option(help="DPO's beta: how firmly the base's own preferences are kept.")
+    ] = 0.1,
     seed: Annotated[int, typer.Option(help="Seed of initial weights, row order and dropout.")] = 0,
     dtype: Annotated[
         str, typer.Option(help="Base model arithmetic: fp32, bf16, or auto (bf16 where the hardware has it).")
@@ -151,12 +184,15 @@ def train(
     console = Console(stderr=True)
     with _plain_errors(), _extra("train"):
         from reft_edge.classification import LabelledTexts, load_labelled
-        from reft_edge.data import Dataset, load_dataset
+        from reft_edge.data import load_dataset
         from reft_edge.encoders import check_task, default_pooling, load_encoder, load_text_tokens
         from reft_edge.models import load_model, load_model_prompts, resolve_model
-        from reft_edge.training import TrainSettings
+        from reft_edge.preference import load_preferences
+        from reft_edge.training import Data, TrainSettings
         from reft_edge.training import train as run_training
 
+        if recipe is not None:
+            _print_recipe(recipe, context, console)
         folder = resolve_model(model, _plain(console))
         check_task(task, folder)
         classifies = task == "classification"
@@ -185,18 +221,20 @@ def train(
             clip=clip,
             seed=seed,
             dtype=dtype,
+            beta=beta,
             pooling=(pooling or default_pooling(folder)) if classifies else "",
         )
-        rows: Dataset | LabelledTexts
-        held_out: Dataset | LabelledTexts | None
+        rows: Data
+        held_out: Data | None
         if classifies:
             tokens = load_text_tokens(folder, max_length)
             rows = load_labelled(data, tokens)
             held_out = load_labelled(evaluate, tokens, rows.labels) if evaluate else None
         else:
-            rows = load_dataset(data, prompts, prompt_format, max_length)
-            held_out = load_dataset(evaluate, prompts, prompt_format, max_length) if evaluate else None
-        if isinstance(rows, Dataset) and rows.left_out:
+            load = load_preferences if task == "preference" else load_dataset
+            rows = load(data, prompts, prompt_format, max_length)
+            held_out = load(evaluate, prompts, prompt_format, max_length) if evaluate else None
+        if not isinstance(rows, LabelledTexts) and rows.left_out:
             console.print(
                 f"{rows.left_out} of {rows.left_out + len(rows.examples)} rows are longer than "
                 f"{max_length} tokens and are left out"
@@ -228,6 +266,17 @@ def train(
     if result.accuracy is not None:
         held += f", held-out accuracy {result.accuracy:.4f}"
     typer.echo(f"{result.steps} steps in {result.seconds:,.0f} s, training loss {result.loss:.4f}{held}")
+
+
+def _print_recipe(name: str, context: typer.Context, console: "Console") -> None:
+    from reft_edge.recipes import recipe
+
+    say = _plain(console)
+    say(f"recipe {name}:")
+    for option, value in recipe(name).items():
+        used = context.params[option]
+        yours = "" if used == value else f"  yours; the recipe has {value}"
+        say(f"  {option:13} {used}{yours}")
 
 
 @app.command(rich_help_panel="Make", epilog="Example: `reft-edge export smollm2 -o smol/ --precision int4`")
@@ -586,6 +635,222 @@ def run(
             f"{len(generation.tokens)} tokens at {generation.tokens_per_second:.1f} a second on {model.device}",
             err=True,
         )
+
+
+@app.command(
+    "eval",
+    rich_help_panel="Use",
+    epilog="Example: `reft-edge eval smol/ test.jsonl --adapter task.safetensors --records task.jsonl`",
+)
+def evaluate_task(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL|DIR",
+            show_default=False,
+            help="A model as for train (PyTorch), or a folder that `reft-edge export` wrote (ONNX Runtime).",
+        ),
+    ],
+    data: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DATA.jsonl",
+            show_default=False,
+            help='Rows like {"prompt": ..., "answer": ...}, with "choices": [...] too, or {"text": ..., "label": ...}.',
+        ),
+    ],
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapter",
+            "-a",
+            metavar="FILE[:SCALE]",
+            show_default=False,
+            help="An adapter file, scaled if you say so; repeatable.",
+        ),
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="choice (the likeliest), number (the last one of a generated text), answer (what it says after "
+            '"the correct answer is") or label.',
+            show_default="as the rows tell",
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first rows.", show_default=False)] = None,
+    raw: Annotated[
+        bool | None,
+        typer.Option(
+            "--raw/--chat",
+            help="Prompts as they stand, or through the chat template.",
+            show_default="as the adapter was trained",
+        ),
+    ] = None,
+    template: Annotated[
+        str,
+        typer.Option(help="What a decoder is asked for a labelled text; holds {text}, {text2} for pairs."),
+    ] = "{text}",
+    word: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="LABEL=WORD",
+            show_default=False,
+            help="How a decoder says a label, spaces included; once a label.",
+        ),
+    ] = None,
+    whole: Annotated[
+        bool, typer.Option("--sum", help="Compare choices by their whole likelihood, not its mean a token.")
+    ] = False,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(help="Most tokens to generate.", show_default="256 for number, 32 for answer"),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows that run together.")] = 8,
+    records: Annotated[
+        Path | None,
+        typer.Option(help="Write what became of every row, for `compare`.", show_default=False),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda.", show_default="cuda if there is one")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="A PyTorch model's arithmetic: fp32, bf16, or auto (bf16 where there is).")
+    ] = "fp32",
+    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="one a core")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure the accuracy of a model, with or without adapters, on the rows of DATA."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with _plain_errors(), _extra("train"):
+        from reft_edge.evaluation import (
+            EvalSettings,
+            evaluate_folder,
+            evaluate_model,
+            load_questions,
+            parse_words,
+            save_records,
+        )
+        from reft_edge.manifest import MANIFEST
+
+        settings = EvalSettings(
+            raw=raw,
+            template=template,
+            words=parse_words(word or []),
+            batch_size=batch_size,
+            max_tokens=max_tokens,
+            normalise=not whole,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            threads=threads,
+        )
+        if records is not None and not records.parent.is_dir():
+            raise ReftEdgeError(f"the folder of {records} does not exist; make it first")
+        questions = load_questions(data, task, limit)
+        adapters = [split_scale(given) for given in adapter or []]
+        with _bar(console, "answering", len(questions.rows)) as on_done:
+            if (Path(model) / MANIFEST).is_file():
+                found = evaluate_folder(Path(model), questions, adapters, settings, on_done)
+            else:
+                found = evaluate_model(model, questions, adapters, settings, on_done, _plain(console))
+        if records is not None:
+            save_records(found.records, records)
+    if as_json:
+        _print_json({name: value for name, value in vars(found).items() if name != "records"})
+        return
+    typer.echo(
+        f"accuracy {found.accuracy:.4f}, 95 % interval {found.low:.4f} to {found.high:.4f}: "
+        f"{found.right:,} of {found.rows:,} rows right, task {found.task}, {found.seconds:,.1f} s"
+    )
+
+
+@app.command(rich_help_panel="Use", epilog="Example: `reft-edge compare base.jsonl task.jsonl`")
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="A.jsonl", help="Records of one run.", show_default=False)],
+    b: Annotated[
+        Path, typer.Argument(metavar="B.jsonl", help="Records of the other run.", show_default=False)
+    ],
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Compare two runs of `eval --records` on the same rows, row by row."""
+    with _plain_errors():
+        from reft_edge.evaluation import compare as compare_records
+        from reft_edge.evaluation import load_records
+
+        found = compare_records(load_records(a), load_records(b), seed)
+    if as_json:
+        _print_json(vars(found))
+        return
+    typer.echo(
+        f"{found.rows:,} rows: both right {found.both:,}, only A {found.only_a:,}, only B {found.only_b:,}, "
+        f"neither {found.neither:,}"
+    )
+    typer.echo(
+        f"accuracy A {found.accuracy_a:.4f}, B {found.accuracy_b:.4f}; B - A = "
+        f"{found.accuracy_b - found.accuracy_a:+.4f}, 95 % interval {found.low:+.4f} to {found.high:+.4f}"
+    )
+    typer.echo(f"McNemar's exact test: p = {found.p_value:.3g}")
+
+
+@app.command(
+    rich_help_panel="Use",
+    epilog="Example: `reft-edge inspect task.safetensors --model smollm2 --data rows.jsonl -o report.html`",
+)
+def inspect(
+    adapter: Annotated[Path, typer.Argument(metavar="FILE", help="An adapter file.", show_default=False)],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            show_default=False,
+            help="The model it was trained on, to see what it does there.",
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Rows to run the model on, as for train.", show_default=False)
+    ] = None,
+    limit: Annotated[int, typer.Option(help="Most rows of --data.")] = 32,
+    other: Annotated[
+        Path | None,
+        typer.Option(
+            "--with", metavar="FILE", help="Another adapter to compare subspaces with.", show_default=False
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The HTML page to write.", show_default=False)
+    ] = None,
+) -> None:
+    """Show what an adapter learned: edits by layer and position, subspaces, changed predictions, its training."""
+    from rich.console import Console
+
+    with _plain_errors(), _extra("train"):
+        from reft_edge.adapter import load_adapter
+        from reft_edge.files import write_atomically
+        from reft_edge.inspection import inspect_adapter, measure_on
+        from reft_edge.report_page import render, summary
+
+        if (model is None) != (data is None):
+            raise ReftEdgeError("--model and --data go together: rows, and the model to run on them")
+        if limit < 1:
+            raise ReftEdgeError(f"limit is {limit}; expected 1 or more")
+        loaded = load_adapter(adapter)
+        compared = (other.name, load_adapter(other)) if other else None
+        effect = None
+        if model is not None and data is not None:
+            console = Console(stderr=True)
+            with console.status("running the model"):
+                effect = measure_on(model, loaded, data, limit, _plain(console))
+        found = inspect_adapter(loaded, adapter.name, adapter.stat().st_size, compared, effect)
+        if output is not None:
+            write_atomically(output, render(found).encode("utf-8"))
+    for text in summary(found):
+        typer.echo(text)
+    if output is not None:
+        typer.echo(f"wrote {output}")
 
 
 @app.command(
@@ -970,6 +1235,17 @@ def training_bar(console: "Console") -> Iterator[Any]:
             )
 
         yield on_step
+
+
+@contextmanager
+def _bar(console: "Console", name: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar; gives the callback that moves it on by a count."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(name, total=total)
+        yield lambda count: progress.advance(task, count)
 
 
 def _plain(console: "Console") -> Callable[[str], None]:

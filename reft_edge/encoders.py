@@ -11,7 +11,7 @@ from reft_edge.errors import ReftEdgeError
 from reft_edge.models import ModelFolder, load_model_prompts
 
 MODEL_TYPES = ("bert", "distilbert", "roberta")
-TASKS = ("completion", "classification")
+TASKS = ("completion", "classification", "preference")
 
 Text = str | tuple[str, str]
 """A text, or a pair of texts."""
@@ -48,6 +48,21 @@ class TextTokens:
         return Tokens(tuple(encoded.ids), tuple(encoded.type_ids))
 
 
+def parse_row(row: Any) -> tuple[Text, str]:
+    """The text, or pair of texts, and label of a parsed row. Raises ReftEdgeError if it is not of the known form."""
+    if not isinstance(row, dict):
+        raise ReftEdgeError('expected an object like {"text": ..., "label": ...}')
+    text, second, label = row.get("text"), row.get("text2"), row.get("label")
+    if isinstance(label, int) and not isinstance(label, bool):
+        label = str(label)
+    if not isinstance(text, str) or not isinstance(label, str) or not isinstance(second, str | None):
+        raise ReftEdgeError(
+            'expected text under "text" (and under "text2" for pairs) and a text or whole number under '
+            f'"label"; found the fields {sorted(row)}'
+        )
+    return (text if second is None else (text, second)), label
+
+
 def is_encoder(model: ModelFolder) -> bool:
     """Whether the folder holds an encoder of MODEL_TYPES, by its config.json."""
     config = read_config(model)
@@ -62,7 +77,9 @@ def check_task(task: str, model: ModelFolder) -> None:
     if task not in TASKS:
         raise ReftEdgeError(f"unknown task {task!r}; choose one of {', '.join(TASKS)}")
     if (task == "classification") != is_encoder(model):
-        kind, needed = ("an encoder", TASKS[1]) if is_encoder(model) else ("no encoder", TASKS[0])
+        kind, needed = (
+            ("an encoder", TASKS[1]) if is_encoder(model) else ("no encoder", f"{TASKS[0]} or {TASKS[2]}")
+        )
         raise ReftEdgeError(
             f"{model.name} is {kind} ({', '.join(MODEL_TYPES)} are); it is trained with --task {needed}"
         )

@@ -69,6 +69,7 @@ class Steering:
         """`adapters`: interventions and the scale of each. Raises ReftEdgeError if a layer does not exist."""
         self.adapters = list(adapters)
         self._step: _Step | None = None
+        self._off = False
         self._given: Tensor | None = None
         self._lengths: Tensor | None = None
         blocks = decoder_layers(model)
@@ -105,7 +106,18 @@ class Steering:
         finally:
             self._given = None
 
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Inside the block the model answers as without adapters."""
+        self._off = True
+        try:
+            yield
+        finally:
+            self._off = False
+
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._off:
+            return
         ids = kwargs.get("input_ids", args[0] if args else None)
         if ids is None:
             ids = kwargs["inputs_embeds"][..., 0]
@@ -136,6 +148,8 @@ class Steering:
 
     def _hook(self, place: Place) -> Any:
         def edit(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            if self._off:
+                return output
             hidden = output[0] if isinstance(output, tuple) else output
             edited = self._edit(place, hidden)
             return (edited, *output[1:]) if isinstance(output, tuple) else edited

@@ -26,10 +26,16 @@ from reft_edge.fingerprint import fingerprint
 from reft_edge.graph_weights import use_exported_weights
 from reft_edge.interventions import Interventions
 from reft_edge.layers import parse_layers
+from reft_edge.likelihood import only_logits_of
+from reft_edge.preference import PreferenceObjective, Preferences, preferred
 from reft_edge.steering import Steering, decoder_layers, steered
 
 SCHEDULES = ("linear", "cosine", "constant")
 DTYPES = ("auto", "fp32", "bf16")
+CURVE_POINTS = 64
+"""Most points of the loss curve that an adapter file keeps."""
+
+Data = Dataset | LabelledTexts | Preferences
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,8 @@ class TrainSettings:
     """Of the base model's arithmetic: fp32, bf16 (autocast), or auto for bf16 where the hardware has it."""
     pooling: str = ""
     """What a classifier's head reads: `cls` or `mean`; empty where there is no head."""
+    beta: float = 0.1
+    """Of preference training: how firmly it holds on to the base's own preferences."""
 
     def __post_init__(self) -> None:
         checks = {
@@ -79,6 +87,7 @@ class TrainSettings:
             "schedule": (self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
             "weight_decay": (self.weight_decay >= 0, "0 or more"),
             "clip": (self.clip > 0, "a positive number"),
+            "beta": (self.beta > 0 and math.isfinite(self.beta), "a positive number"),
             "seed": (0 <= self.seed < 2**32, "from 0 to 2^32 - 1"),
             "dtype": (self.dtype in DTYPES, f"one of {', '.join(DTYPES)}"),
         }
@@ -117,7 +126,7 @@ class TrainResult:
     """Loss on the held-out file, in nats a token."""
     seconds: float
     accuracy: float | None = None
-    """Share of the held-out rows whose label is right, for a classifier."""
+    """Share of the held-out rows whose label is right, or of held-out pairs in which the chosen answer gained more."""
 
 
 @dataclass
@@ -127,12 +136,12 @@ class Trainer:
     model: Any
     interventions: Interventions
     settings: TrainSettings
-    data: Dataset | LabelledTexts
+    data: Data
     device: torch.device
     step: int = 0
 
     def __post_init__(self) -> None:
-        self.objective = objective_of(self.data)
+        self.objective = objective_of(self.data, self.settings.beta)
         self.interventions.to(self.device)
         rotation = self.interventions.rotation
         groups: list[dict[str, Any]] = [
@@ -234,10 +243,10 @@ class Trainer:
 def train(
     model: Any,
     base_name: str,
-    data: Dataset | LabelledTexts,
+    data: Data,
     output: Path,
     settings: TrainSettings,
-    evaluation: Dataset | LabelledTexts | None = None,
+    evaluation: Data | None = None,
     resume: bool = False,
     save_every: int = 50,
     device: str | None = None,
@@ -247,7 +256,8 @@ def train(
 ) -> TrainResult:
     """Train an adapter for a frozen model and write it to `output`.
 
-    The kind of `data` says which: a causal language model learns completions, an encoder and a new head learn labels.
+    The kind of `data` says which: a causal language model learns completions, or to prefer one answer to another, an
+    encoder and a new head learn labels.
 
     With `base_weights`, a folder that this model was exported to, the model is given that folder's 16-bit or quantised
     weights first, so that the adapter is trained on what it will meet on the device.
@@ -315,6 +325,16 @@ def train(
             if isinstance(evaluation, LabelledTexts):
                 accuracy = label_accuracy(
                     model, trainer.interventions, evaluation, settings.batch_size, place, trainer.autocast
+                )
+            elif isinstance(evaluation, Preferences):
+                accuracy = preferred(
+                    model,
+                    steering,
+                    evaluation,
+                    PreferenceObjective(settings.beta),
+                    settings.batch_size,
+                    place,
+                    trainer.autocast,
                 )
     loss = float(np.mean(trainer.losses[-max(1, len(trainer.losses) // 10) :]))
     provenance = _provenance(settings, data, trainer, loss, held_out)
@@ -418,8 +438,10 @@ class Labels:
         return nn.functional.cross_entropy(scores, targets, reduction="sum")
 
 
-def objective_of(data: Dataset | LabelledTexts) -> Objective:
-    """What such data trains."""
+def objective_of(data: Data, beta: float) -> Objective:
+    """What such data trains; `beta` is for preferences."""
+    if isinstance(data, Preferences):
+        return PreferenceObjective(beta)
     return Labels() if isinstance(data, LabelledTexts) else _COMPLETIONS
 
 
@@ -447,17 +469,6 @@ def batch_loss(
     return nn.functional.cross_entropy(
         logits[0].float(), torch.tensor(targets, device=device), reduction="sum"
     )
-
-
-@contextmanager
-def only_logits_of(model: Any, tokens: Tensor) -> Iterator[None]:
-    """Inside the block, the language-model head sees only these tokens (bool, [batch, sequence]), as one row."""
-    head = model.get_output_embeddings()
-    handle = head.register_forward_pre_hook(lambda module, args: (args[0][tokens][None],))
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -592,9 +603,16 @@ def _flatten(belongs_to: dict[str, Any]) -> dict[str, str]:
     return flat | {key: json.dumps(value) for key, value in belongs_to["settings"].items()}
 
 
+def curve(losses: Sequence[float], points: int = CURVE_POINTS) -> list[list[float]]:
+    """A loss curve of at most `points` pairs: the last step of each stretch of steps, and its mean loss."""
+    stretches = np.array_split(np.asarray(losses), min(points, len(losses)))
+    ends = np.cumsum([len(stretch) for stretch in stretches])
+    return [[int(end), float(f"{stretch.mean():.5g}")] for end, stretch in zip(ends, stretches, strict=True)]
+
+
 def _provenance(
     settings: TrainSettings,
-    data: Dataset | LabelledTexts,
+    data: Data,
     trainer: Trainer,
     loss: float,
     evaluation: float | None,
@@ -619,5 +637,6 @@ def _provenance(
         "data_sha256": data.digest,
         "loss": round(loss, 6),
         "evaluation_loss": None if evaluation is None else round(evaluation, 6),
+        "curve": curve(trainer.losses),
         "versions": {package: version(package) for package in ("reft-edge", "torch", "transformers")},
     }

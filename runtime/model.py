@@ -246,6 +246,56 @@ class SteeredModel:
             inputs["reft.prompt_len"] = np.array(lengths, np.int64)
         return self.graph.score(rows, inputs)
 
+    def generate_tokens(
+        self, rows: Sequence[Sequence[int]], adapter: AdapterChoice = None, max_tokens: int = 256
+    ) -> list[list[int]]:
+        """Greedy answers to prompts of any lengths, end-of-sequence tokens left out, run as one batch without padding.
+
+        All rows are prefilled to the shortest prompt's length; longer ones go on token by token while others are
+        answered already. So prompts of like length should come together. Raises ReftEdgeError for an empty prompt, or
+        one that leaves no room for `max_tokens` in the context.
+        """
+        lengths = np.array([len(row) for row in rows], np.int64)
+        if not len(lengths) or not lengths.min():
+            raise ReftEdgeError("expected one or more prompts of at least one token")
+        if lengths.max() + max_tokens > self.manifest.context_length:
+            raise ReftEdgeError(
+                f"{lengths.max()} prompt tokens and {max_tokens} more do not fit this model's context of "
+                f"{self.manifest.context_length}"
+            )
+        if self.manifest.cache == "none":
+            raise ReftEdgeError("this folder's graph has no KV cache, so it can score text but not generate")
+        bound = self.prepare(adapter)
+        start, ends = int(lengths.min()), self.manifest.eos_token_ids
+        prompts = np.zeros((len(rows), int(lengths.max())), np.int64)
+        for index, row in enumerate(rows):
+            prompts[index, : len(row)] = row
+        answers: list[list[int]] = [[] for _ in rows]
+        running = np.ones(len(rows), bool)
+        cache = self.graph.take_cache(len(rows), int(lengths.max()) + max_tokens)
+        try:
+            given = self.graph.to_device({"reft.prompt_len": lengths})
+            prefill = self.graph.bind(cache, {**bound.prompt, **given})
+            decode = self.graph.bind(cache, {**bound.decode, **given})
+            logits = prefill.prefill(prompts[:, :start])
+            for at in range(start, prompts.shape[1] + max_tokens):
+                tokens = logits.argmax(axis=1)
+                prompted = at < lengths
+                for index in np.flatnonzero(running & ~prompted).tolist():
+                    if tokens[index] in ends:
+                        running[index] = False
+                    else:
+                        answers[index].append(int(tokens[index]))
+                        running[index] = len(answers[index]) < max_tokens
+                if not running.any():
+                    break
+                if prompted.any():
+                    tokens = np.where(prompted, prompts[:, at], tokens)
+                logits = (prefill if prompted.any() else decode).step(tokens[:, None])
+        finally:
+            self.graph.return_cache(cache)
+        return answers
+
     def _run(
         self,
         generation: Generation,

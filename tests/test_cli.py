@@ -13,7 +13,20 @@ from reft_edge.adapter import load_adapter
 from reft_edge.cli import app, split_scale
 from reft_edge.errors import ReftEdgeError
 
-COMMANDS = ("train", "export", "add-ports", "run", "chat", "serve", "bench", "pack", "demo")
+COMMANDS = (
+    "train",
+    "export",
+    "add-ports",
+    "run",
+    "chat",
+    "serve",
+    "bench",
+    "eval",
+    "compare",
+    "inspect",
+    "pack",
+    "demo",
+)
 runner = CliRunner()
 
 
@@ -229,7 +242,7 @@ def test_every_command_has_help(command):
 def test_help_names_commands_and_examples():
     text = call("--help").output
     assert all(command in text for command in COMMANDS)
-    for command in ("train", "export", "run", "pack"):
+    for command in ("train", "export", "run", "eval", "compare", "inspect", "pack"):
         assert f"reft-edge {command} " in call(command, "--help").output
     assert call("--version").output.startswith("reft-edge 0")
 

@@ -30,6 +30,7 @@ def test_the_guides_run_as_written(device_folder, tiny_model, tmp_path, monkeypa
     shutil.copytree(device_folder / "encoder-hf", "minilm-hf")
     for name, rows in zip(("rows.jsonl", "reviews.jsonl"), blocks("json"), strict=True):
         Path(name).write_text(rows)
+    Path("test.jsonl").write_text('{"prompt": "2 and 2?", "choices": ["4", "5"], "answer": 0}\n')
     used = []
     for arguments in commands():
         if arguments[0] == "serve":  # it does not end; tests/test_server.py
@@ -41,7 +42,7 @@ def test_the_guides_run_as_written(device_folder, tiny_model, tmp_path, monkeypa
         result = CliRunner().invoke(app, here[:-2] if text else here, input=text)
         assert result.exit_code == 0, (arguments, result.output)
         used.append(arguments[0])
-    assert set(used) == {"train", "export", "add-ports", "run", "pack"}
+    assert set(used) == {"train", "export", "add-ports", "run", "eval", "compare", "inspect", "pack"}
     for example in blocks("python"):
         exec(compile(example, "README.md", "exec"), {})
         assert capsys.readouterr().out.strip()
@@ -60,7 +61,7 @@ def test_options_named_in_the_text_exist():
     named = set(re.findall(r"`(--[a-z-]+)", README))
     helps = "".join(
         CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "300"}).output
-        for command in ("train", "export", "add-ports", "run", "serve", "pack")
+        for command in ("train", "export", "add-ports", "run", "serve", "eval", "compare", "inspect", "pack")
     )
     missing = [option for option in sorted(named) if option not in helps]
     assert missing == []

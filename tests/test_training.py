@@ -15,7 +15,7 @@ from reft_edge.models import ModelFolder, load_model
 from reft_edge.prompts import load_prompts
 from reft_edge.runtime import SteeredModel
 from reft_edge.steering import steered
-from reft_edge.training import Trainer, TrainSettings, batch_loss, evaluate, rate, train
+from reft_edge.training import Trainer, TrainSettings, batch_loss, curve, evaluate, rate, train
 from tests.tiny import make_model
 from tests.torch_reference import logits, random_adapter
 
@@ -341,3 +341,18 @@ def test_base_weights_of_another_model_are_refused(data, tmp_path, int4):
     with pytest.raises(ReftEdgeError, match="is not an exported model"):
         run(other, data, tmp_path / "adapter", base_weights=tmp_path)
     assert not (tmp_path / "adapter").exists()
+
+
+def test_the_file_keeps_a_short_loss_curve(model, data, tmp_path):
+    losses = []
+    run(model, data, tmp_path / "a", max_steps=9, on_step=lambda step: losses.append(step.loss))
+    kept = load_adapter(tmp_path / "a").config.training["curve"]
+    assert [step for step, _ in kept] == list(range(1, 10))
+    assert [loss for _, loss in kept] == pytest.approx(losses, rel=1e-4)
+    long = np.arange(1000.0)
+    short = curve(long)
+    assert len(short) == 64
+    assert short[-1][0] == 1000
+    starts = [0, *(int(step) for step, _ in short[:-1])]
+    for start, (step, loss) in zip(starts, short, strict=True):
+        assert loss == pytest.approx(long[start : int(step)].mean(), rel=1e-4)

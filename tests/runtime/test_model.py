@@ -37,6 +37,28 @@ def test_answers_are_pytorchs_and_do_not_depend_on_what_ran_before(model, expect
     assert len({tuple(answer) for answer in expected.values()}) == 3
 
 
+@pytest.mark.parametrize("adapter", [None, "first", "everywhere"])
+def test_prompts_of_unlike_lengths_are_answered_as_alone(model, adapter):
+    prompts = [
+        model.prompts.encode_prompt(text, "chat") for text in (PROMPT, "How?", "Water boils. " * 9, "A")
+    ]
+    alone = [model.generate_tokens([ids], adapter, 24)[0] for ids in prompts]
+    assert model.generate_tokens(prompts, adapter, 24) == alone
+    assert alone[0] == tokens(model, adapter)
+    assert model.generate_tokens(prompts, adapter, 3) == [answer[:3] for answer in alone]
+    assert len({tuple(answer) for answer in alone}) > 1
+
+
+def test_prompts_that_cannot_be_answered_together_are_refused(model):
+    for rows, message in (
+        ([], "one or more prompts"),
+        ([[5], []], "at least one token"),
+        ([[5] * 300], "context"),
+    ):
+        with pytest.raises(ReftEdgeError, match=message):
+            model.generate_tokens(rows)
+
+
 def test_scale_0_is_the_base_and_1_the_adapter(model, expected):
     assert tokens(model, {"first": 0.0}) == expected["base"]
     assert tokens(model, {"first": 1.0, "everywhere": 0.0}) == expected["first"]

@@ -1,0 +1,52 @@
+"""What a PyTorch language model thinks of completions: only the logits that predict them are computed."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reft_edge.steering import Steering
+
+Ids = Sequence[int]
+
+
+def completion_logits(
+    model: Any,
+    steering: Steering,
+    rows: Sequence[tuple[Ids, Ids]],
+    device: torch.device,
+    autocast: bool = False,
+) -> list[Tensor]:
+    """Float32 logits `[1 + tokens, vocabulary]` after the prompt and after every token behind it, a row each.
+
+    `rows`: prompt, and the tokens behind it (a completion without its last token). They run as one right-padded batch.
+    """
+    length = max(len(prompt) + len(behind) for prompt, behind in rows)
+    ids, mask = torch.zeros(2, len(rows), length, dtype=torch.long).unbind()
+    counts = torch.zeros(len(rows), length, dtype=torch.bool)
+    for i, (prompt, behind) in enumerate(rows):
+        tokens = [*prompt, *behind]
+        ids[i, : len(tokens)] = torch.tensor(tokens)
+        mask[i, : len(tokens)] = 1
+        counts[i, len(prompt) - 1 : len(tokens)] = True
+    lengths = torch.tensor([len(prompt) for prompt, _ in rows], device=device)
+    with (
+        steering.prompts(lengths),
+        only_logits_of(model, counts.to(device)),
+        torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast),
+    ):
+        logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
+    return list(logits[0].float().split([1 + len(behind) for _, behind in rows]))
+
+
+@contextmanager
+def only_logits_of(model: Any, tokens: Tensor) -> Iterator[None]:
+    """Inside the block, the language-model head sees only these tokens (bool, [batch, sequence]), as one row."""
+    head = model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda module, args: (args[0][tokens][None],))
+    try:
+        yield
+    finally:
+        handle.remove()
