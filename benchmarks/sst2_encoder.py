@@ -22,9 +22,9 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from reft_edge.adapter import load_adapter
-from reft_edge.classification import LabelledTexts, class_scores, load_labelled, pool
+from reft_edge.classification import LabelledTexts, class_scores, load_labelled, pooled_states
 from reft_edge.cli import training_bar
-from reft_edge.encoders import Tokens, default_pooling, has_token_types, load_encoder, load_text_tokens
+from reft_edge.encoders import Tokens, default_pooling, load_encoder, load_text_tokens
 from reft_edge.export import export_model
 from reft_edge.interventions import Interventions
 from reft_edge.models import cache_folder, resolve_model
@@ -54,19 +54,8 @@ def first(data: LabelledTexts, count: int) -> LabelledTexts:
 
 @torch.no_grad()
 def pooled_vectors(encoder: nn.Module, rows: list[Tokens], pooling: str) -> Tensor:
-    vectors = []
-    for start in range(0, len(rows), 64):
-        batch = rows[start : start + 64]
-        length = max(len(row.ids) for row in batch)
-        ids, types, mask = torch.zeros(3, len(batch), length, dtype=torch.long).unbind()
-        for i, row in enumerate(batch):
-            count = len(row.ids)
-            ids[i, :count], types[i, :count] = torch.tensor(row.ids), torch.tensor(row.types)
-            mask[i, :count] = 1
-        second = {"token_type_ids": types} if has_token_types(encoder) else {}
-        hidden = encoder(input_ids=ids, attention_mask=mask, **second).last_hidden_state
-        vectors.append(pool(hidden, mask, pooling))
-    return torch.cat(vectors)
+    batches = [rows[start : start + 64] for start in range(0, len(rows), 64)]
+    return torch.cat([pooled_states(encoder, batch, pooling, CPU) for batch in batches])
 
 
 def head_alone(encoder: nn.Module, pooling: str, splits: dict[str, LabelledTexts]) -> dict[str, float]:

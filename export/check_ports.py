@@ -20,7 +20,7 @@ from reft_edge.algebra import apply
 from reft_edge.errors import ReftEdgeError
 from reft_edge.export.exact import write_exact
 from reft_edge.export.residual import Site
-from reft_edge.export.verify import TOLERANCE, all_at_once, random_adapters, torch_logits
+from reft_edge.export.verify import TOLERANCE, all_at_once, largest_difference, random_adapters, torch_logits
 from reft_edge.manifest import Manifest
 from reft_edge.places import Place
 from reft_edge.runtime.binding import PortInputs, port_inputs
@@ -233,14 +233,17 @@ def compare(
     if manifest.precision == "fp32":
         with steered(model, *((part, 1.0) for part in random_adapters(manifest))):
             steered_base = [torch_logits(model, row) for row in rows]
-        base_error, steered_error = _furthest(found.shipped, base), _furthest(found.steered, steered_base)
+        base_error, steered_error = (
+            largest_difference(found.shipped, base),
+            largest_difference(found.steered, steered_base),
+        )
     return PortVerification(
         rank0_bitwise=found.same_unfused,
-        rank0_error=_furthest(found.shipped, found.plain),
+        rank0_error=largest_difference(found.shipped, found.plain),
         port_error=found.port_error,
         block_error=float(distances.diagonal().max()),
         misplaced=tuple(int(i) for i in np.flatnonzero(distances.argmin(1) != np.arange(len(distances)))),
-        effect=_furthest(found.steered, found.shipped),
+        effect=largest_difference(found.steered, found.shipped),
         agreement=float(np.mean(np.concatenate(found.shipped).argmax(1) == np.concatenate(base).argmax(1))),
         decode_error=found.decode_error,
         base_error=base_error,
@@ -353,7 +356,3 @@ def _stream(found: dict[str, NDArray[np.float32]], part: Tap) -> Stream:
 
 def _edited(layer: int) -> str:
     return f"/reft.layers.{layer}/edited/output_0"
-
-
-def _furthest(left: Sequence[Logits], right: Sequence[Logits]) -> float:
-    return float(np.abs(np.concatenate(left) - np.concatenate(right)).max())

@@ -6,7 +6,6 @@ import logging
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,10 @@ from reft_edge.encoders import (
     read_config,
 )
 from reft_edge.errors import ReftEdgeError
+from reft_edge.export import package_versions
 from reft_edge.export.ports import insert_ports
 from reft_edge.export.residual import Site, Use
-from reft_edge.export.verify import TEXTS, TOLERANCE, random_adapters
+from reft_edge.export.verify import TEXTS, TOLERANCE, largest_difference, random_adapters, require
 from reft_edge.files import replace_folder
 from reft_edge.fingerprint import fingerprint
 from reft_edge.layers import parse_layers
@@ -127,10 +127,9 @@ def export_encoder(
             context_length=context_length(config),
             eos_token_ids=(),
             ports=ports,
-            versions={
-                package: version(package)
-                for package in ("reft-edge", "onnxruntime", "onnxscript", "onnx-ir", "torch", "transformers")
-            },
+            versions=package_versions(
+                "reft-edge", "onnxruntime", "onnxscript", "onnx-ir", "torch", "transformers"
+            ),
             kind="encoder",
         )
         report("verifying against PyTorch")
@@ -138,10 +137,7 @@ def export_encoder(
         verification = verify_encoder(
             folder, plain, manifest, encoder, [tokens(text) for text in (*TEXTS, TEXTS[:2])]
         )
-        if failures := verification.failures():
-            raise ReftEdgeError(
-                "the exported graph failed its verification and was not kept: " + "; ".join(failures)
-            )
+        require(verification)
         plain.unlink()
         manifest = replace(manifest, verification=asdict(verification))
         save_manifest(manifest, folder)
@@ -232,10 +228,10 @@ def verify_encoder(
     with steered(encoder, (interventions, 1.0)):
         steered_base = [torch_hidden_states(encoder, row) for row in rows]
     return EncoderVerification(
-        base_error=_largest_difference(shipped, base),
-        steered_error=_largest_difference(alone, steered_base),
-        effect=_largest_difference(steered_base, base),
-        batch_error=_largest_difference(together, alone),
+        base_error=largest_difference(shipped, base),
+        steered_error=largest_difference(alone, steered_base),
+        effect=largest_difference(steered_base, base),
+        batch_error=largest_difference(together, alone),
         rank0_bitwise=all(same),
     )
 
@@ -248,7 +244,3 @@ def torch_hidden_states(encoder: Any, row: Tokens) -> Floats:
     output = encoder(input_ids=ids, attention_mask=torch.ones_like(ids), **types)
     hidden: Floats = output.last_hidden_state[0].numpy()
     return hidden
-
-
-def _largest_difference(left: Sequence[Floats], right: Sequence[Floats]) -> float:
-    return float(np.abs(np.concatenate(left) - np.concatenate(right)).max())

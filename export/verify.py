@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -26,6 +26,12 @@ TEXTS = (
     "Water boils at one hundred degrees.",
 )
 TOLERANCE = 1e-3
+
+
+class Checked(Protocol):
+    """Figures that can tell what is wrong with an export."""
+
+    def failures(self) -> list[str]: ...
 
 
 @dataclass(frozen=True)
@@ -147,9 +153,9 @@ def compare(
     with steered(model, *((part, 1.0) for part in random_adapters(manifest))):
         steered_base = [torch_logits(model, row) for row in rows]
     return Verification(
-        base_error=_largest_difference(found.exact, base),
-        steered_error=_largest_difference(found.steered, steered_base),
-        effect=_largest_difference(steered_base, base),
+        base_error=largest_difference(found.exact, base),
+        steered_error=largest_difference(found.steered, steered_base),
+        effect=largest_difference(steered_base, base),
         agreement=float(
             np.mean(np.concatenate(found.shipped).argmax(1) == np.concatenate(original).argmax(1))
         ),
@@ -189,11 +195,12 @@ def _logits(
     return [[graph.score([row], ports)[0] for row in rows] for ports in bindings]
 
 
-def _largest_difference(left: Sequence[Logits], right: Sequence[Logits]) -> float:
+def largest_difference(left: Sequence[Logits], right: Sequence[Logits]) -> float:
+    """max |left − right| over all rows, each `[tokens, n]`."""
     return float(np.abs(np.concatenate(left) - np.concatenate(right)).max())
 
 
-def require(verification: Verification) -> None:
+def require(verification: Checked) -> None:
     """Raise ReftEdgeError with the figures if the export cannot be trusted."""
     if failures := verification.failures():
         raise ReftEdgeError(

@@ -1,6 +1,5 @@
 """Training a classifier: labelled texts, and the loss of a head on an encoder's pooled hidden states."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from reft_edge.encoders import TextTokens, Tokens, has_token_types, parse_row
 from reft_edge.errors import ReftEdgeError
 from reft_edge.files import sha256_of
 from reft_edge.interventions import Interventions
+from reft_edge.jsonl import read_rows
 
 
 @dataclass(frozen=True)
@@ -39,23 +39,14 @@ def load_labelled(path: Path, tokens: TextTokens, labels: Sequence[str] | None =
     `labels` are the ones allowed, by default all that the file holds, in alphabetical order. Raises ReftEdgeError
     that names the file and line for anything that is not such a row.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ReftEdgeError(f"cannot read {path}: {error}") from error
-    rows: list[tuple[Tokens, str]] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            text, label = parse_row(json.loads(line))
-            if labels is not None and label not in labels:
-                raise ReftEdgeError(f"no training row has its label {label!r}")
-            rows.append((tokens(text), label))
-        except ValueError as error:
-            raise ReftEdgeError(f"{path} line {number}: not valid JSON ({error})") from error
-        except ReftEdgeError as error:
-            raise ReftEdgeError(f"{path} line {number}: {error}") from error
+
+    def parse(row: Any) -> tuple[Tokens, str]:
+        text, label = parse_row(row)
+        if labels is not None and label not in labels:
+            raise ReftEdgeError(f"no training row has its label {label!r}")
+        return tokens(text), label
+
+    rows = [row for _, row in read_rows(path, parse)]
     found = tuple(labels) if labels is not None else tuple(sorted({label for _, label in rows}))
     if not rows or len(found) < 2:
         raise ReftEdgeError(
@@ -72,7 +63,15 @@ def class_scores(
     device: torch.device,
     autocast: bool = False,
 ) -> Tensor:
-    """The head's logits, `[rows, labels]` in float32, from one right-padded batch; hooks edit the encoder."""
+    """The head's logits, `[rows, labels]` in float32, from one batch; hooks edit the encoder."""
+    pooled = pooled_states(encoder, rows, interventions.config.pooling, device, autocast)
+    return nn.functional.linear(pooled, interventions.head["weight"], interventions.head["bias"])
+
+
+def pooled_states(
+    encoder: Any, rows: Sequence[Tokens], pooling: str, device: torch.device, autocast: bool = False
+) -> Tensor:
+    """The vector that a head reads, `[rows, d]` in float32, from one right-padded batch."""
     length = max(len(row.ids) for row in rows)
     ids, types, mask = torch.zeros(3, len(rows), length, dtype=torch.long).unbind()
     for i, row in enumerate(rows):
@@ -83,8 +82,7 @@ def class_scores(
     second = {"token_type_ids": types.to(device)} if has_token_types(encoder) else {}
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
         hidden = encoder(input_ids=ids.to(device), attention_mask=mask, **second).last_hidden_state
-    pooled = pool(hidden.float(), mask, interventions.config.pooling)
-    return nn.functional.linear(pooled, interventions.head["weight"], interventions.head["bias"])
+    return pool(hidden.float(), mask, pooling)
 
 
 def pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:

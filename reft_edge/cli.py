@@ -38,6 +38,13 @@ Folder = Annotated[
     Path, typer.Argument(metavar="DIR", help="A folder that `reft-edge export` wrote.", show_default=False)
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+TopK = Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")]
+TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability.")]
+RepetitionPenalty = Annotated[float, typer.Option(help="Above 1 discourages repeating tokens.")]
+Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.", show_default=False)]
+Threads = Annotated[int | None, typer.Option(help="CPU threads.", show_default="one a core")]
+PortLayers = Annotated[str, typer.Option(help="Layers that get a port: `all`, `3;9;18`, `0-5`, or a mix.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
@@ -308,9 +315,7 @@ def export(
             help="Activations of int4 and int8 products on a CPU: 4 rounds them to int8, 1 does not (slower)."
         ),
     ] = 4,
-    layers: Annotated[
-        str, typer.Option(help="Layers that get a port: `all`, `3;9;18`, `0-5`, or a mix.")
-    ] = "all",
+    layers: PortLayers = "all",
     components: Annotated[
         str,
         typer.Option(
@@ -467,9 +472,7 @@ def add_ports(
             show_default="the one beside MODEL.onnx",
         ),
     ] = None,
-    layers: Annotated[
-        str, typer.Option(help="Layers that get a port: `all`, `3;9;18`, `0-5`, or a mix.")
-    ] = "all",
+    layers: PortLayers = "all",
     as_json: Json = False,
 ) -> None:
     """Add intervention ports to an ONNX decoder that was exported elsewhere, and check them."""
@@ -566,14 +569,14 @@ def run(
         ),
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability.")] = 1.0,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
     min_p: Annotated[
         float, typer.Option(help="Keep tokens at least this share as likely as the likeliest.")
     ] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1 discourages repeating tokens.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.", show_default=False)] = None,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    seed: Seed = None,
     stop: Annotated[
         list[str] | None, typer.Option(help="Text that ends the answer; repeatable.", show_default=False)
     ] = None,
@@ -581,7 +584,7 @@ def run(
         str | None, typer.Option(help="The second text of a pair to classify.", show_default=False)
     ] = None,
     device: Device = "auto",
-    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="one a core")] = None,
+    threads: Threads = None,
     stats: Annotated[
         bool, typer.Option("--stats", help="Print token counts and speed after the answer.")
     ] = False,
@@ -717,7 +720,7 @@ def evaluate_task(
     dtype: Annotated[
         str, typer.Option(help="A PyTorch model's arithmetic: fp32, bf16, or auto (bf16 where there is).")
     ] = "fp32",
-    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="one a core")] = None,
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Measure the accuracy of a model, with or without adapters, on the rows of DATA."""
@@ -891,7 +894,7 @@ def serve(
         float, typer.Option(help="Seconds that running requests get when the server stops.")
     ] = 10.0,
     device: Device = "auto",
-    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="one a core")] = None,
+    threads: Threads = None,
 ) -> None:
     """Serve an exported model, and each adapter as a model of its own, with OpenAI's API."""
     with _plain_errors(), _extra("serve"):
@@ -962,13 +965,13 @@ def chat(
         str | None, typer.Option(help="The system prompt.", show_default="the chat template's own")
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 512,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability.")] = 1.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1 discourages repeating tokens.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.", show_default=False)] = None,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    seed: Seed = None,
     device: Device = "auto",
-    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="one a core")] = None,
+    threads: Threads = None,
 ) -> None:
     """Talk with an exported model and switch adapters between turns; /help lists the commands."""
     with _plain_errors():
@@ -1026,7 +1029,7 @@ def bench(
     rank: Annotated[int, typer.Option(min=1, help="Rank of the random adapter, at every port.")] = 8,
     positions: Annotated[str, typer.Option(help="Its positions.")] = "f7+l7",
     device: Device = "auto",
-    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="one a core")] = None,
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Measure prefill, decode, first token, adapter switch and load, and memory on this machine."""

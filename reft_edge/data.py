@@ -4,13 +4,13 @@ A row is `{"prompt": ..., "completion": ...}` or `{"messages": [{"role", "conten
 assistant's answer; other fields are ignored. A loss is only taken on the completion.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from reft_edge.errors import ReftEdgeError
 from reft_edge.files import sha256_of
+from reft_edge.jsonl import read_rows
 from reft_edge.prompts import Message, Prompts
 
 
@@ -39,19 +39,7 @@ def load_dataset(path: Path, prompts: Prompts, prompt_format: str, max_length: i
     Raises ReftEdgeError that names the file and line for anything that is not such a row.
     """
     examples, left_out = [], 0
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ReftEdgeError(f"cannot read {path}: {error}") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            example = encode_row(json.loads(line), prompts, prompt_format)
-        except ValueError as error:
-            raise ReftEdgeError(f"{path} line {number}: not valid JSON ({error})") from error
-        except ReftEdgeError as error:
-            raise ReftEdgeError(f"{path} line {number}: {error}") from error
+    for _, example in read_rows(path, lambda row: encode_row(row, prompts, prompt_format)):
         if len(example.prompt) + len(example.completion) > max_length:
             left_out += 1
         else:

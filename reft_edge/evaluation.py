@@ -29,7 +29,8 @@ import numpy as np
 from reft_edge.encoders import Text, parse_row
 from reft_edge.errors import ReftEdgeError
 from reft_edge.files import write_atomically
-from reft_edge.prompts import Prompts
+from reft_edge.jsonl import at_line, read_lines, read_rows
+from reft_edge.prompts import Prompts, choose_format
 
 TASKS = ("choice", "number", "answer", "label")
 MAX_TOKENS = {"number": 256, "answer": 32}
@@ -175,15 +176,9 @@ def load_questions(path: Path, task: str | None = None, limit: int | None = None
         raise ReftEdgeError(f"limit is {limit}; expected 1 or more")
     parsed: list[tuple[int, dict[str, Any]]] = []
     found: set[str] = set()
-    for number, line in _lines(path):
-        try:
-            row = json.loads(line)
-            found.add(task or _task_of(row))
-            parsed.append((number, row))
-        except ValueError as error:
-            raise ReftEdgeError(f"{path} line {number}: not valid JSON ({error})") from error
-        except ReftEdgeError as error:
-            raise ReftEdgeError(f"{path} line {number}: {error}") from error
+    for number, (row, kind) in read_rows(path, lambda row: (row, task or _task_of(row))):
+        found.add(kind)
+        parsed.append((number, row))
         if len(parsed) == limit:
             break
     if not parsed:
@@ -197,10 +192,8 @@ def load_questions(path: Path, task: str | None = None, limit: int | None = None
     (kind,) = found
     rows = []
     for number, row in parsed:
-        try:
+        with at_line(path, number):
             rows.append(_question(kind, number, row))
-        except ReftEdgeError as error:
-            raise ReftEdgeError(f"{path} line {number}: {error}") from error
     return Questions(kind, rows)
 
 
@@ -316,7 +309,7 @@ def save_records(records: Sequence[Record], path: Path) -> None:
 def load_records(path: Path) -> list[Record]:
     """Read what `save_records` wrote. Raises ReftEdgeError that names the line for anything else."""
     records = []
-    for number, line in _lines(path):
+    for number, line in read_lines(path):
         try:
             record = Record(**json.loads(line))
         except (ValueError, TypeError):
@@ -341,21 +334,6 @@ def extract_answer(text: str) -> str:
     """What a text says after "the correct answer is", up to its end; a full stop at the end is left out."""
     _, trigger, rest = text.partition(TRIGGER)
     return rest.strip().removesuffix(".") if trigger else ""
-
-
-def choose_format(given: bool | None, adapters: Sequence[str], has_template: bool) -> str:
-    """`raw` or `chat`: what was asked for, else what the adapters were trained with, else the template if there is one.
-
-    Raises ReftEdgeError if the adapters were trained with unlike formats.
-    """
-    if given is not None:
-        return "raw" if given else "chat"
-    if len(set(adapters)) > 1:
-        raise ReftEdgeError(
-            "the adapters were trained on unlike prompts, some raw, some through the chat template; "
-            "say which to use with --raw or --chat"
-        )
-    return adapters[0] if adapters else "chat" if has_template else "raw"
 
 
 def batches(
@@ -551,14 +529,6 @@ def parse_words(given: Sequence[str]) -> dict[str, str]:
             raise ReftEdgeError(f"cannot read the label word {pair!r}; write --word LABEL=WORD, once a label")
         words[label] = word
     return words
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ReftEdgeError(f"cannot read {path}: {error}") from error
-    yield from ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
 
 
 def _is_number(answer: Any) -> bool:

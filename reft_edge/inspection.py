@@ -1,9 +1,9 @@
 """What an adapter learned: how strong its edits are and where, which subspaces it writes to, what it does to predictions."""
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from reft_edge.algebra import Array
 from reft_edge.data import Example, encode_row
 from reft_edge.encoders import TextTokens, parse_row
 from reft_edge.errors import ReftEdgeError
+from reft_edge.jsonl import read_rows
 from reft_edge.positions import active
 from reft_edge.prompts import Prompts
 
@@ -188,29 +189,22 @@ def load_rows(path: Path, prompts: Prompts, prompt_format: str, limit: int) -> l
 
     Raises ReftEdgeError that names the line for rows without a prompt.
     """
-    rows = []
-    for number, row in _parsed(path, limit):
-        try:
-            if isinstance(row, dict) and isinstance(row.get("prompt"), str) and "completion" not in row:
-                rows.append(Example(tuple(prompts.encode_prompt(row["prompt"], prompt_format)), ()))
-            else:
-                rows.append(encode_row(row, prompts, prompt_format))
-            if not rows[-1].prompt:
-                raise ReftEdgeError("the prompt is empty")
-        except ReftEdgeError as error:
-            raise ReftEdgeError(f"{path} line {number}: {error}") from error
-    return rows
+
+    def parse(row: Any) -> Example:
+        if isinstance(row, dict) and isinstance(row.get("prompt"), str) and "completion" not in row:
+            example = Example(tuple(prompts.encode_prompt(row["prompt"], prompt_format)), ())
+        else:
+            example = encode_row(row, prompts, prompt_format)
+        if not example.prompt:
+            raise ReftEdgeError("the prompt is empty")
+        return example
+
+    return _first(path, limit, parse)
 
 
 def load_texts(path: Path, tokens: TextTokens, limit: int) -> list[Example]:
     """The first labelled texts of a file, for an encoder: the whole text is the prompt."""
-    rows = []
-    for number, row in _parsed(path, limit):
-        try:
-            rows.append(Example(tokens(parse_row(row)[0]).ids, ()))
-        except ReftEdgeError as error:
-            raise ReftEdgeError(f"{path} line {number}: {error}") from error
-    return rows
+    return _first(path, limit, lambda row: Example(tokens(parse_row(row)[0]).ids, ()))
 
 
 def measure(
@@ -288,9 +282,13 @@ def measure_on(
 @contextmanager
 def _recorded(model: Any, interventions: Any) -> Iterator[tuple[Any, dict[int, Any]]]:
     """Steering, and for every edited layer the relative length of the last pass's edits, `[tokens]`."""
-    from reft_edge.steering import decoder_layers, steered
+    from reft_edge.steering import component_module, decoder_layers, steered
 
     blocks = decoder_layers(model)
+    modules = {
+        place.layer: component_module(blocks[place.layer], place.component)
+        for place in interventions.config.places
+    }
     plain: dict[int, Any] = {}
     edits: dict[int, Any] = {}
 
@@ -310,11 +308,10 @@ def _recorded(model: Any, interventions: Any) -> Iterator[tuple[Any, dict[int, A
 
         return hook
 
-    layers = interventions.config.layers
-    handles = [blocks[layer].register_forward_hook(note_plain(layer)) for layer in layers]
+    handles = [module.register_forward_hook(note_plain(layer)) for layer, module in modules.items()]
     try:
         with steered(model, (interventions, 1.0)) as steering:
-            handles += [blocks[layer].register_forward_hook(note_edited(layer)) for layer in layers]
+            handles += [module.register_forward_hook(note_edited(layer)) for layer, module in modules.items()]
             yield steering, edits
     finally:
         for handle in handles:
@@ -373,18 +370,8 @@ def _gains(rows_a: Array, rows_b: Array) -> Floats:
     return norms
 
 
-def _parsed(path: Path, limit: int) -> list[tuple[int, Any]]:
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ReftEdgeError(f"cannot read {path}: {error}") from error
-    rows: list[tuple[int, Any]] = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip() and len(rows) < limit:
-            try:
-                rows.append((number, json.loads(line)))
-            except ValueError as error:
-                raise ReftEdgeError(f"{path} line {number}: not valid JSON ({error})") from error
+def _first(path: Path, limit: int, parse: Callable[[Any], Example]) -> list[Example]:
+    rows = [row for _, row in islice(read_rows(path, parse), limit)]
     if not rows:
         raise ReftEdgeError(f"{path} has no rows")
     return rows

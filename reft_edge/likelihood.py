@@ -19,7 +19,19 @@ def completion_logits(
     device: torch.device,
     autocast: bool = False,
 ) -> list[Tensor]:
-    """Float32 logits `[1 + tokens, vocabulary]` after the prompt and after every token behind it, a row each.
+    """`joined_logits`, apart by row: `[1 + tokens, vocabulary]` each."""
+    logits = joined_logits(model, steering, rows, device, autocast)
+    return list(torch.split(logits, [1 + len(behind) for _, behind in rows]))
+
+
+def joined_logits(
+    model: Any,
+    steering: Steering,
+    rows: Sequence[tuple[Ids, Ids]],
+    device: torch.device,
+    autocast: bool = False,
+) -> Tensor:
+    """Float32 logits after every row's prompt and after every token behind it, `[all of them, vocabulary]`.
 
     `rows`: prompt, and the tokens behind it (a completion without its last token). They run as one right-padded batch.
     """
@@ -38,7 +50,8 @@ def completion_logits(
         torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast),
     ):
         logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
-    return list(logits[0].float().split([1 + len(behind) for _, behind in rows]))
+    joined: Tensor = logits[0].float()
+    return joined
 
 
 @contextmanager

@@ -7,7 +7,6 @@ The loss of Rafailov et al. 2023 (arXiv 2305.18290, equation 7), with the frozen
 where log p is a whole answer's log-likelihood under the steered model and p0 is the base's.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from reft_edge.data import Example, encode_row
 from reft_edge.errors import ReftEdgeError
 from reft_edge.files import sha256_of
+from reft_edge.jsonl import read_rows
 from reft_edge.likelihood import completion_logits
 from reft_edge.prompts import Prompts
 from reft_edge.steering import Steering
@@ -48,20 +48,8 @@ def load_preferences(path: Path, prompts: Prompts, prompt_format: str, max_lengt
 
     Raises ReftEdgeError that names the file and line for anything that is not such a row.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ReftEdgeError(f"cannot read {path}: {error}") from error
     pairs, left_out = [], 0
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            pair = encode_pair(json.loads(line), prompts, prompt_format)
-        except ValueError as error:
-            raise ReftEdgeError(f"{path} line {number}: not valid JSON ({error})") from error
-        except ReftEdgeError as error:
-            raise ReftEdgeError(f"{path} line {number}: {error}") from error
+    for _, pair in read_rows(path, lambda row: encode_pair(row, prompts, prompt_format)):
         if max(len(side.prompt) + len(side.completion) for side in (pair.chosen, pair.rejected)) > max_length:
             left_out += 1
         else:

@@ -1,6 +1,7 @@
 """Text to tokens and back, the same in training and on a device: a tokenizer and a chat template, no transformers."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -64,6 +65,21 @@ class Prompts:
     def decode(self, ids: list[int]) -> str:
         """Text of generated tokens, special tokens left out."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def choose_format(given: bool | None, adapters: Sequence[str], has_template: bool) -> str:
+    """`raw` or `chat`: what was asked for, else what the adapters were trained with, else the template if there is one.
+
+    Raises ReftEdgeError if the adapters were trained with unlike formats.
+    """
+    if given is not None:
+        return "raw" if given else "chat"
+    if len(set(adapters)) > 1:
+        raise ReftEdgeError(
+            "the adapters were trained on unlike prompts, some raw, some through the chat template; "
+            "say which to use: --raw or --chat, raw=True or raw=False"
+        )
+    return adapters[0] if adapters else "chat" if has_template else "raw"
 
 
 def load_prompts(folder: Path) -> Prompts:

@@ -26,7 +26,7 @@ from reft_edge.fingerprint import fingerprint
 from reft_edge.graph_weights import use_exported_weights
 from reft_edge.interventions import Interventions
 from reft_edge.layers import parse_layers
-from reft_edge.likelihood import only_logits_of
+from reft_edge.likelihood import joined_logits
 from reft_edge.preference import PreferenceObjective, Preferences, preferred
 from reft_edge.steering import Steering, decoder_layers, steered
 
@@ -449,26 +449,10 @@ def batch_loss(
     model: Any, steering: Steering, rows: Sequence[Example], device: torch.device, autocast: bool
 ) -> Tensor:
     """Summed negative log-likelihood, in nats, of the rows' completions; logits are only computed where they count."""
-    length = max(len(row.prompt) + len(row.completion) for row in rows) - 1
-    ids, mask = torch.zeros(2, len(rows), length, dtype=torch.long).unbind()
-    counts = torch.zeros(len(rows), length, dtype=torch.bool)
-    targets: list[int] = []
-    for i, row in enumerate(rows):
-        tokens = (row.prompt + row.completion)[:-1]
-        ids[i, : len(tokens)] = torch.tensor(tokens)
-        mask[i, : len(tokens)] = 1
-        counts[i, len(row.prompt) - 1 : len(tokens)] = True
-        targets.extend(row.completion)
-    lengths = torch.tensor([len(row.prompt) for row in rows], device=device)
-    with (
-        steering.prompts(lengths),
-        only_logits_of(model, counts.to(device)),
-        torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast),
-    ):
-        logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
-    return nn.functional.cross_entropy(
-        logits[0].float(), torch.tensor(targets, device=device), reduction="sum"
-    )
+    inputs = [(row.prompt, row.completion[:-1]) for row in rows]
+    logits = joined_logits(model, steering, inputs, device, autocast)
+    targets = torch.tensor([token for row in rows for token in row.completion], device=device)
+    return nn.functional.cross_entropy(logits, targets, reduction="sum")
 
 
 @contextmanager

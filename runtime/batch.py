@@ -75,16 +75,10 @@ class Row:
         """`context`: the model's, in tokens. Raises ReftEdgeError for an empty prompt, or one that fills the context."""
         if not request.ids:
             raise ReftEdgeError("the prompt is empty; give at least one token")
-        if len(request.ids) >= context:
-            raise ReftEdgeError(
-                f"the prompt has {len(request.ids)} tokens; this model's context is {context}: shorten it"
-            )
-        if request.max_tokens < 1:
-            raise ReftEdgeError(f"max_tokens is {request.max_tokens}; expected 1 or more")
         self.request, self.deliver = request, deliver
         self.bound = bound
         self.decode: DecodeEdit = decode_edit(bound.edit) if bound.edit is not None else {}
-        self.limit = min(request.max_tokens, context - len(request.ids))
+        self.limit = answer_limit(len(request.ids), request.max_tokens, context)
         self.sampler = Sampler(request.sampling, request.ids)
         self.text = TextStream(tokenizer, request.stop)
         self.length = 0
@@ -92,6 +86,17 @@ class Row:
         self.tokens: list[int] = []
         self.finish_reason: str | None = None
         self.cancelled = False
+
+
+def answer_limit(prompt_tokens: int, max_tokens: int, context: int) -> int:
+    """Most tokens that an answer can have. Raises ReftEdgeError for a prompt that fills the context, or no tokens asked for."""
+    if max_tokens < 1:
+        raise ReftEdgeError(f"max_tokens is {max_tokens}; expected 1 or more")
+    if prompt_tokens >= context:
+        raise ReftEdgeError(
+            f"the prompt has {prompt_tokens} tokens; this model's context is {context}: shorten it"
+        )
+    return min(max_tokens, context - prompt_tokens)
 
 
 class Batch:

@@ -4,7 +4,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -131,12 +131,13 @@ def random_adapter(
         manifest.layers if layers is None else layers,
         rank,
         positions,
+        training={"random": seed},
     )
     tensors = {
         name: random.normal(scale=manifest.hidden_size**-0.5, size=shape).astype(np.float32)
         for name, shape in config.shapes().items()
     }
-    return Adapter(replace(config, training={"random": seed}), tensors)
+    return Adapter(config, tensors)
 
 
 def peak_memory() -> int:

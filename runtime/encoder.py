@@ -119,10 +119,8 @@ class SteeredEncoder:
         pooling = loaded.config.pooling if loaded else "mean"
         rows = [self._tokens(text) for text in texts]
         vectors = []
-        for start in range(0, len(rows), batch_size):
-            for hidden in self._graph.hidden_states(rows[start : start + batch_size], ports):
-                pooled = _pool(hidden, pooling)
-                vectors.append(pooled / max(float(np.linalg.norm(pooled)), 1e-12))
+        for pooled in self._pooled(rows, ports, pooling, batch_size):
+            vectors.append(pooled / max(float(np.linalg.norm(pooled)), 1e-12))
         return vectors, sum(len(row.ids) for row in rows)
 
     def classify(
@@ -152,18 +150,19 @@ class SteeredEncoder:
     ) -> Iterator[Classification]:
         ports = port_inputs(scale(loaded.edit, factor), self.manifest, _FLOAT) if factor else {}
         labels = loaded.config.labels
+        for pooled in self._pooled(rows, ports, loaded.config.pooling, batch_size):
+            shares = _softmax(loaded.weight @ pooled + loaded.bias)
+            yield Classification(
+                labels[int(shares.argmax())], dict(zip(labels, map(float, shares), strict=True))
+            )
+
+    def _pooled(
+        self, rows: list[Tokens], ports: PortInputs, pooling: str, batch_size: int
+    ) -> Iterator[Floats]:
+        """One vector `[d]` a row."""
         for start in range(0, len(rows), batch_size):
             for hidden in self._graph.hidden_states(rows[start : start + batch_size], ports):
-                pooled = _pool(hidden, loaded.config.pooling)
-                shares = _softmax(loaded.weight @ pooled + loaded.bias)
-                yield Classification(
-                    labels[int(shares.argmax())], dict(zip(labels, map(float, shares), strict=True))
-                )
-
-
-def _pool(hidden: Floats, pooling: str) -> Floats:
-    pooled: Floats = hidden[0] if pooling == "cls" else hidden.mean(axis=0)
-    return pooled
+                yield hidden[0] if pooling == "cls" else hidden.mean(axis=0)
 
 
 def _softmax(scores: Floats) -> NDArray[np.float64]:

@@ -14,8 +14,8 @@ from reft_edge.adapter import AdapterConfig, fold, load_adapter
 from reft_edge.algebra import Edit, concat, scale
 from reft_edge.errors import ReftEdgeError
 from reft_edge.manifest import load_manifest
-from reft_edge.prompts import Message, Prompts, load_prompts
-from reft_edge.runtime.batch import Batch, Piece, Request, Row
+from reft_edge.prompts import Message, Prompts, choose_format, load_prompts
+from reft_edge.runtime.batch import Batch, Piece, Request, Row, answer_limit
 from reft_edge.runtime.binding import Bound, PortInputs, port_inputs
 from reft_edge.runtime.sampling import Sampler, Sampling
 from reft_edge.runtime.session import GraphSession, Logits
@@ -139,8 +139,6 @@ class SteeredModel:
 
         Raises ReftEdgeError for an unknown adapter, a prompt that leaves no room in the context, or bad options.
         """
-        if max_tokens < 1:
-            raise ReftEdgeError(f"max_tokens is {max_tokens}; expected 1 or more")
         if self.manifest.cache == "none":
             raise ReftEdgeError(
                 "this folder's graph has no KV cache, so it can score text (SteeredModel.logits) but not generate; "
@@ -148,13 +146,8 @@ class SteeredModel:
             )
         chosen = self._chosen(adapter)
         ids = self.encode(prompt, chosen, raw)
-        if len(ids) >= self.manifest.context_length:
-            raise ReftEdgeError(
-                f"the prompt has {len(ids)} tokens; this model's context is "
-                f"{self.manifest.context_length}: shorten it"
-            )
-        bound = self._bind(chosen)
-        limit = min(max_tokens, self.manifest.context_length - len(ids))
+        bound = self.prepare(chosen)
+        limit = answer_limit(len(ids), max_tokens, self.manifest.context_length)
         generation = Generation(iter(()), len(ids))
         text = TextStream(self.prompts.tokenizer, [stop] if isinstance(stop, str) else stop)
         generation._pieces = self._run(
@@ -340,17 +333,11 @@ class SteeredModel:
         self, prompt: str | list[Message], chosen: Mapping[str, float], raw: bool | None = None
     ) -> list[int]:
         """A prompt's tokens, as `stream` makes them for these adapters. Raises ReftEdgeError as `stream` does."""
-        if raw is None:
-            formats = {self._adapters[name].config.prompt_format for name in chosen}
-            if len(formats) > 1:
-                raise ReftEdgeError(
-                    "the adapters were trained on unlike prompts, some raw, some through the chat "
-                    "template; say which to use (raw=True or raw=False)"
-                )
-            raw = formats == {"raw"} or (not formats and self.prompts.template is None)
+        formats = [self._adapters[name].config.prompt_format for name in chosen]
+        prompt_format = choose_format(raw, formats, self.prompts.template is not None)
         if isinstance(prompt, str):
-            ids = self.prompts.encode_prompt(prompt, "raw" if raw else "chat")
-        elif raw:
+            ids = self.prompts.encode_prompt(prompt, prompt_format)
+        elif prompt_format == "raw":
             raise ReftEdgeError("a list of messages needs the chat template; give raw prompts as one string")
         else:
             ids = self.prompts.encode_chat(prompt)

@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,39 +65,35 @@ class ServerSettings:
 class ApiError(Exception):
     """An answer in OpenAI's error form."""
 
-    def __init__(self, status: int, message: str, code: str | None = None, headers: Mapping[str, str] = {}):
+    def __init__(
+        self, status: int, message: str, code: str | None = None, headers: Mapping[str, str] | None = None
+    ):
         super().__init__(message)
-        self.status, self.code, self.headers = status, code, dict(headers)
+        self.status, self.code, self.headers = status, code, dict(headers or {})
 
 
-@dataclass
 class Metrics:
     """What /metrics shows."""
 
-    registry: CollectorRegistry = field(default_factory=CollectorRegistry)
-
-    def __post_init__(self) -> None:
+    def __init__(self) -> None:
+        registry = self.registry = CollectorRegistry()
         self.requests = Counter(
-            "reft_edge_requests", "Requests by path and status", ["path", "status"], registry=self.registry
+            "reft_edge_requests", "Requests by path and status", ["path", "status"], registry=registry
         )
-        self.prompt_tokens = Counter("reft_edge_prompt_tokens", "Prompt tokens", registry=self.registry)
-        self.tokens = Counter("reft_edge_generated_tokens", "Generated tokens", registry=self.registry)
+        self.prompt_tokens = Counter("reft_edge_prompt_tokens", "Prompt tokens", registry=registry)
+        self.tokens = Counter("reft_edge_generated_tokens", "Generated tokens", registry=registry)
         self.first = Histogram(
             "reft_edge_time_to_first_token_seconds",
             "From request to first token",
             buckets=_SECONDS,
-            registry=self.registry,
+            registry=registry,
         )
         self.seconds = Histogram(
-            "reft_edge_request_seconds", "From request to answer", buckets=_SECONDS, registry=self.registry
+            "reft_edge_request_seconds", "From request to answer", buckets=_SECONDS, registry=registry
         )
-        self.running = Gauge(
-            "reft_edge_running_requests", "Requests that have a slot", registry=self.registry
-        )
-        self.waiting = Gauge(
-            "reft_edge_waiting_requests", "Requests that wait for a slot", registry=self.registry
-        )
-        self.loaded = Gauge("reft_edge_loaded_adapters", "Adapters in memory", registry=self.registry)
+        self.running = Gauge("reft_edge_running_requests", "Requests that have a slot", registry=registry)
+        self.waiting = Gauge("reft_edge_waiting_requests", "Requests that wait for a slot", registry=registry)
+        self.loaded = Gauge("reft_edge_loaded_adapters", "Adapters in memory", registry=registry)
 
 
 def create_app(

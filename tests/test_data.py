@@ -94,3 +94,10 @@ def test_bad_files(tmp_path, prompts):
             "raw",
             999,
         )
+
+
+def test_a_line_separator_inside_a_text_does_not_end_the_row(tmp_path, device_folder):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a\u2028b", "completion": "c\u0085d"}\n', encoding="utf-8")
+    data = load_dataset(path, load_prompts(device_folder / "hf"), "raw", 100)
+    assert len(data.examples) == 1

@@ -126,6 +126,15 @@ def test_positions_have_names_in_reading_order():
     assert position(0, 1) == "-1"
 
 
+def test_edits_of_a_part_of_a_block_are_seen_where_they_act(device_folder, tiny_model):
+    prompts = load_prompts(device_folder / "hf")
+    rows = [Example((5, 80, 33, 120, 7), ())]
+    for component in ("attention", "mlp"):
+        adapter = random_adapter(tiny_model, positions="f2+l1", layers=(0, 2), component=component)
+        effect = measure(tiny_model, adapter, rows, prompts, "cpu")
+        assert min(min(by.values()) for by in effect.norms.values()) > 1e-3
+
+
 def test_effects_are_those_of_plain_passes(device_folder, tiny_model):
     """Against hidden states and logits of single passes, gathered by hand."""
     prompts = load_prompts(device_folder / "hf")
