@@ -13,9 +13,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from reft_edge.errors import ReftEdgeError
-from reft_edge.runtime.binding import Bound, DecodeEdit, decode_edit, decode_inputs
+from reft_edge.runtime.binding import Bound, DecodeEdit, decode_edit
 from reft_edge.runtime.prefix import Prefix, PrefixCache
-from reft_edge.runtime.rows import BoundRows, RowCache
+from reft_edge.runtime.rows import BoundRows, JoinedRows, RowsInTurn, SeparateRows
 from reft_edge.runtime.sampling import Sampler, Sampling
 from reft_edge.runtime.session import PREFILL_CHUNK, GraphSession, Logits
 from reft_edge.runtime.text import TextStream
@@ -106,17 +106,19 @@ class Batch:
         self, graph: GraphSession, eos_token_ids: Sequence[int], slots: int, prefix_budget: int
     ) -> None:
         """`slots`: rows at most; `prefix_budget`: bytes of prompts to remember. Raises ReftEdgeError for fewer than 1 slot,
-        or a graph whose rows cannot have unlike lengths."""
+        or a graph without a KV cache."""
         if slots < 1:
             raise ReftEdgeError(f"slots is {slots}; expected 1 or more")
         self._graph, self._eos = graph, eos_token_ids
-        self._cache = RowCache(graph, slots)
-        self.prefixes = PrefixCache(prefix_budget)
+        graph.check_cache()
+        joined = graph.shares_cache and graph.device == "cpu"
+        self._cache = JoinedRows(graph, slots) if joined else SeparateRows(graph, slots)
+        self.prefixes = PrefixCache(prefix_budget if graph.cache_in_numpy else 0)
         self.waiting: deque[Row] = deque()
         self.decoding: list[Row] = []
         self.prefilling: Row | None = None
-        self._bound_decode: tuple[list[Row], BoundRows] | None = None
-        self._bound_prefill: tuple[int, BoundRows] | None = None
+        self._bound_decode: tuple[list[Row], BoundRows | RowsInTurn] | None = None
+        self._bound_prefill: tuple[int, BoundRows | RowsInTurn] | None = None
 
     @property
     def running(self) -> int:
@@ -163,17 +165,18 @@ class Batch:
 
     def _start(self, row: Row) -> None:
         self.prefilling = row
-        if self._cache.reserve(len(row.request.ids) + row.limit):
+        slot = len(self.decoding)
+        if self._cache.start(slot, len(row.request.ids) + row.limit):
             self._bound_decode = None
         row.length, content = self.prefixes.find(row.request.ids, row.bound.edit)
         if content is not None:
-            self._cache.write(len(self.decoding), content, row.length)
+            self._cache.write(slot, content, row.length)
 
     def _prefill(self, row: Row) -> None:
         slot, ids = len(self.decoding), row.request.ids
         if self._bound_prefill is None or self._bound_prefill[0] != slot:
             length = self._graph.to_device({"reft.prompt_len": np.array([len(ids)], np.int64)})
-            self._bound_prefill = slot, self._cache.bind(slot, 1, {**row.bound.prompt, **length})
+            self._bound_prefill = slot, self._cache.bind_prompt(slot, {**row.bound.prompt, **length})
         chunk = _CHUNK_BESIDE_OTHERS if self.decoding else PREFILL_CHUNK
         part = ids[row.length : row.length + chunk]
         logits = self._bound_prefill[1].step(np.array([part], np.int64), [row.length])
@@ -190,8 +193,7 @@ class Batch:
     def _decode(self) -> None:
         rows = list(self.decoding)
         if self._bound_decode is None or self._bound_decode[0] != rows:
-            ports = decode_inputs([row.decode for row in rows], self._graph.dtype)
-            self._bound_decode = rows, self._cache.bind(0, len(rows), self._graph.to_device(ports))
+            self._bound_decode = rows, self._cache.bind_decode([row.decode for row in rows])
         ids = np.array([[row.tokens[-1]] for row in rows], np.int64)
         logits = self._bound_decode[1].step(ids, [row.length for row in rows])
         for row in rows:

@@ -3,7 +3,7 @@
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,9 @@ import numpy as np
 
 from reft_edge.adapter import Adapter, AdapterConfig, save_adapter
 from reft_edge.errors import ReftEdgeError
+from reft_edge.runtime.binding import Bound
 from reft_edge.runtime.model import SteeredModel
+from reft_edge.runtime.session import GraphSession
 
 SWITCHES = 1000
 LOADS = 50
@@ -88,7 +90,7 @@ def bench(
         for number in range(settings.repeats + 1):
             report(f"round {number} of {settings.repeats}")
             for name, found in runs.items():
-                timed = _timed(model, ids, name, settings.new_tokens)
+                timed = timed_run(model.graph, model.prepare(name), ids, settings.new_tokens)
                 if number:
                     found.append(timed)
         report("switching adapters")
@@ -115,6 +117,23 @@ def bench(
         peak_memory=peak_memory(),
         device=model.device,
     )
+
+
+def timed_run(graph: GraphSession, bound: Bound, ids: Sequence[int], new_tokens: int) -> tuple[float, float]:
+    """Seconds until the token behind a prompt is known, and seconds of `new_tokens` greedy steps after it, whatever the
+    tokens are."""
+    cache = graph.take_cache(1, len(ids) + new_tokens)
+    started = time.perf_counter()
+    length = graph.to_device({"reft.prompt_len": np.array([len(ids)], np.int64)}) if bound.prompt else {}
+    logits = graph.bind(cache, {**bound.prompt, **length}).prefill(np.array([ids], np.int64))
+    token = int(logits[0].argmax())
+    first = time.perf_counter()
+    decode = graph.bind(cache, {**bound.decode, **length} if bound.decode else {})
+    for _ in range(new_tokens):
+        token = int(decode.step(np.array([[token]], np.int64))[0].argmax())
+    ended = time.perf_counter()
+    graph.return_cache(cache)
+    return first - started, ended - first
 
 
 def random_adapter(
@@ -149,23 +168,6 @@ def peak_memory() -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _timed(model: SteeredModel, ids: list[int], name: str | None, new_tokens: int) -> tuple[float, float]:
-    """Seconds of the prompt's pass and of all decode steps, whatever the tokens are."""
-    bound = model.prepare({name: 1.0} if name else {})
-    graph = model.graph
-    length = graph.to_device({"reft.prompt_len": np.array([len(ids)], np.int64)})
-    cache = graph.take_cache(1, len(ids) + new_tokens)
-    started = time.perf_counter()
-    logits = graph.bind(cache, {**bound.prompt, **length}).prefill(np.array([ids], np.int64))
-    first = time.perf_counter()
-    decode = graph.bind(cache, {**bound.decode, **length})
-    for _ in range(new_tokens):
-        logits = decode.step(np.array([[int(logits[0].argmax())]], np.int64))
-    ended = time.perf_counter()
-    graph.return_cache(cache)
-    return first - started, ended - first
 
 
 def _speed(runs: list[tuple[float, float]], settings: BenchSettings) -> Speed:

@@ -139,11 +139,7 @@ class SteeredModel:
 
         Raises ReftEdgeError for an unknown adapter, a prompt that leaves no room in the context, or bad options.
         """
-        if self.manifest.cache == "none":
-            raise ReftEdgeError(
-                "this folder's graph has no KV cache, so it can score text (SteeredModel.logits) but not generate; "
-                "export the model again with past_key_values inputs and add ports to that"
-            )
+        self.graph.check_cache()
         chosen = self._chosen(adapter)
         ids = self.encode(prompt, chosen, raw)
         bound = self.prepare(chosen)
@@ -169,28 +165,22 @@ class SteeredModel:
         """Whole answers to several prompts, up to `batch_size` of them run together, each with its own adapters.
 
         `adapters`: one choice a prompt, or None for no adapter; other options as for `stream`. Every answer is what
-        `generate` gives for its prompt alone. Raises ReftEdgeError as `stream` does, for unlike numbers of prompts and
-        choices, and for a graph that cannot run rows of unlike lengths together.
+        `generate` gives for its prompt alone. Rows run as one batch on the CPU where the graph shares its KV caches (what
+        `reft-edge export` makes does), else in turn. Raises ReftEdgeError as `stream` does, and for unlike numbers of
+        prompts and choices.
         """
         choices = [None] * len(prompts) if adapters is None else list(adapters)
         if len(choices) != len(prompts):
             raise ReftEdgeError(
                 f"there are {len(prompts)} prompts and {len(choices)} adapter choices; give one each"
             )
-        batch = self.batch(max(1, min(batch_size, len(prompts))))
-        pieces: list[list[Piece]] = [[] for _ in prompts]
-        for prompt, choice, found in zip(prompts, choices, pieces, strict=True):
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        requests = []
+        for prompt, choice in zip(prompts, choices, strict=True):
             chosen = self._chosen(choice)
             ids = tuple(self.encode(prompt, chosen, raw))
-            stops = (stop,) if isinstance(stop, str) else tuple(stop)
-            request = Request(ids, chosen, max_tokens, stops, sampling or Sampling())
-            batch.add(self.row(request, found.append))
-        while not batch.idle:
-            batch.step()
-        for found in pieces:
-            if found[-1].error is not None:
-                raise ReftEdgeError(found[-1].error)
-        return ["".join(piece.text for piece in found) for found in pieces]
+            requests.append(Request(ids, chosen, max_tokens, stops, sampling or Sampling()))
+        return [text for _, text in self._run_together(requests, batch_size)]
 
     def prepare(self, adapter: AdapterChoice) -> Bound:
         """An adapter choice as values that any number of runs can bind. Raises ReftEdgeError for an unknown adapter."""
@@ -240,54 +230,40 @@ class SteeredModel:
         return self.graph.score(rows, inputs)
 
     def generate_tokens(
-        self, rows: Sequence[Sequence[int]], adapter: AdapterChoice = None, max_tokens: int = 256
+        self, prompts: Sequence[Sequence[int]], adapter: AdapterChoice = None, max_tokens: int = 256
     ) -> list[list[int]]:
-        """Greedy answers to prompts of any lengths, end-of-sequence tokens left out, run as one batch without padding.
+        """Greedy answers to prompts of tokens, run together, end-of-sequence tokens left out.
 
-        All rows are prefilled to the shortest prompt's length; longer ones go on token by token while others are
-        answered already. So prompts of like length should come together. Raises ReftEdgeError for an empty prompt, or
-        one that leaves no room for `max_tokens` in the context.
+        Raises ReftEdgeError for no prompts, an empty one, or one that leaves no room for `max_tokens` in the context.
         """
-        lengths = np.array([len(row) for row in rows], np.int64)
-        if not len(lengths) or not lengths.min():
-            raise ReftEdgeError("expected one or more prompts of at least one token")
-        if lengths.max() + max_tokens > self.manifest.context_length:
+        if not prompts:
+            raise ReftEdgeError("there are no prompts; give one or more")
+        longest = max(len(prompt) for prompt in prompts)
+        if longest + max_tokens > self.manifest.context_length:
             raise ReftEdgeError(
-                f"{lengths.max()} prompt tokens and {max_tokens} more do not fit this model's context of "
+                f"{longest} prompt tokens and {max_tokens} more do not fit this model's context of "
                 f"{self.manifest.context_length}"
             )
-        if self.manifest.cache == "none":
-            raise ReftEdgeError("this folder's graph has no KV cache, so it can score text but not generate")
-        bound = self.prepare(adapter)
-        start, ends = int(lengths.min()), self.manifest.eos_token_ids
-        prompts = np.zeros((len(rows), int(lengths.max())), np.int64)
-        for index, row in enumerate(rows):
-            prompts[index, : len(row)] = row
-        answers: list[list[int]] = [[] for _ in rows]
-        running = np.ones(len(rows), bool)
-        cache = self.graph.take_cache(len(rows), int(lengths.max()) + max_tokens)
-        try:
-            given = self.graph.to_device({"reft.prompt_len": lengths})
-            prefill = self.graph.bind(cache, {**bound.prompt, **given})
-            decode = self.graph.bind(cache, {**bound.decode, **given})
-            logits = prefill.prefill(prompts[:, :start])
-            for at in range(start, prompts.shape[1] + max_tokens):
-                tokens = logits.argmax(axis=1)
-                prompted = at < lengths
-                for index in np.flatnonzero(running & ~prompted).tolist():
-                    if tokens[index] in ends:
-                        running[index] = False
-                    else:
-                        answers[index].append(int(tokens[index]))
-                        running[index] = len(answers[index]) < max_tokens
-                if not running.any():
-                    break
-                if prompted.any():
-                    tokens = np.where(prompted, prompts[:, at], tokens)
-                logits = (prefill if prompted.any() else decode).step(tokens[:, None])
-        finally:
-            self.graph.return_cache(cache)
-        return answers
+        chosen = self._chosen(adapter)
+        requests = [Request(tuple(prompt), chosen, max_tokens) for prompt in prompts]
+        return [tokens for tokens, _ in self._run_together(requests, len(requests))]
+
+    def _run_together(self, requests: Sequence[Request], slots: int) -> list[tuple[list[int], str]]:
+        """Tokens and text of every answer."""
+        batch = self.batch(max(1, min(slots, len(requests))))
+        pieces: list[list[Piece]] = [[] for _ in requests]
+        rows = [self.row(request, found.append) for request, found in zip(requests, pieces, strict=True)]
+        for row in rows:
+            batch.add(row)
+        while not batch.idle:
+            batch.step()
+        for found in pieces:
+            if found[-1].error is not None:
+                raise ReftEdgeError(found[-1].error)
+        return [
+            (row.tokens, "".join(piece.text for piece in found))
+            for row, found in zip(rows, pieces, strict=True)
+        ]
 
     def _run(
         self,

@@ -1,4 +1,9 @@
-"""The KV cache of a running batch: rows of unlike lengths in one buffer a layer, bound to the session without copies."""
+"""The KV caches of a running batch.
+
+Where past and present of a layer are one buffer in host memory, `JoinedRows` keeps rows of unlike lengths in one buffer a
+layer, and runs them as one batch. Where they are not (a growing cache, a GPU), `SeparateRows` gives every row a cache of its
+own and runs one after another.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,31 +11,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from reft_edge.errors import ReftEdgeError
-from reft_edge.runtime.session import GraphSession, Ids, Logits, present_name
+from reft_edge.runtime.binding import DecodeEdit, decode_inputs
+from reft_edge.runtime.session import BoundSession, GraphSession, Ids, KVCache, Logits, present_name
 
 _STEP = 256
 KeysAndValues = dict[str, NDArray[np.generic]]
 """Of one row's first tokens, `[heads, tokens, head size]`, by the names of the graph's inputs."""
 
 
-class RowCache:
-    """Room for `rows` rows. Any run of neighbouring rows can be run as a batch, since a row is one piece of memory.
-
-    Rows are right-padded: a row's tokens fill its first places, whatever its neighbours' lengths are. Raises
-    ReftEdgeError if the graph's cache is not one that past and present share, in host memory.
-    """
+class JoinedRows:
+    """Room for `rows` rows, right-padded: a row's tokens fill its first places, whatever its neighbours' lengths are."""
 
     def __init__(self, graph: GraphSession, rows: int) -> None:
-        if not graph.shares_cache or graph.device != "cpu":
-            raise ReftEdgeError(
-                "rows of unlike lengths need a graph on the CPU whose KV caches are shared buffers"
-            )
         self.graph, self.rows, self.capacity = graph, rows, 0
         self._values: KeysAndValues = {}
 
-    def reserve(self, tokens: int) -> bool:
-        """Make room for at least `tokens` tokens a row; whether memory moved, so that what was bound is stale."""
+    def start(self, row: int, tokens: int) -> bool:
+        """Make room for at least `tokens` tokens in this row; whether memory moved, so that what was bound is stale."""
+        return self._reserve(tokens)
+
+    def _reserve(self, tokens: int) -> bool:
         if tokens <= self.capacity:
             return False
         capacity = -(-max(tokens, min(2 * self.capacity, tokens + 4 * _STEP)) // _STEP) * _STEP
@@ -56,8 +56,16 @@ class RowCache:
         for name, values in self._values.items():
             values[row, :, :tokens] = content[name][:, :tokens]
 
-    def bind(self, first: int, count: int, ports: Mapping[str, Any]) -> "BoundRows":
-        """Bind rows `first` to `first + count` with port inputs; stale once `reserve` moved memory."""
+    def bind_prompt(self, row: int, ports: Mapping[str, Any]) -> "BoundRows":
+        """One row, to be prefilled with these port inputs; stale once `start` moved memory."""
+        return self._bind(row, 1, ports)
+
+    def bind_decode(self, edits: Sequence[DecodeEdit]) -> "BoundRows":
+        """The first rows, one an edit, to be decoded; stale once `start` moved memory."""
+        ports = self.graph.to_device(decode_inputs(edits, self.graph.dtype))
+        return self._bind(0, len(edits), ports)
+
+    def _bind(self, first: int, count: int, ports: Mapping[str, Any]) -> "BoundRows":
         return BoundRows(
             self.graph, {name: values[first : first + count] for name, values in self._values.items()}, ports
         )
@@ -89,3 +97,71 @@ class BoundRows:
         logits = self._logits or self._binding.get_outputs()[-1]
         last: Logits = logits.numpy()[:, -1].astype(np.float32, copy=False)
         return last
+
+
+class SeparateRows:
+    """Room for `rows` rows, each in a cache of its own."""
+
+    def __init__(self, graph: GraphSession, rows: int) -> None:
+        self.graph, self.rows = graph, rows
+        self._caches: list[KVCache | None] = [None] * (rows + 1)
+
+    def start(self, row: int, tokens: int) -> bool:
+        """Make room for at least `tokens` tokens in this row; no other row's memory moves."""
+        left = self._caches[row]
+        if left is not None and self.graph.shares_cache and left.capacity >= tokens:
+            left.length = 0
+        else:
+            self._caches[row] = None
+            self._caches[row] = self.graph.take_cache(1, tokens)
+        return False
+
+    def move(self, source: int, target: int, tokens: int) -> None:
+        """Let two rows change places."""
+        caches = self._caches
+        caches[source], caches[target] = caches[target], caches[source]
+
+    def read(self, row: int, tokens: int) -> KeysAndValues:
+        """A copy of a row's first `tokens` tokens."""
+        return {name: value.numpy()[0, :, :tokens].copy() for name, value in self._at(row).values.items()}
+
+    def write(self, row: int, content: KeysAndValues, tokens: int) -> None:
+        """Put the first `tokens` tokens of `content` at the start of a row."""
+        cache = self._at(row)
+        for name, value in cache.values.items():
+            if self.graph.shares_cache:
+                held = value.numpy()
+                held[0, :, :tokens] = content[name][:, :tokens]
+                value.update_inplace(held)
+            else:
+                held = np.ascontiguousarray(content[name][None, :, :tokens])
+                cache.values[name] = self.graph.to_device({name: held})[name]
+        cache.length = tokens
+
+    def bind_prompt(self, row: int, ports: Mapping[str, Any]) -> "RowsInTurn":
+        """One row, to be prefilled with these port inputs."""
+        return RowsInTurn([self._bind(row, ports)])
+
+    def bind_decode(self, edits: Sequence[DecodeEdit]) -> "RowsInTurn":
+        """The first rows, one an edit, to be decoded."""
+        ports = [self.graph.to_device(decode_inputs([edit], self.graph.dtype)) for edit in edits]
+        return RowsInTurn([self._bind(row, inputs) for row, inputs in enumerate(ports)])
+
+    def _bind(self, row: int, ports: Mapping[str, Any]) -> BoundSession:
+        return self.graph.bind(self._at(row), ports)
+
+    def _at(self, row: int) -> KVCache:
+        cache = self._caches[row]
+        assert cache is not None
+        return cache
+
+
+class RowsInTurn:
+    """Bound rows that run one after another."""
+
+    def __init__(self, rows: Sequence[BoundSession]) -> None:
+        self._rows = rows
+
+    def step(self, ids: Ids, lengths: Sequence[int]) -> Logits:
+        """As `BoundRows.step`; each row's cache knows its length itself."""
+        return np.concatenate([row.step(ids[i : i + 1]) for i, row in enumerate(self._rows)])

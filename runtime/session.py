@@ -196,6 +196,8 @@ class GraphSession:
         """Of float arrays given to this session; where the graph has bf16, which numpy lacks, they are converted."""
         self._bf16 = manifest.float_type == "bf16"
         self.cache_dtype = next((_ELEMENT_TYPES[inputs[name].type] for name in self.cache_shapes), np.float32)
+        self.cache_in_numpy = self.cache_dtype != _ONNX_BFLOAT16
+        """Whether the cache's numbers are of a type that numpy has."""
         logits = next(value for value in self.session.get_outputs() if value.name == "logits")
         self._logits_dtype = _ELEMENT_TYPES[logits.type]
         self._vocabulary = logits.shape[2]
@@ -205,6 +207,14 @@ class GraphSession:
     def to_device(self, arrays: Mapping[str, NDArray[np.generic]]) -> dict[str, Any]:
         """Arrays as values that can be bound again and again without a copy."""
         return {name: self._to_device(array) for name, array in arrays.items()}
+
+    def check_cache(self) -> None:
+        """Raise ReftEdgeError if the graph has no KV cache."""
+        if not self.cache_shapes:
+            raise ReftEdgeError(
+                "this folder's graph has no KV cache, so it can score text (SteeredModel.logits) but not generate; "
+                "export the model again with past_key_values inputs and add ports to that"
+            )
 
     def take_cache(self, batch: int, tokens: int) -> KVCache:
         """An empty cache for at least `tokens` tokens; give it back with `return_cache` when done."""

@@ -24,7 +24,7 @@ from reft_edge.interventions import Interventions
 from reft_edge.manifest import load_manifest
 from reft_edge.models import ModelFolder, load_model
 from reft_edge.places import Place
-from reft_edge.runtime import SteeredModel
+from reft_edge.runtime import Engine, Request, SteeredModel
 from reft_edge.runtime.binding import port_inputs
 from reft_edge.runtime.session import GraphSession
 from reft_edge.steering import steered
@@ -127,6 +127,14 @@ def test_a_growing_cache_generates_what_pytorch_does(cached, source, tiny_model,
         answer = model.stream("Who are you?", name, max_tokens=24)
         answer.text()
         assert answer.tokens == expected[name or "base"]
+    engine = Engine(model, slots=3)
+    prompt = tuple(model.prompts.encode_prompt("Who are you?", "chat"))
+    choices = ({}, {"first": 1.0}, {"everywhere": 1.0}) * 2
+    tickets = [engine.submit(Request(prompt, choice, 24)) for choice in choices]
+    found = [(list(ticket), ticket.tokens)[1] for ticket in tickets]
+    engine.close()
+    assert found == [expected["base"], expected["first"], expected["everywhere"]] * 2
+    assert engine.batch.prefixes.hits >= len(prompt) - 1
 
 
 def test_a_prompt_in_chunks(cached, source, tiny_model, tmp_path):

@@ -15,6 +15,7 @@ from reft_edge.positions import Span
 from reft_edge.runtime import Engine, QueueFullError, Request, Sampling, SteeredModel
 from reft_edge.runtime.binding import decode_edit, decode_inputs, port_inputs
 from reft_edge.runtime.prefix import Prefix, PrefixCache, usable
+from reft_edge.runtime.rows import SeparateRows
 
 CHOICES = [None, "first", "everywhere", {"everywhere": 0.5}, {"first": 1.0, "everywhere": -0.7}]
 PROMPTS = [
@@ -25,12 +26,16 @@ PROMPTS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def model(device_folder):
+@pytest.fixture(scope="module", params=["joined", "separate"])
+def model(request, device_folder):
+    """With rows of a batch in one buffer, and as on a GPU, where each row has a cache of its own."""
     model = SteeredModel(device_folder / "export", device="cpu")
     for name in ("first", "everywhere"):
         model.load_adapter(device_folder / f"{name}.safetensors")
-    return model
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "separate":
+            patch.setattr("reft_edge.runtime.batch.JoinedRows", SeparateRows)
+        yield model
 
 
 def ids(model, prompt):

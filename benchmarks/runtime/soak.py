@@ -1,6 +1,6 @@
 """A long run of the server under everything at once: many adapters, cancels, bad requests, a file replaced under load.
 
-    python benchmarks/soak.py EXPORTED_FOLDER --requests 10000
+    python benchmarks/runtime/soak.py EXPORTED_FOLDER --requests 10000
 
 Random adapters are made for the folder. Every answer that comes back whole is compared with what the model gives for that
 request alone. Exits with 1 if an answer differs, a request is lost, or memory still grows after the first fifth.
