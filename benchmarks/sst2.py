@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from reft_edge.adapter import load_adapter
-from reft_edge.cli import training_bar
+from reft_edge.commands.console import training_bar
 from reft_edge.data import load_dataset
 from reft_edge.export import export_model
 from reft_edge.interventions import Interventions

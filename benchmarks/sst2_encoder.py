@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from reft_edge.adapter import load_adapter
 from reft_edge.classification import LabelledTexts, class_scores, load_labelled, pooled_states
-from reft_edge.cli import training_bar
+from reft_edge.commands.console import training_bar
 from reft_edge.encoders import Tokens, default_pooling, load_encoder, load_text_tokens
 from reft_edge.export import export_model
 from reft_edge.interventions import Interventions

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from reft_edge.cli import training_bar
+from reft_edge.commands.console import training_bar
 from reft_edge.data import load_dataset
 from reft_edge.export import export_model
 from reft_edge.models import PACKAGED, ModelFolder, load_model, load_model_prompts, resolve_model

@@ -10,7 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from reft_edge.adapter import load_adapter
-from reft_edge.cli import app, split_scale
+from reft_edge.cli import app
+from reft_edge.commands.console import split_scale
 from reft_edge.errors import ReftEdgeError
 
 COMMANDS = (

@@ -6,8 +6,9 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from reft_edge import cli
 from reft_edge.adapter import read_config
+from reft_edge.cli import app
+from reft_edge.commands.train import train
 from reft_edge.errors import ReftEdgeError
 from reft_edge.recipes import RECIPES, recipe
 from reft_edge.training import TrainSettings
@@ -26,7 +27,7 @@ def test_recipes_hold_the_papers_figures_and_only_real_options(name):
     values = recipe(name)
     assert values.items() >= FIGURES[name].items()
     assert values["batch_size"] * values["accumulate"] == ROWS_A_STEP[name]
-    parameters = inspect.signature(cli.train).parameters
+    parameters = inspect.signature(train).parameters
     for option, value in values.items():
         assert type(value) is type(parameters[option].default), option
     known = {key: value for key, value in values.items() if key not in ("task", "max_length")}
@@ -36,7 +37,7 @@ def test_recipes_hold_the_papers_figures_and_only_real_options(name):
 def test_an_unknown_recipe_is_refused():
     with pytest.raises(ReftEdgeError, match="commonsense, math, instruct, glue"):
         recipe("soup")
-    done = CliRunner().invoke(cli.app, ["train", "x", "y", "-o", "z", "--recipe", "soup"])
+    done = CliRunner().invoke(app, ["train", "x", "y", "-o", "z", "--recipe", "soup"])
     assert done.exit_code == 2
     assert "soup" in done.output
 
@@ -49,7 +50,7 @@ def test_a_recipe_sets_what_is_not_given_and_prints_all(device_folder, tmp_path,
     own = ["--rank", "2", "--untied", "--max-steps", "1"]
     options = [*chosen, *own] if recipe_first else [*own, *chosen]
     done = CliRunner().invoke(
-        cli.app, ["train", str(device_folder / "hf"), str(rows), "-o", str(output), *options]
+        app, ["train", str(device_folder / "hf"), str(rows), "-o", str(output), *options]
     )
     assert done.exit_code == 0, done.output
     config = read_config(output)
@@ -67,5 +68,5 @@ def test_the_next_command_does_not_inherit_a_recipe(device_folder, tmp_path):
     rows.write_text(json.dumps({"prompt": "Who?", "completion": "ice"}))
     arguments = ["train", str(device_folder / "hf"), str(rows), "-o", str(output), "--max-steps", "1"]
     for extra, rank in ((["--recipe", "math"], 8), ([], 4)):
-        assert CliRunner().invoke(cli.app, [*arguments, *extra]).exit_code == 0
+        assert CliRunner().invoke(app, [*arguments, *extra]).exit_code == 0
         assert read_config(output).rank == rank

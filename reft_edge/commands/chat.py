@@ -1,0 +1,91 @@
+"""`reft-edge chat`: a conversation in the terminal."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from reft_edge.commands.console import plain_errors, split_scale
+from reft_edge.commands.options import (
+    Device,
+    Folder,
+    RepetitionPenalty,
+    Seed,
+    Temperature,
+    Threads,
+    TopK,
+    TopP,
+)
+
+
+def chat(
+    folder: Folder,
+    adapters: Annotated[
+        Path | None, typer.Option(help="A folder of adapter files to switch among.", show_default=False)
+    ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapter",
+            "-a",
+            metavar="FILE[:SCALE]",
+            help="An adapter file to begin with; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option(help="The system prompt.", show_default="the chat template's own")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 512,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    seed: Seed = None,
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Talk with an exported model and switch adapters between turns; /help lists the commands."""
+    with plain_errors():
+        from reft_edge.runtime import Sampling, SteeredModel
+        from reft_edge.runtime.chat import Chat, load_history
+        from reft_edge.runtime.store import AdapterStore
+
+        model = SteeredModel(folder, device, threads)
+        conversation = Chat(
+            model,
+            folder.resolve().name,
+            lambda text: typer.echo(text, nl=False),
+            AdapterStore(model, adapters) if adapters else None,
+            Sampling(temperature, top_k, top_p, 0.0, repetition_penalty, seed),
+            max_tokens,
+        )
+        conversation.system = system
+        loaded = [split_scale(given) for given in adapter or []]
+        conversation.choose([f"{model.load_adapter(path)}:{factor}" for path, factor in loaded])
+        typed = sys.stdin.isatty()
+        save = load_history(_history_file()) if typed else None
+        if typed:
+            typer.echo("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves", err=True)
+        try:
+            while True:
+                try:
+                    line = input(conversation.prompt if typed else "")
+                except KeyboardInterrupt:
+                    typer.echo()
+                    continue
+                if not conversation.take(line):
+                    break
+        except EOFError:
+            if typed:
+                typer.echo()
+        finally:
+            if save is not None:
+                save()
+
+
+def _history_file() -> Path:
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state"
+    return Path(state) / "reft-edge/chat_history"

@@ -1,0 +1,102 @@
+"""What commands have in common: errors without tracebacks, progress bars, tables, JSON."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from reft_edge.errors import ReftEdgeError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Users see what went wrong and what to do, never a traceback."""
+    try:
+        yield
+    except (ReftEdgeError, OSError) as error:
+        typer.secho(f"error: {error}", err=True, fg=typer.colors.RED)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        typer.secho("interrupted", err=True)
+        raise typer.Exit(130) from None
+
+
+@contextmanager
+def extra(name: str) -> Iterator[None]:
+    """Turn a missing package of an extra into the command that installs it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ReftEdgeError(
+            f"this command needs the package {error.name!r}; install it with: pip install 'reft-edge[{name}]'"
+        ) from error
+
+
+@contextmanager
+def training_bar(console: "Console") -> Iterator[Any]:
+    """A progress bar with loss and tokens a second; gives the callback that moves it."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("training", total=None, figures="")
+
+        def on_step(step: Any) -> None:
+            progress.update(
+                task,
+                completed=step.step,
+                total=step.steps,
+                figures=f"loss {step.loss:.4f}  {step.tokens_per_second:,.0f} tokens/s",
+            )
+
+        yield on_step
+
+
+@contextmanager
+def progress_bar(console: "Console", name: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar; gives the callback that moves it on by a count."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(name, total=total)
+        yield lambda count: progress.advance(task, count)
+
+
+def plain(console: "Console") -> Callable[[str], None]:
+    """Print as it stands: paths may hold what rich takes for markup."""
+    return lambda message: console.print(message, markup=False, highlight=False)
+
+
+def print_json(content: dict[str, Any] | list[dict[str, Any]]) -> None:
+    typer.echo(json.dumps(content, default=str))
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+
+
+def split_scale(text: str) -> tuple[Path, float]:
+    """`task.safetensors:0.5` as path and scale; 1 if there is none. Raises ReftEdgeError for a scale that is no number."""
+    path, colon, factor = text.rpartition(":")
+    if not colon or Path(text).exists() or "/" in factor or "\\" in factor:
+        return Path(text), 1.0
+    try:
+        return Path(path), float(factor)
+    except ValueError as error:
+        raise ReftEdgeError(f"cannot read the scale {factor!r} of {text}; write FILE or FILE:0.5") from error

@@ -1,0 +1,135 @@
+"""`reft-edge eval`: accuracy on the rows of a file."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from reft_edge.commands.console import extra, plain, plain_errors, print_json, progress_bar, split_scale
+from reft_edge.commands.options import Json, Threads
+from reft_edge.errors import ReftEdgeError
+
+
+def evaluate_task(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL|DIR",
+            show_default=False,
+            help="A model as for train (PyTorch), or a folder that `reft-edge export` wrote (ONNX Runtime).",
+        ),
+    ],
+    data: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DATA.jsonl",
+            show_default=False,
+            help='Rows like {"prompt": ..., "answer": ...}, with "choices": [...] too, or {"text": ..., "label": ...}.',
+        ),
+    ],
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapter",
+            "-a",
+            metavar="FILE[:SCALE]",
+            show_default=False,
+            help="An adapter file, scaled if you say so; repeatable.",
+        ),
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="choice (the likeliest), number (the last one of a generated text), answer (what it says after "
+            '"the correct answer is") or label.',
+            show_default="as the rows tell",
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first rows.", show_default=False)] = None,
+    raw: Annotated[
+        bool | None,
+        typer.Option(
+            "--raw/--chat",
+            help="Prompts as they stand, or through the chat template.",
+            show_default="as the adapter was trained",
+        ),
+    ] = None,
+    template: Annotated[
+        str,
+        typer.Option(help="What a decoder is asked for a labelled text; holds {text}, {text2} for pairs."),
+    ] = "{text}",
+    word: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="LABEL=WORD",
+            show_default=False,
+            help="How a decoder says a label, spaces included; once a label.",
+        ),
+    ] = None,
+    whole: Annotated[
+        bool, typer.Option("--sum", help="Compare choices by their whole likelihood, not its mean a token.")
+    ] = False,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(help="Most tokens to generate.", show_default="256 for number, 32 for answer"),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows that run together.")] = 8,
+    records: Annotated[
+        Path | None,
+        typer.Option(help="Write what became of every row, for `compare`.", show_default=False),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda.", show_default="cuda if there is one")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="A PyTorch model's arithmetic: fp32, bf16, or auto (bf16 where there is).")
+    ] = "fp32",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Measure the accuracy of a model, with or without adapters, on the rows of DATA."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with plain_errors(), extra("train"):
+        from reft_edge.evaluation import (
+            EvalSettings,
+            evaluate_folder,
+            evaluate_model,
+            load_questions,
+            parse_words,
+            save_records,
+        )
+        from reft_edge.manifest import MANIFEST
+
+        settings = EvalSettings(
+            raw=raw,
+            template=template,
+            words=parse_words(word or []),
+            batch_size=batch_size,
+            max_tokens=max_tokens,
+            normalise=not whole,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            threads=threads,
+        )
+        if records is not None and not records.parent.is_dir():
+            raise ReftEdgeError(f"the folder of {records} does not exist; make it first")
+        questions = load_questions(data, task, limit)
+        adapters = [split_scale(given) for given in adapter or []]
+        with progress_bar(console, "answering", len(questions.rows)) as on_done:
+            if (Path(model) / MANIFEST).is_file():
+                found = evaluate_folder(Path(model), questions, adapters, settings, on_done)
+            else:
+                found = evaluate_model(model, questions, adapters, settings, on_done, plain(console))
+        if records is not None:
+            save_records(found.records, records)
+    if as_json:
+        print_json({name: value for name, value in vars(found).items() if name != "records"})
+        return
+    typer.echo(
+        f"accuracy {found.accuracy:.4f}, 95 % interval {found.low:.4f} to {found.high:.4f}: "
+        f"{found.right:,} of {found.rows:,} rows right, task {found.task}, {found.seconds:,.1f} s"
+    )

@@ -1,0 +1,191 @@
+"""`reft-edge export`: a frozen model to an ONNX graph with intervention ports."""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from reft_edge.commands.console import extra, plain, plain_errors, print_json
+from reft_edge.commands.options import Json, Model, PortLayers
+from reft_edge.errors import ReftEdgeError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from reft_edge.manifest import Manifest
+    from reft_edge.models import ModelFolder
+
+
+def export(
+    model: Model,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="The folder to write; replaced only by a success.", show_default=False
+        ),
+    ] = None,
+    precision: Annotated[str, typer.Option(help="fp32, fp16, bf16, int8 or int4.")] = "fp32",
+    device: Annotated[
+        str, typer.Option(help="What the graph is for: cpu or cuda. Exporting itself needs no GPU.")
+    ] = "cpu",
+    algorithm: Annotated[
+        str,
+        typer.Option(
+            help="How int4 and int8 weights are rounded: rtn, k_quant, k_quant_mixed, or gguf, which keeps a GGUF file's "
+            "own blocks; auto is gguf where there are such blocks, else k_quant_mixed for int4, k_quant for int8."
+        ),
+    ] = "auto",
+    block_size: Annotated[
+        int, typer.Option(help="Weights that share a scale in int4 and int8: 16, 32, 64, 128 or 256.")
+    ] = 32,
+    accuracy_level: Annotated[
+        int,
+        typer.Option(
+            help="Activations of int4 and int8 products on a CPU: 4 rounds them to int8, 1 does not (slower)."
+        ),
+    ] = 4,
+    layers: PortLayers = "all",
+    components: Annotated[
+        str,
+        typer.Option(
+            help="What of each layer gets a port: block, attention, mlp, joined with commas. Each costs a little time."
+        ),
+    ] = "block",
+    report: Annotated[
+        bool,
+        typer.Option(
+            "--report", help="Write nothing; try every precision and print what it costs and gives here."
+        ),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Export frozen MODEL to ONNX with intervention ports, and check it against PyTorch.
+
+    Done once a model: every adapter for it then runs in the same folder.
+    """
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with plain_errors(), extra("export"):
+        from reft_edge.export import Quantisation, export_model
+        from reft_edge.models import resolve_model
+
+        if (output is None) != report:
+            raise ReftEdgeError(
+                "--report writes no folder; leave -o away"
+                if report
+                else "give the folder to write with -o DIR"
+            )
+        started = time.perf_counter()
+        folder = resolve_model(model, plain(console))
+        if output is None:
+            _print_report(folder, device, layers, console, as_json)
+            return
+        with console.status(f"exporting {folder.name}") as status:
+            manifest = export_model(
+                folder,
+                output,
+                precision,
+                layers,
+                report=lambda step: status.update(f"{step} …"),
+                components=[part.strip() for part in components.split(",")],
+                device=device,
+                quantisation=Quantisation(algorithm, block_size, accuracy_level),
+            )
+    size = sum(file.stat().st_size for file in output.iterdir() if file.is_file())
+    if as_json:
+        print_json(
+            {
+                "path": str(output),
+                "size": size,
+                "seconds": time.perf_counter() - started,
+                **{
+                    name: getattr(manifest, name)
+                    for name in (
+                        "base_fingerprint",
+                        "precision",
+                        "device",
+                        "quantisation",
+                        "layers",
+                        "components",
+                        "verification",
+                    )
+                },
+            }
+        )
+        return
+    figures = manifest.verification
+    if manifest.kind == "encoder":
+        _print_encoder_figures(output, size, time.perf_counter() - started, manifest)
+        return
+    typer.echo(
+        f"wrote {output}: {size / 1e6:,.0f} MB, {precision}, ports at {len(manifest.layers)} layers, "
+        f"{time.perf_counter() - started:.0f} s"
+    )
+    same = "" if precision == "fp32" else " with the same rounded weights"
+    typer.echo(f"verified against PyTorch{same}, logits at every token of a few prompts:")
+    typer.echo(
+        f"  no adapter              max difference {figures['base_error']:.2g}; "
+        "bitwise equal to the graph without ports"
+    )
+    typer.echo(
+        f"  adapter at every port   max difference {figures['steered_error']:.2g}, where it moves logits by "
+        f"{figures['effect']:.0f}"
+    )
+    typer.echo(
+        f"  likeliest next token    that of the original model at {figures['agreement']:.0%} of tokens"
+    )
+
+
+def _print_report(folder: "ModelFolder", device: str, layers: str, console: "Console", as_json: bool) -> None:
+    from rich.table import Table
+
+    from reft_edge.export.report import compare_precisions
+
+    with console.status(f"measuring {folder.name}") as status:
+        choices = list(compare_precisions(folder, device, layers, lambda step: status.update(f"{step} …")))
+    if as_json:
+        print_json([vars(choice) for choice in choices])
+        return
+    table = Table(title=f"{folder.name} on {device}")
+    table.add_column("precision", no_wrap=True)
+    for heading in (
+        "MB",
+        "perplexity",
+        "fp32's\nnext token",
+        "with\nadapter",
+        "decode\ntokens/s",
+        "with\nadapter",
+    ):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for choice in choices:
+        table.add_row(
+            choice.name,
+            f"{choice.size / 1e6:,.0f}",
+            f"{choice.perplexity:.2f}",
+            f"{choice.agreement:.1%}",
+            f"{choice.steered_agreement:.1%}",
+            f"{choice.decode:.1f}",
+            f"{choice.steered_decode:.1f}",
+        )
+    from rich.console import Console
+
+    Console().print(table)
+
+
+def _print_encoder_figures(output: Path, size: int, seconds: float, manifest: "Manifest") -> None:
+    figures = manifest.verification
+    typer.echo(
+        f"wrote {output}: {size / 1e6:,.0f} MB, an encoder, ports at {len(manifest.layers)} layers, {seconds:.0f} s"
+    )
+    typer.echo("verified against PyTorch, hidden states at every token of a few texts:")
+    typer.echo(
+        f"  no adapter              max difference {figures['base_error']:.2g}; "
+        "as written, bitwise equal to the graph without ports"
+    )
+    typer.echo(
+        f"  adapter at every port   max difference {figures['steered_error']:.2g}, where it moves them by "
+        f"{figures['effect']:.1f}"
+    )
+    typer.echo(f"  in a padded batch       max difference {figures['batch_error']:.2g} from each text alone")

