@@ -75,7 +75,11 @@ class Rotation(nn.Module):
         signed = torch.cat(
             [columns[..., :rank, :] * self.base_signs[..., None], columns[..., rank:, :]], dim=-2
         )
-        return _reflect(self.base_vectors, signed).mT
+        return self.moved(signed).mT
+
+    def moved(self, columns: Tensor) -> Tensor:
+        """The base's reflections of `columns [..., d, n]`."""
+        return _reflect(self.base_vectors, columns)
 
 
 class Interventions(nn.Module):

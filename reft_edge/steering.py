@@ -165,14 +165,21 @@ class Steering:
                 if place not in interventions.config.places:
                     continue
                 index = interventions.config.places.index(place)
-                for group, tokens in enumerate(self._step.tokens[number]):
-                    if tokens.numel() == 0:
-                        continue
-                    h = flat.index_select(0, tokens).float()
-                    delta = self._step.weights[number].delta(h, index, group, interventions.act) * scale
-                    before = edited.index_select(0, tokens).float() if edited is not flat else h
-                    after = interventions.dropout(before + delta).to(hidden.dtype)
-                    edited = edited.index_copy(0, tokens, after)
+                groups, weights = self._step.tokens[number], self._step.weights[number]
+                tokens = torch.cat(groups)
+                if tokens.numel() == 0:
+                    continue
+                rows = flat.index_select(0, tokens).float()
+                delta = torch.cat(
+                    [
+                        weights.delta(h, index, group, interventions.act)
+                        for group, h in enumerate(rows.split([len(group) for group in groups]))
+                    ]
+                )
+                delta = delta * scale if scale != 1 else delta
+                if interventions.dropout.p and interventions.training:
+                    delta = interventions.dropout(rows + delta) - rows
+                edited = edited.index_add(0, tokens, delta.to(hidden.dtype))
         return edited.view_as(hidden)
 
 

@@ -5,7 +5,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +18,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from reft_edge.adapter import AdapterConfig, save_adapter
+from reft_edge.arithmetic import quick_attention, rounded_once
 from reft_edge.classification import LabelledText, LabelledTexts, class_scores
 from reft_edge.data import Dataset, Example
 from reft_edge.errors import ReftEdgeError
@@ -302,7 +303,10 @@ def train(
             checkpoint.save(trainer)
         on_step(step)
 
-    with frozen(model), steered(model, (trainer.interventions, 1.0)) as steering:
+    with (
+        frozen(model, trainer.autocast),
+        steered(model, (trainer.interventions, 1.0)) as steering,
+    ):
         try:
             trainer.run(steering, after_step)
         except KeyboardInterrupt:
@@ -456,13 +460,17 @@ def batch_loss(
 
 
 @contextmanager
-def frozen(model: Any) -> Iterator[None]:
-    """Inside the block, no parameter of the model takes a gradient and the model is in evaluation mode."""
+def frozen(model: Any, autocast: bool = False) -> Iterator[None]:
+    """Inside the block, no parameter of the model takes a gradient and the model is in evaluation mode.
+
+    With `autocast` its linear layers hold bfloat16 weights.
+    """
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     training = model.training
     model.requires_grad_(False).eval()
     try:
-        yield
+        with rounded_once(model) if autocast else nullcontext(), quick_attention(model):
+            yield
     finally:
         model.train(training)
         for parameter, required in before:
