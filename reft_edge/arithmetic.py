@@ -1,11 +1,15 @@
-"""How a frozen base computes in training: weights rounded once for bfloat16, attention by what is faster on a CPU."""
+"""How a frozen base computes in training: weights rounded once, attention, compiled blocks, activations kept or not."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from reft_edge.errors import ReftEdgeError
+from reft_edge.steering import decoder_layers
 
 SHORT = 200
 """Tokens a row below which plain matrix products are faster than torch's fused attention on CPUs (measured: torch 2.13)."""
@@ -52,3 +56,48 @@ def quick_attention(model: Any) -> Iterator[None]:
     finally:
         handle.remove()
         config._attn_implementation = before
+
+
+def checkpointed(model: Any) -> AbstractContextManager[None]:
+    """Inside the block, a block keeps only its input for the backward pass and then computes the rest again."""
+
+    def again(forward: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    return _blocks_run_by(again, model)
+
+
+@contextmanager
+def compiled(model: Any) -> Iterator[None]:
+    """Inside the block, the model's blocks are compiled, one code for all of them; edits stay outside, in their hooks.
+
+    Raises ReftEdgeError where torch.compile has no compiler to work with.
+    """
+    if next(model.parameters()).device.type == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler as error:
+            raise ReftEdgeError(
+                "--compile needs a C++ compiler, such as g++; install one, or leave it out"
+            ) from error
+    with _blocks_run_by(torch.compile, model):
+        yield
+
+
+@contextmanager
+def _blocks_run_by(run: Callable[[Callable[..., Any]], Callable[..., Any]], model: Any) -> Iterator[None]:
+    blocks = list(decoder_layers(model))
+    own = [vars(block).get("forward") for block in blocks]
+    for block in blocks:
+        block.forward = run(block.forward)
+    try:
+        yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward

@@ -85,11 +85,12 @@ class Steering:
         edited = sorted(
             {place for interventions, _ in self.adapters for place in interventions.config.places}
         )
-        modules = [component_module(blocks[place.layer], place.component) for place in edited]
+        self.modules = [component_module(blocks[place.layer], place.component) for place in edited]
+        """Those whose outputs are edited."""
         self._handles = [model.register_forward_pre_hook(self._begin, with_kwargs=True)]
         self._handles += [
             module.register_forward_hook(self._hook(place))
-            for module, place in zip(modules, edited, strict=True)
+            for module, place in zip(self.modules, edited, strict=True)
         ]
 
     def remove(self) -> None:

@@ -15,7 +15,7 @@ from reft_edge.models import ModelFolder, load_model
 from reft_edge.prompts import load_prompts
 from reft_edge.runtime import SteeredModel
 from reft_edge.steering import steered
-from reft_edge.training import Trainer, TrainSettings, batch_loss, curve, evaluate, rate, train
+from reft_edge.training import Execution, Trainer, TrainSettings, batch_loss, curve, evaluate, rate, train
 from tests.tiny import make_model
 from tests.torch_reference import logits, random_adapter
 
@@ -197,7 +197,7 @@ def test_rows_of_an_epoch_are_all_seen_once(model, data):
         CPU,
     )
     assert trainer.steps == 6
-    epochs = [[row for step in range(start, start + 3) for row in trainer._rows(step)] for start in (0, 3)]
+    epochs = [[row for step in range(start, start + 3) for row in trainer.rows(step)] for start in (0, 3)]
     for epoch in epochs:
         assert sorted(map(repr, epoch)) == sorted(map(repr, data.examples))
     assert epochs[0] != epochs[1]
@@ -293,7 +293,7 @@ def test_bad_settings(model, data, tmp_path, changes, message):
 @pytest.mark.parametrize("device", ["tpu9", "cuda:77"])
 def test_bad_devices(model, data, tmp_path, device):
     with pytest.raises(ReftEdgeError, match=f"cannot train on device '{device}'"):
-        train(model, "tiny", data, tmp_path / "a", settings(), device=device)
+        train(model, "tiny", data, tmp_path / "a", settings(), execution=Execution(device=device))
 
 
 def test_a_missing_folder_is_found_before_training(model, data, tmp_path):

@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ def reft_edge(job: Job, report: Report) -> None:
     import torch
 
     from reft_edge.adapter import load_adapter
+    from reft_edge.arithmetic import compiled
     from reft_edge.data import Dataset, Example
     from reft_edge.interventions import Interventions
     from reft_edge.models import ModelFolder, load_model
@@ -36,7 +38,11 @@ def reft_edge(job: Job, report: Report) -> None:
     interventions = Interventions.from_adapter(load_adapter(Path(job["adapter"])))
     trainer = Trainer(model, interventions, settings, rows, torch.device("cpu"))
     clock = Clock(report)
-    with frozen(model, trainer.autocast), steered(model, (trainer.interventions, 1.0)) as steering:
+    with (
+        frozen(model, trainer.autocast),
+        compiled(model) if job["compiled"] else nullcontext(),
+        steered(model, (trainer.interventions, 1.0)) as steering,
+    ):
         clock.wait()
 
         def on_step(step: StepReport) -> None:

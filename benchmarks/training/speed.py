@@ -18,11 +18,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from stage import Side, prepare
+from stage import Side, prepare, report_tokens
 
-import reft_edge.export
 from reft_edge.data import Example
-from reft_edge.models import load_model_prompts, resolve_model
+from reft_edge.models import resolve_model
 from reft_edge.training import TrainSettings
 
 
@@ -37,12 +36,18 @@ def main() -> None:
     parser.add_argument("--completion-tokens", type=int, default=10)
     parser.add_argument("--steps", type=int, default=8, help="the first is warm-up")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--sides", nargs="+", default=["pyreft", "reft-edge fp32", "reft-edge bf16"])
+    parser.add_argument(
+        "--sides",
+        nargs="+",
+        default=[
+            "pyreft",
+            *(f"reft-edge {how}" for how in ("fp32", "fp32 compiled", "bf16", "bf16 compiled")),
+        ],
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     source = resolve_model(options.model)
-    text = Path(reft_edge.export.__file__).with_name("report_text.txt").read_text(encoding="utf-8")
-    tokens = load_model_prompts(source).encode_raw(text)
+    tokens = report_tokens(source)
     length = options.prompt_tokens + options.completion_tokens
     rows = [windows(tokens[start : start + length], options.prompt_tokens)
             for start in range(0, len(tokens) - length, 7)]  # fmt: skip
@@ -62,8 +67,8 @@ def main() -> None:
         for name in options.sides:
             work = Path(temporary) / name
             work.mkdir()
-            kind, _, dtype = name.partition(" ")
-            job = prepare(source, rows, replace(settings, dtype=dtype or "fp32"), options.threads, work)
+            kind, dtype, *compiled = [*name.split(), "fp32"][: len(name.split()) + (" " not in name)]
+            job = prepare(source, rows, replace(settings, dtype=dtype), options.threads, work, bool(compiled))
             python = str(options.pyreft / "bin/python") if kind == "pyreft" else sys.executable
             sides[name] = Side(kind, python, job, work / "log")
         found: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
@@ -77,7 +82,15 @@ def main() -> None:
         print(json.dumps({"figures": figures, "steps": found}))
         return
     reference = next(iter(figures.values()))
-    table = Table("", "s a step", "steps/s, x", "peak MB", "peak, x", "loss", title=f"{source.name}, {options.rows} rows of {length} tokens")
+    table = Table(
+        "",
+        "s a step",
+        "steps/s, x",
+        "peak MB",
+        "peak, x",
+        "loss",
+        title=f"{source.name}, {options.rows} rows of {length} tokens",
+    )
     for name, row in figures.items():
         table.add_row(
             name,

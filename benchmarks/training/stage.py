@@ -10,16 +10,30 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+import reft_edge.export
 from reft_edge.adapter import save_adapter
 from reft_edge.data import Dataset, Example
 from reft_edge.interventions import Interventions, Rotation
-from reft_edge.models import ModelFolder, load_model
+from reft_edge.models import ModelFolder, load_model, load_model_prompts
 from reft_edge.training import Trainer, TrainSettings, adapter_config
 
+TEXT = Path(reft_edge.export.__file__).with_name("report_text.txt")
 CONTENDER = Path(__file__).with_name("contender.py")
 
 
-def prepare(source: ModelFolder, rows: list[Example], settings: TrainSettings, threads: int, work: Path) -> Path:
+def report_tokens(source: ModelFolder) -> list[int]:
+    """A text that ships with reft-edge, as the model's tokens."""
+    return load_model_prompts(source).encode_raw(TEXT.read_text(encoding="utf-8"))
+
+
+def prepare(
+    source: ModelFolder,
+    rows: list[Example],
+    settings: TrainSettings,
+    threads: int,
+    work: Path,
+    compiled: bool = False,
+) -> Path:
     """A job file: weights, an initial adapter, its rotations' charts for pyreft, and every step's batch."""
     model = load_model(source)
     config = adapter_config(model, source.name, settings)
@@ -31,7 +45,7 @@ def prepare(source: ModelFolder, rows: list[Example], settings: TrainSettings, t
     start["base"] = whole_base(interventions.rotation)
     save_file(start, work / "start.safetensors")
     trainer = Trainer(model, interventions, settings, Dataset(rows, 0, ""), torch.device("cpu"))
-    batches = [trainer._rows(step) for step in range(trainer.steps)]
+    batches = [trainer.rows(step) for step in range(trainer.steps)]
     job = {
         "model": str(source.path),
         "rope_theta": model.config.rope_parameters["rope_theta"],
@@ -40,6 +54,7 @@ def prepare(source: ModelFolder, rows: list[Example], settings: TrainSettings, t
         "layers": config.layers,
         "settings": asdict(settings),
         "threads": threads,
+        "compiled": compiled,
         "rows": [(row.prompt, row.completion) for row in rows],
         "batches": [[(row.prompt, row.completion) for row in batch] for batch in batches],
     }
