@@ -101,13 +101,16 @@ class Processes:
         return fully_shard(model, mesh=mesh)
 
 
+ALONE = Processes()
+
+
 def launched_processes(device: str | None) -> Processes:
     """The processes of this launch, by the environment that `accelerate launch` or torchrun sets.
 
     Raises ReftEdgeError if a launch of several processes names one device, or accelerate is too old or missing.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return Processes()
+        return ALONE
     if device not in (None, "cpu"):
         raise ReftEdgeError(
             f"--device {device} is one device for {os.environ['WORLD_SIZE']} processes; leave it out, each takes its own"

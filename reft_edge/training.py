@@ -19,7 +19,7 @@ from reft_edge.arithmetic import checkpointed, compiled, quick_attention, rounde
 from reft_edge.checkpoint import Checkpoint
 from reft_edge.classification import LabelledText, LabelledTexts, class_scores
 from reft_edge.data import Dataset, Example
-from reft_edge.distributed import Processes
+from reft_edge.distributed import ALONE, Processes
 from reft_edge.errors import ReftEdgeError
 from reft_edge.fingerprint import fingerprint
 from reft_edge.graph_weights import use_exported_weights
@@ -143,7 +143,7 @@ class Execution:
 
     device: str | None = None
     """A torch device; by default CUDA where there is one. Several processes choose their own."""
-    processes: Processes = Processes()
+    processes: Processes = ALONE
     profile: bool = False
     """Measure where the time of a step goes."""
     checkpointing: bool = False
@@ -159,7 +159,7 @@ class Execution:
         return found
 
 
-_ALONE = Execution()
+_PLAIN = Execution()
 
 
 @dataclass
@@ -171,7 +171,7 @@ class Trainer:
     settings: TrainSettings
     data: Data
     device: torch.device
-    processes: Processes = Processes()
+    processes: Processes = ALONE
     profile: Profile | None = None
     step: int = 0
 
@@ -291,7 +291,7 @@ def train(
     evaluation: Data | None = None,
     resume: bool = False,
     save_every: int = 50,
-    execution: Execution = _ALONE,
+    execution: Execution = _PLAIN,
     base_weights: Path | None = None,
     report: Callable[[str], None] = lambda message: None,
     on_step: Callable[[StepReport], None] = lambda step: None,
