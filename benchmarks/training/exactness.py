@@ -3,7 +3,7 @@
     python benchmarks/training/exactness.py PYREFT
 
 PYREFT is an environment with pyreft, as benchmarks/runtime/environments.sh makes it. LoReFT and DiReFT, untied and tied,
-f7+l7, fp32, dropout off, AdamW with the same clipping; prompts of 5 to 40 tokens, so that some are shorter than the 14
+f7+l7, fp32, dropout off, AdamW with the same clipping; prompts of 5 to 24 tokens, so that some are shorter than the 14
 edited positions. Printed is the largest relative difference of a step's loss; exits with 1 if one is over --limit.
 """
 
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("pyreft", type=Path, help="environment with pyreft")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
@@ -73,11 +73,11 @@ def main() -> None:
 
 
 def some_rows(tokens: list[int]) -> list[Example]:
-    """Prompts of 5 to 40 tokens and completions of 1 to 8, cut from a text."""
+    """Prompts of 5 to 24 tokens and completions of 1 to 8, cut from a text."""
     random = np.random.default_rng(0)
     rows, at = [], 0
-    while at + 48 < len(tokens):
-        prompt, completion = int(random.integers(5, 41)), int(random.integers(1, 9))
+    while at + 32 < len(tokens):
+        prompt, completion = int(random.integers(5, 25)), int(random.integers(1, 9))
         middle = at + prompt
         rows.append(Example(tuple(tokens[at:middle]), tuple(tokens[middle : middle + completion])))
         at += 11
