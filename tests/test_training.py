@@ -277,7 +277,7 @@ def test_a_loss_that_is_not_finite_stops_with_a_reason(model, data, tmp_path):
     assert not (tmp_path / "a").exists()
 
 
-def test_an_R_that_is_not_orthonormal_stops_the_training(model, data, tmp_path, monkeypatch):
+def test_a_rotation_that_is_not_orthonormal_stops_the_training(model, data, tmp_path, monkeypatch):
     """As it would be under a parametrisation that drifts: found at the next check, and nothing is written."""
     rotations, steps = [], []
     monkeypatch.setattr(
@@ -296,7 +296,7 @@ def test_an_R_that_is_not_orthonormal_stops_the_training(model, data, tmp_path, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_weight_decay_leaves_R_orthonormal(model, data, tmp_path):
+def test_weight_decay_leaves_the_rotation_orthonormal(model, data, tmp_path):
     run(model, data, tmp_path / "a", max_steps=8, weight_decay=0.1)
     run(model, data, tmp_path / "b", max_steps=8)
     decayed, plain = (load_adapter(tmp_path / name).tensors for name in "ab")
