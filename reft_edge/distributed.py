@@ -63,7 +63,7 @@ class Processes:
             [torch.tensor([loss], device=gradients[0].device), *(g.flatten() for g in gradients)]
         )
         total: Tensor = self.accelerator.reduce(flat, reduction="sum")
-        parts = total[1:].split([gradient.numel() for gradient in gradients])
+        parts = torch.split(total[1:], [gradient.numel() for gradient in gradients])
         for parameter, part in zip(parameters, parts, strict=True):
             parameter.grad = part.view_as(parameter).clone()
         return float(total[0])

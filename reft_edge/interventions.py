@@ -41,7 +41,8 @@ class Weights:
             z = z - h @ C.mT
         if c is not None:
             z = z - c
-        return z @ B
+        edit: Tensor = z @ B
+        return edit
 
     @cached_property
     def _parts(self) -> list[Any]:

@@ -66,7 +66,7 @@ def watched(model: Any, steering: Steering, profile: Profile) -> Iterator[None]:
     def when_gradient_comes(output: Any, section: str) -> None:
         tensor = _first_tensor(output)
         if tensor.requires_grad:
-            tensor.register_hook(to(section))
+            tensor.register_hook(to(section))  # type: ignore[no-untyped-call]
 
     def before_edit(module: nn.Module, args: Any, output: Any) -> None:
         profile.switch("interventions")

@@ -174,7 +174,7 @@ class Steering:
                 delta = torch.cat(
                     [
                         weights.delta(h, index, group, interventions.act)
-                        for group, h in enumerate(rows.split([len(group) for group in groups]))
+                        for group, h in enumerate(torch.split(rows, [len(group) for group in groups]))
                     ]
                 )
                 delta = delta * scale if scale != 1 else delta
