@@ -12,13 +12,12 @@ import json
 import statistics
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from stage import Side, prepare, report_tokens
+from stage import Side, prepare, report_tokens, variant
 
 from reft_edge.data import Example
 from reft_edge.models import resolve_model
@@ -63,14 +62,14 @@ def main() -> None:
         dtype="fp32",
     )
     with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary)
+        job = prepare(source, rows, settings, options.threads, work)
         sides = {}
         for name in options.sides:
-            work = Path(temporary) / name
-            work.mkdir()
-            kind, dtype, *compiled = [*name.split(), "fp32"][: len(name.split()) + (" " not in name)]
-            job = prepare(source, rows, replace(settings, dtype=dtype), options.threads, work, bool(compiled))
+            kind, *how = name.split()
+            mine = variant(job, name, "bf16" if "bf16" in how else "fp32", "compiled" in how)
             python = str(options.pyreft / "bin/python") if kind == "pyreft" else sys.executable
-            sides[name] = Side(kind, python, job, work / "log")
+            sides[name] = Side(kind, python, mine, work / f"{name}.log")
         found: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
         for _ in range(options.steps):
             for name, side in sides.items():

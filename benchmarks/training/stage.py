@@ -32,7 +32,6 @@ def prepare(
     settings: TrainSettings,
     threads: int,
     work: Path,
-    compiled: bool = False,
 ) -> Path:
     """A job file: weights, an initial adapter, its rotations' charts for pyreft, and every step's batch."""
     model = load_model(source)
@@ -54,12 +53,22 @@ def prepare(
         "layers": config.layers,
         "settings": asdict(settings),
         "threads": threads,
-        "compiled": compiled,
+        "compiled": False,
         "rows": [(row.prompt, row.completion) for row in rows],
         "batches": [[(row.prompt, row.completion) for row in batch] for batch in batches],
     }
     path = work / "job.json"
     path.write_text(json.dumps(job))
+    return path
+
+
+def variant(job: Path, name: str, dtype: str, compiled: bool) -> Path:
+    """The same job in other arithmetic."""
+    changed = json.loads(job.read_text())
+    changed["settings"]["dtype"] = dtype
+    changed["compiled"] = compiled
+    path = job.with_name(f"{name}.json")
+    path.write_text(json.dumps(changed))
     return path
 
 
