@@ -4,7 +4,8 @@
 
 PYREFT is an environment with pyreft, as benchmarks/runtime/environments.sh makes it. LoReFT and DiReFT, untied and tied,
 f7+l7, fp32, dropout off, AdamW with the same clipping; prompts of 5 to 24 tokens, so that some are shorter than the 14
-edited positions. Printed is the largest relative difference of a step's loss; exits with 1 if one is over --limit.
+edited positions; the learning rate is the paper's. AdamW divides by a gradient's size and so enlarges rounding where a gradient
+is nearly zero: differences grow with the steps, the more so the larger the learning rate and the smaller the batch. Printed is the largest relative difference of a step's loss; exits with 1 if one is over --limit.
 """
 
 import argparse
@@ -33,7 +34,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--batch-size", type=int, default=2)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, default=9e-4)
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--limit", type=float, default=1e-3)
