@@ -67,6 +67,6 @@ def test_options_named_in_the_text_exist():
     assert missing == []
 
 
-@pytest.mark.parametrize("script", re.findall(r"python (benchmarks/\w+\.py)", README))
+@pytest.mark.parametrize("script", re.findall(r"python (benchmarks/[\w/]+\.py)", README))
 def test_benchmarks_named_exist(script):
     assert (ROOT / script).is_file()
