@@ -128,7 +128,7 @@ def test_wrong_descriptions(saved: Path, changes: dict[str, Any], message: str) 
 
 def test_wrong_format_and_version(saved: Path) -> None:
     for key, value, message in [
-        ("version", "2", "this reft-edge reads version '1'"),
+        ("version", "3", "this reft-edge reads versions 1 and 2"),
         ("format", "peft", "does not say format"),
         ("adapter", "{", "not valid JSON"),
         ("adapter", "[]", "not a JSON object"),
