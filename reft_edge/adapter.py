@@ -350,7 +350,9 @@ def _check_layout(header: dict[str, Any], config: AdapterConfig, version: str, d
     for name, (dtype, shape) in expected.items():
         entry = header[name]
         if not isinstance(entry, dict) or entry.get("dtype") != dtype or entry.get("shape") != list(shape):
-            found = f"{entry.get('dtype')} {entry.get('shape')}" if isinstance(entry, dict) else repr(entry)
+            found = (
+                f"{entry.get('dtype')!r} {entry.get('shape')!r}" if isinstance(entry, dict) else repr(entry)
+            )
             raise AdapterFileError(
                 f"tensor {name} is declared as {found:.200}; expected {dtype} {list(shape)}"
             )

@@ -154,8 +154,8 @@ def test_wrong_tensors(saved: Path) -> None:
     cases = [
         (lambda h: h.pop("b"), "missing: .*b"),
         (lambda h: h.update(extra=h["b"]), "unexpected: .*extra"),
-        (lambda h: h["b"].update(dtype="F16"), "declared as F16"),
-        (lambda h: h["R"].update(shape=h["R"]["shape"][::-1]), "declared as F32"),
+        (lambda h: h["b"].update(dtype="F16"), "declared as 'F16'"),
+        (lambda h: h["R"].update(shape=h["R"]["shape"][::-1]), "declared as 'F32'"),
         (lambda h: h["W"].update(data_offsets=h["R"]["data_offsets"]), "not a usable adapter"),
         (lambda h: h.update(W=[1]), "declared as"),
         (lambda h: h.pop("__metadata__"), "does not say format"),

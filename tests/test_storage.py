@@ -163,10 +163,10 @@ def test_headers_that_do_not_fit(tmp_path: Path) -> None:
     refused(lambda h: h["__metadata__"].update(version="1"), "unexpected: .*R.scale", "int8")
     refused(lambda h: h.pop("R.scale"), "missing: .*R.scale", "int8")
     refused(lambda h: h["R"].update(dtype="I8"), "missing: ", "fp16")
-    refused(lambda h: h["W"].update(dtype="BF16"), "declared as BF16", "fp16")
-    refused(lambda h: h["W"].update(dtype="U8"), "declared as U8", "int8")
-    refused(lambda h: h["b"].update(dtype="F16"), "declared as F16", "fp16")
-    refused(lambda h: h["R.scale"].update(shape=[12]), "declared as F32", "int8")
+    refused(lambda h: h["W"].update(dtype="BF16"), "declared as 'BF16'", "fp16")
+    refused(lambda h: h["W"].update(dtype="U8"), "declared as 'U8'", "int8")
+    refused(lambda h: h["b"].update(dtype="F16"), "declared as 'F16'", "fp16")
+    refused(lambda h: h["R.scale"].update(shape=[12]), "declared as 'F32'", "int8")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -1.0, 1e38])
