@@ -254,7 +254,7 @@ def content_digest(stored: StoredAdapter) -> str:
             add(b"metadata", name.encode(), value.encode())
     for name, tensor in sorted(stored.tensors.items()):
         shape = ",".join(map(str, tensor.shape))
-        data = memoryview(np.ascontiguousarray(tensor)).cast("B")
+        data = np.ascontiguousarray(tensor).data.cast("B")
         add(b"tensor", name.encode(), tensor.dtype.name.encode(), shape.encode(), data)
     return digest.hexdigest()
 

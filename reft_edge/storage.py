@@ -74,7 +74,7 @@ def decode(stored: Mapping[str, NDArray[np.generic]]) -> dict[str, Array]:
         if name.endswith(SCALE):
             continue
         if tensor.dtype == np.int8:
-            scale = stored[name + SCALE]
+            scale = np.asarray(stored[name + SCALE], np.float32)
             if not np.isfinite(scale).all() or (scale < 0).any():
                 raise AdapterFileError(
                     f"tensor {name}{SCALE} holds what is no scale: NaN, infinity or less than 0"
