@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -68,23 +69,16 @@ def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def make_adapter(kind: str, **fields: object) -> Adapter:
-    config = AdapterConfig(
-        kind,
-        "base",
-        "0" * 16,
-        8,
-        4,
-        (0, 2),
-        1 if kind == "steering" else 2,
-        "f2+l2",
-        **fields,  # type: ignore[arg-type]
-    )
+def make_adapter(
+    kind: str, positions: str = "f2+l2", layers: tuple[int, ...] = (0, 2), **fields: Any
+) -> Adapter:
+    rank = 1 if kind == "steering" else 2
+    config = AdapterConfig(kind, "base", "0" * 16, 8, 4, layers, rank, positions, **fields)
     random = np.random.default_rng(0)
-    return Adapter(
-        config,
-        {name: random.normal(size=shape).astype(np.float32) for name, shape in config.shapes().items()},
-    )
+    tensors = {name: random.normal(size=shape).astype(np.float32) for name, shape in config.shapes().items()}
+    if "R" in tensors:
+        tensors["R"] = np.linalg.qr(tensors["R"].swapaxes(-1, -2))[0].swapaxes(-1, -2).copy()
+    return Adapter(config, tensors)
 
 
 def test_key() -> PrivateKey:
@@ -135,9 +129,8 @@ def adapter_target(folder: Path) -> Target:
     return Target(read, seeds, len(seeds))
 
 
-def manifest_target(folder: Path) -> Target:
-    """The manifest of an exported folder."""
-    manifest = Manifest(
+def make_manifest() -> Manifest:
+    return Manifest(
         base_name="base",
         base_fingerprint="0" * 16,
         architecture="llama",
@@ -152,7 +145,11 @@ def manifest_target(folder: Path) -> Target:
         verification={"max_difference": 1e-5},
         versions={"onnxruntime": "1.20"},
     )
-    save_manifest(manifest, folder)
+
+
+def manifest_target(folder: Path) -> Target:
+    """The manifest of an exported folder."""
+    save_manifest(make_manifest(), folder)
     seed = (folder / MANIFEST).read_bytes()
     encoder = json.dumps({**json.loads(seed), "kind": "encoder", "components": ["block", "mlp"]}).encode()
 
