@@ -1,4 +1,4 @@
-"""Fuzz one target with libFuzzer's options: python fuzz/fuzz_one.py TARGET CORPUS [-max_total_time=60 ...]."""
+"""Fuzz one target with libFuzzer's options, or run one input: python fuzz/fuzz_one.py TARGET CORPUS|FILE [-max_total_time=60 ...]."""
 
 import sys
 from pathlib import Path
@@ -22,9 +22,10 @@ def libfuzzers(content: bytes, limit: int) -> bytes:
 def main() -> None:
     name, corpus = sys.argv[1:3]
     target = make_target(name)
-    Path(corpus).mkdir(parents=True, exist_ok=True)
-    for number, seed in enumerate(target.seeds):
-        (Path(corpus) / f"seed-{number}").write_bytes(seed)
+    if not Path(corpus).is_file():
+        Path(corpus).mkdir(parents=True, exist_ok=True)
+        for number, seed in enumerate(target.seeds):
+            (Path(corpus) / f"seed-{number}").write_bytes(seed)
     options = {}
     if name in FRAMES:
         options["custom_mutator"] = mutator(FRAMES[name], libfuzzers)
