@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from reft_edge.errors import ReftEdgeError
+
 sys.path.insert(0, str(Path(__file__).parent.parent / "fuzz"))
 from harness import SECONDS, attempt
 from mutate import FRAMES
@@ -57,17 +59,17 @@ def test_the_harness_notices() -> None:
     def crash(content: bytes) -> None:
         raise KeyError("x")
 
-    def escape(content: bytes) -> None:
-        from reft_edge.errors import ReftEdgeError
-
-        raise ReftEdgeError("\x1b[2J")
+    def tell(content: bytes) -> None:
+        raise ReftEdgeError(content.decode())
 
     def swell(content: bytes) -> None:
         bytearray(1 << 30)[:: 1 << 12] = b"x" * (1 << 18)
 
     with pytest.raises(KeyError):
         attempt(crash, b"")
-    with pytest.raises(AssertionError, match="a terminal cannot show"):
-        attempt(escape, b"")
+    with pytest.raises(AssertionError, match="an error of 5000 characters"):
+        attempt(tell, b"x" * 5000)
+    assert not attempt(tell, b"\x1b[2J")
+    assert str(ReftEdgeError("\x1b[2J é\n\ud800")) == "\\x1b[2J é\n\\ud800"
     with pytest.raises(AssertionError, match="bytes of memory"):
         attempt(swell, b"")
