@@ -80,9 +80,7 @@ def main() -> None:
     print(
         f"{seconds} s each, at most {SECONDS} s and {MEMORY >> 20} MB beyond the input an execution, seed {given.seed}"
     )
-    print(
-        f"{'target':14}{'executions':>12}{'a second':>10}{'coverage':>10}{'slowest, s':>12}{'peak, MB':>10}  findings"
-    )
+    print(f"{'target':16}{'executions':>12}{'coverage':>10}{'slowest, s':>12}{'peak, MB':>10}  findings")
     failed = False
     for name in names:
         figures, new, log = fuzz(name, seconds, given.seed)
