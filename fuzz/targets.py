@@ -1,0 +1,23 @@
+"""What is fuzzed: readers of files that may come from strangers, each as a function of the file's bytes."""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from harness import Target
+from own_targets import adapter_target, manifest_target, signature_target, trusted_keys_target
+
+TARGETS: dict[str, Callable[[Path], Target]] = {
+    "adapter": adapter_target,
+    "manifest": manifest_target,
+    "trusted-keys": trusted_keys_target,
+    "signature": signature_target,
+}
+
+
+def make_target(name: str) -> Target:
+    """A target with a scratch folder of its own, in memory where the machine has /dev/shm."""
+    memory = Path("/dev/shm")
+    return TARGETS[name](
+        Path(tempfile.mkdtemp(prefix="reft-edge-fuzz-", dir=memory if memory.is_dir() else None))
+    )
