@@ -18,17 +18,20 @@ Formulas: Wu et al. 2024 (arXiv 2404.03592, section 3.2) for LoReFT and DiReFT, 
 """
 
 import dataclasses
+import io
 import json
 import math
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
@@ -197,36 +200,73 @@ def save_adapter(adapter: Adapter, path: Path | str) -> None:
     write_atomically(Path(path), save(tensors, metadata))
 
 
+@dataclass(frozen=True)
+class StoredAdapter:
+    """What an adapter file holds, from one reading of it: the header's metadata, and the tensors as they are stored."""
+
+    name: str
+    """The file's, for messages."""
+    config: AdapterConfig
+    metadata: dict[str, str]
+    tensors: dict[str, NDArray[np.generic]]
+
+    def adapter(self) -> Adapter:
+        """The adapter, in float32. Raises AdapterFileError if a tensor is not finite."""
+        with _about(self.name):
+            return Adapter(self.config, dict(self.tensors))
+
+
 def load_adapter(path: Path | str) -> Adapter:
-    """Read and check an adapter file. Raises AdapterFileError that names the file and what is wrong with it.
+    """Read and check an adapter file. Raises AdapterFileError that names the file and what is wrong with it."""
+    return read_stored(path).adapter()
+
+
+def read_stored(path: Path | str) -> StoredAdapter:
+    """Read an adapter file, once. Raises AdapterFileError that names the file and what is wrong with it.
 
     The header is checked, against itself and against the file's size, before tensor data is read.
     """
+    with _about(path), open(path, "rb") as file:
+        return _read_stored(file, os.fstat(file.fileno()).st_size, str(path))
+
+
+def parse_stored(content: bytes, name: str) -> StoredAdapter:
+    """The same from a file's bytes; `name` stands for it in messages."""
+    with _about(name):
+        return _read_stored(io.BytesIO(content), len(content), name)
+
+
+def read_config(path: Path | str) -> AdapterConfig:
+    """Read and check an adapter file's header only. Raises AdapterFileError."""
+    with _about(path), open(path, "rb") as file:
+        return _read_header(file, os.fstat(file.fileno()).st_size).config
+
+
+@contextmanager
+def _about(path: Path | str) -> Iterator[None]:
     try:
-        with open(path, "rb") as file:
-            config = _read_header(file)
-            file.seek(0)
-            tensors = load(file.read(os.fstat(file.fileno()).st_size))
-        return Adapter(config, tensors)
+        yield
     except OSError as error:
         raise AdapterFileError(f"cannot read adapter {path}: {error.strerror}") from error
     except (ReftEdgeError, SafetensorError) as error:
         raise AdapterFileError(f"{path} is not a usable adapter: {error}") from error
 
 
-def read_config(path: Path | str) -> AdapterConfig:
-    """Read and check an adapter file's header only. Raises AdapterFileError."""
-    try:
-        with open(path, "rb") as file:
-            return _read_header(file)
-    except OSError as error:
-        raise AdapterFileError(f"cannot read adapter {path}: {error.strerror}") from error
-    except ReftEdgeError as error:
-        raise AdapterFileError(f"{path} is not a usable adapter: {error}") from error
+@dataclass(frozen=True)
+class _Header:
+    content: bytes
+    """The file as far as the header reaches."""
+    metadata: dict[str, str]
+    config: AdapterConfig
 
 
-def _read_header(file: BinaryIO) -> AdapterConfig:
-    size = os.fstat(file.fileno()).st_size
+def _read_stored(file: BinaryIO, size: int, name: str) -> StoredAdapter:
+    header = _read_header(file, size)
+    content = header.content + file.read(size - len(header.content))
+    return StoredAdapter(name, header.config, header.metadata, load(content))
+
+
+def _read_header(file: BinaryIO, size: int) -> _Header:
     prefix = file.read(8)
     if len(prefix) < 8:
         raise AdapterFileError(
@@ -238,10 +278,14 @@ def _read_header(file: BinaryIO) -> AdapterConfig:
             f"its header claims {length:,} bytes of a file of {size:,} (at most {_MAX_HEADER:,} "
             "are accepted); the file is truncated or not a safetensors file"
         )
-    header = _parse_json(file.read(length), "header")
-    config = _config_from_metadata(header.pop("__metadata__", None))
+    text = file.read(length)
+    if not text.startswith(b"{") or not text.rstrip(b" ").endswith(b"}"):
+        raise AdapterFileError("its header is not a JSON object, padded with spaces only")
+    header = _parse_json(_decoded(text), "header")
+    metadata = header.pop("__metadata__", None)
+    config = _config_from_metadata(metadata)
     _check_layout(header, config, size - 8 - length)
-    return config
+    return _Header(prefix + text, metadata, config)
 
 
 def _config_from_metadata(metadata: Any) -> AdapterConfig:
@@ -257,7 +301,9 @@ def _config_from_metadata(metadata: Any) -> AdapterConfig:
     described = metadata.get("adapter")
     if not isinstance(described, str):
         raise AdapterFileError("its metadata has no `adapter` description")
-    fields = _parse_json(described.encode(), "adapter description")
+    if not all(isinstance(value, str) for value in metadata.values()):
+        raise AdapterFileError("its metadata holds something other than text")
+    fields = _parse_json(described, "adapter description")
     known = {f.name: f for f in dataclasses.fields(AdapterConfig)}
     required = {
         name
@@ -301,7 +347,14 @@ def _check_names(intervention: str, found: set[str], expected: set[str]) -> None
         )
 
 
-def _parse_json(content: bytes, what: str) -> dict[str, Any]:
+def _decoded(content: bytes) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise AdapterFileError("its header is not UTF-8") from error
+
+
+def _parse_json(text: str, what: str) -> dict[str, Any]:
     def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         counts = Counter(name for name, _ in pairs)
         if repeated := [name for name, count in counts.most_common(3) if count > 1]:
@@ -316,8 +369,9 @@ def _parse_json(content: bytes, what: str) -> dict[str, Any]:
 
     try:
         parsed = json.loads(
-            content, object_pairs_hook=without_repeats, parse_constant=finite, parse_float=finite
+            text, object_pairs_hook=without_repeats, parse_constant=finite, parse_float=finite
         )
+        json.dumps(parsed, ensure_ascii=False).encode()  # no half of a surrogate pair
     except (ValueError, RecursionError) as error:
         raise AdapterFileError(f"its {what} is not valid JSON") from error
     if not isinstance(parsed, dict):

@@ -18,6 +18,7 @@ from reft_edge.commands.inspect import inspect
 from reft_edge.commands.pack import pack
 from reft_edge.commands.run import run
 from reft_edge.commands.serve import serve
+from reft_edge.commands.signing import keygen, sign, verify
 from reft_edge.commands.train import train
 
 app = typer.Typer(
@@ -57,6 +58,9 @@ _COMMANDS: tuple[tuple[str, str, Callable[..., None], str], ...] = (
     ("Use", "chat", chat, "chat smol/ --adapters tasks/"),
     ("Use", "bench", bench, "bench smol/ --json"),
     ("Use", "pack", pack, "pack emoji.safetensors --for smol/ -o emoji.onnx_adapter"),
+    ("Trust", "keygen", keygen, "keygen fleet.key --expires 730d"),
+    ("Trust", "sign", sign, "sign task.safetensors --key fleet.key --expires 365d"),
+    ("Trust", "verify", verify, "verify task.safetensors --trusted trusted.keys"),
     ("Start here", "demo", demo, "demo"),
 )
 """Panel of the help, name, function, and an example, in the help's order."""

@@ -11,3 +11,7 @@ class AdapterFileError(ReftEdgeError):
 
 class BaseMismatchError(ReftEdgeError):
     """An adapter trained on one base model was given to another."""
+
+
+class SignatureError(ReftEdgeError):
+    """An adapter that is not signed, or whose signature is not to be trusted."""
