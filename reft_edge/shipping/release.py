@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reft_edge.adapter import load_adapter, parse_json
+from reft_edge.adapter import parse_json, parse_stored
 from reft_edge.errors import ReftEdgeError
-from reft_edge.files import sha256_of
 
 INDEX = "index.json"
 FORMAT = "reft-edge index"
@@ -61,7 +60,9 @@ class Release:
         for name in ("base_name", "base_fingerprint"):
             value = getattr(self, name)
             if not isinstance(value, str) or len(value) > 200 or not value.isprintable():
-                raise ReftEdgeError(f"{name} is {value!r:.100}; expected plain text of at most 200 characters")
+                raise ReftEdgeError(
+                    f"{name} is {value!r:.100}; expected plain text of at most 200 characters"
+                )
 
     @property
     def hex_digest(self) -> str:
@@ -102,10 +103,12 @@ def read_goods(path: Path, name: str | None = None) -> Goods:
     """
     name = path.name.removesuffix(SUFFIX) if name is None else name
     check_name(name)
-    config = load_adapter(path).config
-    content = path.read_bytes()
-    if digest_of(content) != f"sha256:{sha256_of(path)}":
-        raise ReftEdgeError(f"{path} changed while it was read; push it again")
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_FILE + 1)
+    except OSError as error:
+        raise ReftEdgeError(f"cannot read {path}: {error.strerror}") from error
+    config = parse_stored(content, str(path)).adapter().config
     return Goods(name, content, config.base_name, config.base_fingerprint)
 
 
@@ -126,7 +129,10 @@ def parse_index(content: bytes) -> list[Release]:
     """The releases that an index lists. Raises ReftEdgeError for anything else than such an index."""
     if len(content) > MAX_INDEX:
         raise ReftEdgeError(f"the index has more than {MAX_INDEX:,} bytes")
-    index = parse_json(content, "index")
+    try:
+        index = parse_json(content.decode(), "content")
+    except UnicodeDecodeError as error:
+        raise ReftEdgeError("the index is not UTF-8") from error
     if index.get("format") != FORMAT:
         raise ReftEdgeError(f"it is not an index: its format is not {FORMAT!r}")
     if index.get("version") != VERSION:
