@@ -11,10 +11,6 @@ from reft_edge.commands.options import Json, PlainHttp, Repository, RequireSigne
 
 def pull(
     repository: Repository,
-    names: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[NAME]...", help="Adapters; all where none is named.", show_default=False),
-    ] = None,
     store: Annotated[
         Path,
         typer.Option(
@@ -24,7 +20,11 @@ def pull(
             help="The folder of adapters to install into, as for `serve --adapters`; made if it is not there.",
             show_default=False,
         ),
-    ] = ...,  # type: ignore[assignment]
+    ],
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME]...", help="Adapters; all where none is named.", show_default=False),
+    ] = None,
     version: Annotated[
         int | None,
         typer.Option(
