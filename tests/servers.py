@@ -255,7 +255,10 @@ class Hub(Server):
             }
             return Answer(200, json.dumps(info).encode(), Content_Type="application/json")
         if parts.path == f"/api/models/{self.repository}/preupload/main":
-            files = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]]
+            files = [
+                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for file in json.loads(body)["files"]
+            ]
             return Answer(200, json.dumps({"files": files}).encode(), Content_Type="application/json")
         if parts.path == f"/api/models/{self.repository}/commit/main":
             return self._commit([json.loads(line) for line in body.splitlines()])
@@ -283,5 +286,9 @@ class Hub(Server):
             if line["key"] == "file"
         }
         self.commits.append({**self.commits[-1], **added})
-        made = {"commitUrl": f"{self.url}/{self.repository}/commit/{self.sha()}", "commitOid": self.sha(), "success": True}
+        made = {
+            "commitUrl": f"{self.url}/{self.repository}/commit/{self.sha()}",
+            "commitOid": self.sha(),
+            "success": True,
+        }
         return Answer(200, json.dumps(made).encode(), Content_Type="application/json")
