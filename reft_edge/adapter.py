@@ -1,9 +1,10 @@
 """The adapter and its file: one `.safetensors` with the unfolded parameters and a described header.
 
-Header metadata: `format` is "reft-edge", `version` is "1", and `adapter` is a JSON object with the fields of
-`AdapterConfig`. Every tensor is float32 and stacked over layers (in the order of `layers`) and position groups
-(one if tied, one a part of the position spec if not), so that L layers and G groups of rank r on a hidden
-size d are stored as:
+Header metadata: `format` is "reft-edge", `version` is "1" where every tensor is float32 and "2" where some are stored in
+fewer bits (`reft_edge.storage` says how), `adapter` is a JSON object with the fields of `AdapterConfig`, and `signature`,
+if there is one, is described in `reft_edge.signing`. Every tensor is stacked over layers (in the order of `layers`) and
+position groups (one if tied, one a part of the position spec if not), so that L layers and G groups of rank r on a hidden
+size d are:
 
     loreft, direft     R [L, G, r, d]   W [L, G, r, d]   b [L, G, r]
     noreft             W1 [L, G, r, d]  W2 [L, G, r, d]  b [L, G, r]   b2 [L, G, r] with add_bias
@@ -40,9 +41,10 @@ from reft_edge.errors import AdapterFileError, ReftEdgeError
 from reft_edge.files import write_atomically
 from reft_edge.places import COMPONENTS, Place
 from reft_edge.positions import Span, parse_positions
+from reft_edge.storage import ROWS, STORES, data_bytes, declared, decode, encode
 
 FORMAT = "reft-edge"
-VERSION = "1"
+VERSIONS = ("1", "2")
 INTERVENTIONS = ("loreft", "noreft", "direft", "nodireft", "consreft", "lobireft", "steering")
 LINEAR_ONLY = ("consreft", "lobireft", "steering")
 POOLINGS = ("cls", "mean")
@@ -189,15 +191,19 @@ def folded_rows(intervention: str, t: Mapping[str, Any]) -> tuple[Any, Any, Any]
     return None, t["alpha"], t["v"]
 
 
-def save_adapter(adapter: Adapter, path: Path | str) -> None:
-    """Write the file atomically. Raises ReftEdgeError if it cannot be written."""
+def save_adapter(adapter: Adapter, path: Path | str, store: str = "fp32") -> None:
+    """Write the file atomically, its tensors stored as `reft_edge.storage.STORES` tells.
+
+    Raises ReftEdgeError if it cannot be written, or fp16 cannot hold a value.
+    """
+    if store not in STORES:
+        raise ReftEdgeError(f"there is no storage {store!r}; expected one of {', '.join(STORES)}")
     metadata = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": VERSIONS[store != "fp32"],
         "adapter": json.dumps(dataclasses.asdict(adapter.config), allow_nan=False, separators=(",", ":")),
     }
-    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in adapter.tensors.items()}
-    write_atomically(Path(path), save(tensors, metadata))
+    write_atomically(Path(path), save(encode(adapter.tensors, store), metadata))
 
 
 @dataclass(frozen=True)
@@ -210,10 +216,18 @@ class StoredAdapter:
     metadata: dict[str, str]
     tensors: dict[str, NDArray[np.generic]]
 
+    @property
+    def store(self) -> str:
+        """fp32, fp16 or int8."""
+        kinds = {np.dtype(np.float16): "fp16", np.dtype(np.int8): "int8"}
+        return next(
+            (kinds[tensor.dtype] for tensor in self.tensors.values() if tensor.dtype in kinds), "fp32"
+        )
+
     def adapter(self) -> Adapter:
         """The adapter, in float32. Raises AdapterFileError if a tensor is not finite."""
         with _about(self.name):
-            return Adapter(self.config, dict(self.tensors))
+            return Adapter(self.config, decode(self.tensors))
 
 
 def load_adapter(path: Path | str) -> Adapter:
@@ -284,7 +298,7 @@ def _read_header(file: BinaryIO, size: int) -> _Header:
     header = parse_json(_decoded(text), "header")
     metadata = header.pop("__metadata__", None)
     config = _config_from_metadata(metadata)
-    _check_layout(header, config, size - 8 - length)
+    _check_layout(header, config, metadata["version"], size - 8 - length)
     return _Header(prefix + text, metadata, config)
 
 
@@ -293,10 +307,10 @@ def _config_from_metadata(metadata: Any) -> AdapterConfig:
         raise AdapterFileError(
             f"its metadata does not say format {FORMAT!r}; train one with `reft-edge train`"
         )
-    if metadata.get("version") != VERSION:
+    if metadata.get("version") not in VERSIONS:
         raise AdapterFileError(
             f"it has version {metadata.get('version')!r} of the format; this reft-edge reads "
-            f"version {VERSION!r}: upgrade reft-edge, or train the adapter again"
+            f"versions {' and '.join(VERSIONS)}: upgrade reft-edge, or train the adapter again"
         )
     described = metadata.get("adapter")
     if not isinstance(described, str):
@@ -320,22 +334,37 @@ def _config_from_metadata(metadata: Any) -> AdapterConfig:
     return AdapterConfig(**fields)
 
 
-def _check_layout(header: dict[str, Any], config: AdapterConfig, data_size: int) -> None:
-    expected = config.shapes()
+def _check_layout(header: dict[str, Any], config: AdapterConfig, version: str, data_size: int) -> None:
+    """The header's tensors against what the description and one way to store them ask for."""
+    shapes = config.shapes()
+    expected = declared(shapes, _store(header) if version != "1" else "fp32")
     _check_names(config.intervention, set(header), set(expected))
-    needed = 4 * sum(math.prod(shape) for shape in expected.values())
+    needed = data_bytes(expected)
     if needed != data_size:
         raise AdapterFileError(
             f"its description needs {needed:,} bytes of tensors, the file holds {data_size:,}; "
             "the file is truncated or its description is wrong"
         )
-    if data_size > _MAX_DATA:
-        raise AdapterFileError(f"it holds {data_size:,} bytes of tensors; at most {_MAX_DATA:,} are accepted")
-    for name, shape in expected.items():
+    if (taken := data_bytes(declared(shapes, "fp32"))) > _MAX_DATA:
+        raise AdapterFileError(f"it takes {taken:,} bytes as float32; at most {_MAX_DATA:,} are accepted")
+    for name, (dtype, shape) in expected.items():
         entry = header[name]
-        if not isinstance(entry, dict) or entry.get("dtype") != "F32" or entry.get("shape") != list(shape):
-            found = f"{entry.get('dtype')} {entry.get('shape')}" if isinstance(entry, dict) else repr(entry)
-            raise AdapterFileError(f"tensor {name} is declared as {found}; expected F32 {list(shape)}")
+        if not isinstance(entry, dict) or entry.get("dtype") != dtype or entry.get("shape") != list(shape):
+            found = (
+                f"{entry.get('dtype')!r} {entry.get('shape')!r}" if isinstance(entry, dict) else repr(entry)
+            )
+            raise AdapterFileError(
+                f"tensor {name} is declared as {found:.200}; expected {dtype} {list(shape)}"
+            )
+
+
+def _store(header: dict[str, Any]) -> str:
+    """How the tensors of a header are stored, by the first that is a row of the hidden size."""
+    for name in ROWS:
+        entry = header.get(name)
+        if isinstance(entry, dict):
+            return {"F16": "fp16", "I8": "int8"}.get(str(entry.get("dtype")), "fp32")
+    return "fp32"
 
 
 def _check_names(intervention: str, found: set[str], expected: set[str]) -> None:

@@ -22,6 +22,7 @@ from reft_edge.commands.push import push
 from reft_edge.commands.rollback import rollback
 from reft_edge.commands.run import run
 from reft_edge.commands.serve import serve
+from reft_edge.commands.shrink import shrink
 from reft_edge.commands.signing import keygen, sign, verify
 from reft_edge.commands.train import train
 
@@ -62,6 +63,7 @@ _COMMANDS: tuple[tuple[str, str, Callable[..., None], str], ...] = (
     ("Use", "chat", chat, "chat smol/ --adapters tasks/"),
     ("Use", "bench", bench, "bench smol/ --json"),
     ("Use", "pack", pack, "pack emoji.safetensors --for smol/ -o emoji.onnx_adapter"),
+    ("Use", "shrink", shrink, "shrink task.safetensors -o small.safetensors --store fp16"),
     ("Trust", "keygen", keygen, "keygen fleet.key --expires 730d"),
     ("Trust", "sign", sign, "sign task.safetensors --key fleet.key --expires 365d"),
     ("Trust", "verify", verify, "verify task.safetensors --trusted trusted.keys"),

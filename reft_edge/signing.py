@@ -14,6 +14,7 @@ UTC, as 2027-01-31T00:00:00Z. The package `cryptography` is imported when a key 
 
 import hashlib
 import json
+import logging
 import os
 import re
 import stat
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 ENTRY = "signature"
+_log = logging.getLogger(__name__)
 _PUBLIC = "ed25519:"
 _TIME = "%Y-%m-%dT%H:%M:%SZ"
 _SKEW = timedelta(minutes=5)
@@ -62,20 +64,20 @@ class Signature:
         """The earlier of its own and its key's end; None for no end."""
         return min((end for end in (self.expires, self.key_expires) if end is not None), default=None)
 
-    def check_time(self, now: datetime | None = None) -> None:
-        """Raise SignatureError if it is from the future, or if it or its key has expired."""
+    def check_time(self, now: datetime | None = None, about: str = "this adapter") -> None:
+        """Raise SignatureError if it is from the future, or if it or its key has expired. `about`: the adapter."""
         now = now or _now()
         if self.created > now + _SKEW:
             raise SignatureError(
-                f"its signature is not yet valid: it was made on {_shown(self.created)}, and this machine's clock "
+                f"{about} is signed, but not yet valid: the signature was made on {_shown(self.created)}, and this machine's clock "
                 f"says {_shown(now)}; set the clock"
             )
         if self.key_expires is not None and now >= self.key_expires:
             raise SignatureError(
-                f"the key {self.signer} that signed it expired on {_shown(self.key_expires)}; sign it with a newer key"
+                f"the key {self.signer} that signed {about} expired on {_shown(self.key_expires)}; sign with a newer key"
             )
         if self.expires is not None and now >= self.expires:
-            raise SignatureError(f"its signature expired on {_shown(self.expires)}; sign it again")
+            raise SignatureError(f"the signature of {about} expired on {_shown(self.expires)}; sign again")
 
     def __str__(self) -> str:
         who = self.signer or "somebody (not verified)"
@@ -252,7 +254,7 @@ def content_digest(stored: StoredAdapter) -> str:
             add(b"metadata", name.encode(), value.encode())
     for name, tensor in sorted(stored.tensors.items()):
         shape = ",".join(map(str, tensor.shape))
-        data = memoryview(np.ascontiguousarray(tensor)).cast("B")
+        data = np.ascontiguousarray(tensor).data.cast("B")
         add(b"tensor", name.encode(), tensor.dtype.name.encode(), shape.encode(), data)
     return digest.hexdigest()
 
@@ -316,10 +318,13 @@ def verify(
 def load_verified(path: Path | str, trusted: TrustedKeys | None) -> tuple[Adapter, Signature | None]:
     """Read an adapter file, once, and verify what was read; without trusted keys nothing is verified.
 
-    Raises SignatureError and AdapterFileError.
+    Who signed is logged at level INFO. Raises SignatureError and AdapterFileError.
     """
     stored = read_stored(path)
-    signature = verify(stored, trusted) if trusted is not None else None
+    if trusted is None:
+        return stored.adapter(), None
+    signature = verify(stored, trusted)
+    _log.info("%s: %s", path, signature)
     return stored.adapter(), signature
 
 

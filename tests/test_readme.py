@@ -42,7 +42,10 @@ def test_the_guides_run_as_written(device_folder, tiny_model, tmp_path, monkeypa
         result = CliRunner().invoke(app, here[:-2] if text else here, input=text)
         assert result.exit_code == 0, (arguments, result.output)
         used.append(arguments[0])
-    assert set(used) == {"train", "export", "add-ports", "run", "eval", "compare", "inspect", "pack"}
+    assert set(used) == {
+        *("train", "export", "add-ports", "run", "eval", "compare", "inspect", "pack"),
+        *("shrink", "keygen", "sign", "verify", "push", "pull", "list"),
+    }
     for example in blocks("python"):
         exec(compile(example, "README.md", "exec"), {})
         assert capsys.readouterr().out.strip()
@@ -61,7 +64,10 @@ def test_options_named_in_the_text_exist():
     named = set(re.findall(r"`(--[a-z-]+)", README))
     helps = "".join(
         CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "300"}).output
-        for command in ("train", "export", "add-ports", "run", "serve", "eval", "compare", "inspect", "pack")
+        for command in (
+            *("train", "export", "add-ports", "run", "serve", "eval", "compare", "inspect", "pack"),
+            *("shrink", "keygen", "sign", "verify", "push", "pull", "list", "rollback"),
+        )
     )
     missing = [option for option in sorted(named) if option not in helps]
     assert missing == []

@@ -164,7 +164,7 @@ def test_times_are_part_of_what_is_signed(
 def test_time(signed: Path, trusted: TrustedKeys) -> None:
     end = NOW + 30 * DAY
     assert verify(signed, trusted, end - timedelta(seconds=1)).valid_until == end
-    refused(signed, trusted, "its signature expired on 2026-12-24 12:00 UTC", end)
+    refused(signed, trusted, "the signature of this adapter expired on 2026-12-24 12:00 UTC", end)
     assert verify(signed, trusted, NOW - timedelta(minutes=4)).created == NOW
     refused(signed, trusted, "not yet valid: .* set the clock", NOW - timedelta(minutes=6))
 
@@ -174,7 +174,7 @@ def test_an_expired_key(signed: Path, fleet: PrivateKey) -> None:
     key = TrustedKey("fleet", fleet.public, end)
     keys = parse_trusted(f"{key.line}\n".encode(), "trusted.keys")
     assert verify(signed, keys, NOW).valid_until == end
-    refused(signed, keys, "the key fleet that signed it expired on 2026-11-25 12:00 UTC", end)
+    refused(signed, keys, "the key fleet that signed this adapter expired on 2026-11-25 12:00 UTC", end)
 
 
 def test_changed_descriptions_and_other_metadata(signed: Path, trusted: TrustedKeys) -> None:

@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 
-from reft_edge.commands.console import plain_errors, split_scale
+from reft_edge.commands.console import plain_errors, split_scale, trusted_keys
 from reft_edge.commands.options import (
     Device,
     Folder,
     RepetitionPenalty,
+    RequireSigned,
     Seed,
     Temperature,
     Threads,
@@ -44,6 +45,7 @@ def chat(
     top_p: TopP = 1.0,
     repetition_penalty: RepetitionPenalty = 1.0,
     seed: Seed = None,
+    require_signed: RequireSigned = None,
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
@@ -53,7 +55,7 @@ def chat(
         from reft_edge.runtime.chat import Chat, load_history
         from reft_edge.runtime.store import AdapterStore
 
-        model = SteeredModel(folder, device, threads)
+        model = SteeredModel(folder, device, threads, trusted_keys(require_signed))
         conversation = Chat(
             model,
             folder.resolve().name,

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from reft_edge.commands.console import extra, plain_errors
-from reft_edge.commands.options import Device, Folder, Threads
+from reft_edge.commands.console import extra, plain_errors, trusted_keys
+from reft_edge.commands.options import Device, Folder, RequireSigned, Threads
 from reft_edge.errors import ReftEdgeError
 
 
@@ -44,6 +44,7 @@ def serve(
     grace: Annotated[
         float, typer.Option(help="Seconds that running requests get when the server stops.")
     ] = 10.0,
+    require_signed: RequireSigned = None,
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
@@ -67,6 +68,7 @@ def serve(
             hosts=LOOPBACK if host in LOOPBACK else ("*",),
             cors_origins=tuple(cors_origin or ()),
             shutdown_seconds=grace,
+            trusted=trusted_keys(require_signed),
         )
         if ":" in settings.name:
             raise ReftEdgeError(
