@@ -26,6 +26,8 @@ from reft_edge.adapter import (
 )
 from reft_edge.errors import ReftEdgeError
 from reft_edge.manifest import MANIFEST, Manifest, load_manifest, save_manifest
+from reft_edge.shipping.oci import parse_manifest, render_manifest
+from reft_edge.shipping.release import Release, digest_of, parse_index, render_index
 from reft_edge.signing import PrivateKey, TrustedKey, TrustedKeys, parse_trusted, read_signature, sign, verify
 from reft_edge.storage import STORES
 
@@ -206,11 +208,43 @@ def signature_target(folder: Path) -> Target:
     return Target(read, [*seeds, b"{}"], 2)
 
 
+def index_target(folder: Path) -> Target:
+    """The index of a repository of adapters."""
+    releases = [
+        Release("formal", 1, digest_of(b"1"), 75384, "base", "0" * 16),
+        Release("a.b-c_d", 12, digest_of(b"2"), 1),
+    ]
+    whole = render_index(releases)
+
+    def read(content: bytes) -> None:
+        found = parse_index(content)
+        assert parse_index(render_index(found)) == found
+        for release in found:
+            assert (folder / release.path).parent.parent == folder
+
+    return Target(read, [whole, render_index([]), whole[:-9], b"[" * 3000], 2)
+
+
+def oci_manifest_target(folder: Path) -> Target:
+    """The manifest of an adapter in an OCI registry."""
+    whole = render_manifest(Release("formal", 1, digest_of(b"1"), 75384, "base", "0" * 16))
+    plain = json.dumps({**json.loads(whole), "annotations": {}}).encode()
+
+    def read(content: bytes) -> None:
+        found = parse_manifest(content, "7")
+        assert parse_manifest(render_manifest(found), "latest") == found
+        assert (folder / found.path).parent.parent == folder
+
+    return Target(read, [whole, plain, whole[:-2], b'{"layers": [7]}'], 2)
+
+
 TARGETS: dict[str, Callable[[Path], Target]] = {
     "adapter": adapter_target,
     "manifest": manifest_target,
     "trusted-keys": trusted_keys_target,
     "signature": signature_target,
+    "index": index_target,
+    "oci-manifest": oci_manifest_target,
 }
 
 

@@ -40,7 +40,7 @@ _ADDRESS = re.compile(
 )
 _VERSION = re.compile(r"[1-9]\d{0,8}", re.ASCII)
 _PARAMETER = re.compile(r'(\w+)="([^"]*)"')
-_MAX_MANIFEST, _MAX_TOKEN, _MAX_TAGS, _MAX_PAGES = 4 << 20, 1 << 16, 1 << 20, 100
+_MAX_MANIFEST, _MAX_TOKEN, _MAX_TAGS, _MAX_PAGES = 1 << 16, 1 << 16, 1 << 20, 100
 _HUB, _HUB_API, _HUB_LOGIN = "docker.io", "registry-1.docker.io", "https://index.docker.io/v1/"
 
 
