@@ -119,6 +119,8 @@ class Registry(Server):
     def __init__(self, login: str | None = None) -> None:
         super().__init__()
         self.login = login
+        self.basic = False
+        """Whether the login itself is asked for, in place of a token."""
         self.blobs: dict[tuple[str, str], bytes] = {}
         self.manifests: dict[tuple[str, str], tuple[str, bytes]] = {}
         self.uploads: dict[str, bytes] = {}
@@ -133,7 +135,11 @@ class Registry(Server):
         query = {name: values[0] for name, values in parse_qs(parts.query).items()}
         if parts.path == "/token":
             return self._token(headers, query)
-        if self.login is not None:
+        if self.login is not None and self.basic:
+            expected = "Basic " + base64.b64encode(self.login.encode()).decode()
+            if headers.get("authorization") != expected:
+                return Answer(401, b"{}", WWW_Authenticate='Basic realm="fake"')
+        elif self.login is not None:
             writes = method in ("POST", "PUT", "PATCH")
             repository = re.match(r"/v2/(.+?)/(?:blobs|manifests|tags)/", parts.path)
             scope = f"repository:{repository[1] if repository else ''}:{'pull,push' if writes else 'pull'}"

@@ -491,6 +491,15 @@ def test_tokens_are_fetched_with_docker_s_login_and_stay_with_the_registry(
             pull(oci(server), store)
 
 
+def test_registries_that_ask_for_the_login_itself(registry, store, adapters, tmp_path):
+    registry.login, registry.basic = "me:secret", True
+    with pytest.raises(ReftEdgeError, match="401"):
+        push(oci(registry), adapters[0])
+    login(tmp_path, registry.url.removeprefix("http://"), "me:secret")
+    push(oci(registry), adapters[0])
+    assert pull(oci(registry), store)[0].status == "installed"
+
+
 def test_a_challenge_from_another_host_gets_no_credentials(registry, store, adapters, tmp_path):
     push(oci(registry), adapters[0])
     login(tmp_path, registry.url.removeprefix("http://"), "me:secret")

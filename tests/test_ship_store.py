@@ -281,6 +281,33 @@ def test_the_power_cut_notices_a_missing_flush(repository, store, contents, tmp_
     assert found - {contents[0], contents[1]}
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_push_that_is_killed_leaves_a_repository_that_can_be_pulled(repository, contents, tmp_path):
+    push(repository, contents[0])
+    path = tmp_path / "pushed.safetensors"
+    path.write_bytes(contents[1])
+    goods = [read_goods(path, "task")]
+    killed = 0
+    while True:
+        folder = tmp_path / f"killed-{killed}"
+        shutil.copytree(repository.folder, folder)
+        child = os.fork()
+        if child == 0:
+            with Disk(folder, kill_before=killed):
+                FolderRepository(folder).publish(goods)
+            os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        if os.WIFEXITED(status):
+            break
+        found = pull(FolderRepository(folder), DeviceStore(tmp_path / f"store-{killed}"))[0]
+        assert (found.status, found.version in (1, 2)) == ("installed", True)
+        assert FolderRepository(folder).publish(goods)[0].version == 2
+        assert len(list(folder.rglob("*.safetensors"))) == 2
+        assert not (folder / ".new").exists()
+        killed += 1
+    assert killed >= 10
+
+
 PULL = """
 import sys
 from pathlib import Path
