@@ -8,9 +8,10 @@ call is a step, a write two: its first half, and the rest. It kills the process 
 import io
 import itertools
 import os
+import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,29 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
 
 
 sys.addaudithook(_audit)
+
+
+def killed_at_every_step(before: Path, target: Path, run: Callable[[Path], object]) -> Iterator[Path]:
+    """Copies of a folder in which `run` was killed before its first step, its second and so on; in the last it ended."""
+    for count in itertools.count():
+        folder = target / str(count)
+        shutil.copytree(before, folder)
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                with Disk(folder, kill_before=count):
+                    run(folder)
+                code = 0
+            finally:
+                os._exit(code)
+        status = os.waitpid(child, 0)[1]
+        if os.WIFEXITED(status):
+            assert os.WEXITSTATUS(status) == 0
+            yield folder
+            return
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        yield folder
 
 
 class _File:

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ from reft_edge.shipping.folder import FolderRepository
 from reft_edge.shipping.pull import pull
 from reft_edge.shipping.release import digest_of, read_goods
 from reft_edge.shipping.store import HIDDEN, KEEP, DeviceStore
-from tests.crash import Disk, after_power_cut
+from tests.crash import Disk, after_power_cut, killed_at_every_step
 from tests.test_algebra import make_adapter
 
 
@@ -226,23 +225,11 @@ def check_and_heal(folder: Path, run, allowed, after, left, what) -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_at_every_step_it_holds_the_old_or_the_new(change, store, tmp_path):
     run, allowed, after, left, what = change
-    killed = 0
-    while True:
-        folder = tmp_path / f"killed-{killed}"
-        shutil.copytree(store.folder, folder)
-        child = os.fork()
-        if child == 0:
-            with Disk(folder, kill_before=killed):
-                run(folder)
-            os._exit(0)
-        status = os.waitpid(child, 0)[1]
-        if os.WIFEXITED(status):
-            assert os.WEXITSTATUS(status) == 0
-            break
-        assert os.WTERMSIG(status) == signal.SIGKILL
+    folders = list(killed_at_every_step(store.folder, tmp_path / "killed", run))
+    assert DeviceStore(folders[-1]).path("task").read_bytes() == after
+    for folder in folders:
         check_and_heal(folder, run, allowed, after, left, what)
-        killed += 1
-    assert killed >= 6
+    assert len(folders) > 6
 
 
 def test_without_power_at_every_step_it_holds_the_old_or_the_new(change, store, tmp_path):
@@ -287,25 +274,21 @@ def test_a_push_that_is_killed_leaves_a_repository_that_can_be_pulled(repository
     path = tmp_path / "pushed.safetensors"
     path.write_bytes(contents[1])
     goods = [read_goods(path, "task")]
-    killed = 0
-    while True:
-        folder = tmp_path / f"killed-{killed}"
-        shutil.copytree(repository.folder, folder)
-        child = os.fork()
-        if child == 0:
-            with Disk(folder, kill_before=killed):
-                FolderRepository(folder).publish(goods)
-            os._exit(0)
-        status = os.waitpid(child, 0)[1]
-        if os.WIFEXITED(status):
-            break
-        found = pull(FolderRepository(folder), DeviceStore(tmp_path / f"store-{killed}"))[0]
-        assert (found.status, found.version in (1, 2)) == ("installed", True)
+    folders = list(
+        killed_at_every_step(
+            repository.folder, tmp_path / "killed", lambda folder: FolderRepository(folder).publish(goods)
+        )
+    )
+    versions = []
+    for folder in folders:
+        found = pull(FolderRepository(folder), DeviceStore(tmp_path / f"store-{folder.name}"))[0]
+        assert found.status == "installed"
+        versions.append(found.version)
         assert FolderRepository(folder).publish(goods)[0].version == 2
         assert len(list(folder.rglob("*.safetensors"))) == 2
         assert not (folder / ".new").exists()
-        killed += 1
-    assert killed >= 10
+    assert versions == sorted(versions)
+    assert (versions[0], versions[-1]) == (1, 2)
 
 
 PULL = """

@@ -62,7 +62,12 @@ def pull(
     offered = _patiently(lambda: repository.releases(version), report)
     wanted = newest(offered, names, version)
     if version is not None and len(wanted) != 1:
-        raise ReftEdgeError(f"name the adapter whose version {version} is wanted")
+        found = (
+            f"{len(wanted)} adapters have a version {version}; name one"
+            if wanted
+            else f"no adapter has a version {version}"
+        )
+        raise ReftEdgeError(f"in {repository.address}, {found}")
     if base is not None and not names:
         wanted = [release for release in wanted if release.base_fingerprint in ("", base.base_fingerprint)]
     return [
