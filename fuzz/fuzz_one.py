@@ -7,8 +7,9 @@ import atheris
 
 sys.path.insert(0, str(Path(__file__).parent))
 with atheris.instrument_imports(include=["reft_edge"]):
+    from harness import attempt
     from mutate import FRAMES, mutator
-    from targets import attempt, make_target
+    from targets import make_target
 
 
 def libfuzzers(content: bytes, limit: int) -> bytes:

@@ -11,7 +11,8 @@ import sys
 import time
 from pathlib import Path
 
-from targets import MEMORY, SECONDS, TARGETS
+from harness import MEMORY, SECONDS
+from targets import TARGETS
 
 HERE = Path(__file__).parent
 _FIGURES = ("number_of_executed_units", "average_exec_per_sec", "slowest_unit_time_sec", "peak_rss_mb")

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "fuzz"))
+from harness import SECONDS, attempt
 from mutate import FRAMES
-from targets import SECONDS, TARGETS, attempt, make_target
+from targets import TARGETS, make_target
 
 CASES = Path(__file__).parent / "fuzz_cases"
 
