@@ -41,10 +41,10 @@ class Web:
         self.home = httpx.URL(home)
         self._plain_http = plain_http
         self._challenged = challenged
-        headers = dict(headers or {})
-        self._authorization = headers.pop("authorization", None)
-        own = {"accept-encoding": "identity", "user-agent": f"reft-edge/{__version__}"}
-        self._client = httpx.Client(headers={**headers, **own}, timeout=httpx.Timeout(30.0, connect=10.0))
+        sent = dict(headers or {})
+        self._authorization = sent.pop("authorization", None)
+        sent |= {"accept-encoding": "identity", "user-agent": f"reft-edge/{__version__}"}
+        self._client = httpx.Client(headers=sent, timeout=httpx.Timeout(30.0, connect=10.0))
 
     @contextmanager
     def send(

@@ -88,7 +88,7 @@ def _pull_one(
     def outcome(status: str, installed: int | None, reason: str = "") -> Pulled:
         return Pulled(release.name, status, release.version, installed, before, release.digest, reason)
 
-    before = None
+    before: int | None = None
     try:
         with store.changing():
             state = store.state(release.name)
