@@ -15,7 +15,11 @@ from reft_edge.commands.demo import demo
 from reft_edge.commands.evaluate import evaluate_task
 from reft_edge.commands.export import export
 from reft_edge.commands.inspect import inspect
+from reft_edge.commands.list import list_adapters
 from reft_edge.commands.pack import pack
+from reft_edge.commands.pull import pull
+from reft_edge.commands.push import push
+from reft_edge.commands.rollback import rollback
 from reft_edge.commands.run import run
 from reft_edge.commands.serve import serve
 from reft_edge.commands.shrink import shrink
@@ -63,6 +67,10 @@ _COMMANDS: tuple[tuple[str, str, Callable[..., None], str], ...] = (
     ("Trust", "keygen", keygen, "keygen fleet.key --expires 730d"),
     ("Trust", "sign", sign, "sign task.safetensors --key fleet.key --expires 365d"),
     ("Trust", "verify", verify, "verify task.safetensors --trusted trusted.keys"),
+    ("Ship", "push", push, "push task.safetensors oci://registry.example.com/fleet/task"),
+    ("Ship", "pull", pull, "pull https://example.com/adapters/ task --store tasks/"),
+    ("Ship", "list", list_adapters, "list tasks/"),
+    ("Ship", "rollback", rollback, "rollback tasks/ task"),
     ("Start here", "demo", demo, "demo"),
 )
 """Panel of the help, name, function, and an example, in the help's order."""

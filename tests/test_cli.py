@@ -26,6 +26,10 @@ COMMANDS = (
     "compare",
     "inspect",
     "pack",
+    "push",
+    "pull",
+    "list",
+    "rollback",
     "demo",
 )
 runner = CliRunner()

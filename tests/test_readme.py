@@ -44,7 +44,7 @@ def test_the_guides_run_as_written(device_folder, tiny_model, tmp_path, monkeypa
         used.append(arguments[0])
     assert set(used) == {
         *("train", "export", "add-ports", "run", "eval", "compare", "inspect", "pack"),
-        *("shrink", "keygen", "sign", "verify"),
+        *("shrink", "keygen", "sign", "verify", "push", "pull", "list"),
     }
     for example in blocks("python"):
         exec(compile(example, "README.md", "exec"), {})
@@ -66,7 +66,7 @@ def test_options_named_in_the_text_exist():
         CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "300"}).output
         for command in (
             *("train", "export", "add-ports", "run", "serve", "eval", "compare", "inspect", "pack"),
-            *("shrink", "keygen", "sign", "verify"),
+            *("shrink", "keygen", "sign", "verify", "push", "pull", "list", "rollback"),
         )
     )
     missing = [option for option in sorted(named) if option not in helps]
