@@ -15,6 +15,7 @@ from reft_edge.commands.demo import demo
 from reft_edge.commands.evaluate import evaluate_task
 from reft_edge.commands.export import export
 from reft_edge.commands.inspect import inspect
+from reft_edge.commands.merge import merge
 from reft_edge.commands.pack import pack
 from reft_edge.commands.run import run
 from reft_edge.commands.serve import serve
@@ -56,6 +57,7 @@ _COMMANDS: tuple[tuple[str, str, Callable[..., None], str], ...] = (
     ("Use", "serve", serve, "serve smol/ --adapters tasks/"),
     ("Use", "chat", chat, "chat smol/ --adapters tasks/"),
     ("Use", "bench", bench, "bench smol/ --json"),
+    ("Use", "merge", merge, "merge a.safetensors:0.7 b.safetensors:0.3 -o ab.safetensors"),
     ("Use", "pack", pack, "pack emoji.safetensors --for smol/ -o emoji.onnx_adapter"),
     ("Start here", "demo", demo, "demo"),
 )
