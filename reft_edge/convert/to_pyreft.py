@@ -27,7 +27,7 @@ MARKER = "reft_edge_adapter.json"
 
 
 def to_pyreft(adapter: Adapter, output: Path) -> list[str]:
-    """Write the folder; returns the classes' intervention and what pyreft's user must know.
+    """Write the folder; returns what its user must know.
 
     Raises ReftEdgeError for what its reload cannot carry: a non-linear act_fn, a classification head, and overlapping
     position groups, which pyreft would edit one after the other.
@@ -79,14 +79,10 @@ def to_pyreft(adapter: Adapter, output: Path) -> list[str]:
     if intervention != config.intervention:
         notes.append(f"{config.intervention} is written as {intervention}, the same edit")
     if intervention in ("loreft", "direft"):
+        float32 = "; on a float32 base call reft_model.float() then" if intervention == "loreft" else ""
         notes.append(
-            "ReftModel.load rounds W and b to bfloat16, and then needs "
-            + (
-                "a bfloat16 base or reft_model.float()"
-                if intervention == "loreft"
-                else "no change of the base"
-            )
-            + "; for float32, load the .bin files into interventions made with dtype=torch.float32"
+            f"ReftModel.load rounds W and b to bfloat16{float32}; for all digits, load the .bin files into "
+            "interventions made with dtype=torch.float32"
         )
     return notes
 

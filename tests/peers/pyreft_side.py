@@ -1,9 +1,10 @@
 """Run with the Python of pyreft's environment: what pyreft itself saves, loads and computes.
 
     python pyreft_side.py save MODEL FOLDER     adapters of every class and form, and pyreft's logits with each
-    python pyreft_side.py load MODEL FOLDER     logits of every adapter folder in FOLDER, by `ReftModel.load`
+    python pyreft_side.py load MODEL FOLDER     logits of every adapter folder in FOLDER, by `ReftModel.load`, and with
+                                                its .bin files loaded into float32 interventions
 
-Logits go to FOLDER/NAME.npz, an array a prompt.
+Logits go to FOLDER/NAME.npz, an array a prompt; those of float32 interventions to FOLDER/NAME-fp32.npz.
 """
 
 import json
@@ -59,9 +60,7 @@ def build(model, kind, tied, layers, component="block_output", act_fn=None, bias
             "layer": layer,
             "component": component.format(layer=layer),
             "low_rank_dimension": RANK,
-            "intervention": CLASSES[kind](
-                embed_dim=size, low_rank_dimension=RANK, add_bias=bias, **options
-            ),
+            "intervention": CLASSES[kind](embed_dim=size, low_rank_dimension=RANK, add_bias=bias, **options),
         }
         for layer in (layers if tied else layers * 2)
     ]
@@ -90,7 +89,13 @@ def save(model_folder, folder):
         {"kind": "loreft", "tied": False, "act_fn": "relu", "bias": False, "component": "block_output"},
         {"kind": "noreft", "tied": False, "act_fn": "gelu", "bias": True, "component": "block_output"},
         {"kind": "nodireft", "tied": True, "act_fn": "silu", "bias": True, "component": "block_output"},
-        {"kind": "direft", "tied": False, "act_fn": "tanh", "bias": False, "component": "model.layers[{layer}].output"},
+        {
+            "kind": "direft",
+            "tied": False,
+            "act_fn": "tanh",
+            "bias": False,
+            "component": "model.layers[{layer}].output",
+        },
         {"kind": "loreft", "tied": True, "act_fn": None, "bias": False, "component": "mlp_output"},
         {"kind": "loreft", "tied": True, "act_fn": None, "bias": False, "component": "attention_output"},
     ]
@@ -110,15 +115,25 @@ def save(model_folder, folder):
 
 def load(model_folder, folder):
     for path in sorted(folder.iterdir()):
-        if (path / "config.json").is_file():
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                model_folder, torch_dtype=torch.float32
-            ).eval()
-            reft_model = pyreft.ReftModel.load(str(path), model)
-            reft_model.float()
-            count = len(reft_model.interventions)
-            tied = not any(key.endswith("#1") for key in reft_model.interventions)
-            np.savez(folder / f"{path.name}.npz", *logits(reft_model, model, tied, count))
+        if not (path / "config.json").is_file():
+            continue
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            model_folder, torch_dtype=torch.float32
+        ).eval()
+        reft_model = pyreft.ReftModel.load(str(path), model)
+        reft_model.float()
+        count = len(reft_model.interventions)
+        tied = not any(key.endswith("#1") for key in reft_model.interventions)
+        np.savez(folder / f"{path.name}.npz", *logits(reft_model, model, tied, count))
+        for key, loaded in list(reft_model.interventions.items()):
+            exact = type(loaded)(
+                embed_dim=model.config.hidden_size,
+                low_rank_dimension=loaded.rotate_layer.weight.shape[1],
+                dtype=torch.float32,
+            )
+            exact.load_state_dict(torch.load(path / f"intkey_{key}.bin"))
+            reft_model.interventions[key] = exact
+        np.savez(folder / f"{path.name}-fp32.npz", *logits(reft_model, model, tied, count))
 
 
 if __name__ == "__main__":
