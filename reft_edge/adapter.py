@@ -2,8 +2,8 @@
 
 Header metadata: `format` is "reft-edge", `version` is "1", and `adapter` is a JSON object with the fields of
 `AdapterConfig`. Every tensor is float32 and stacked over layers (in the order of `layers`) and position groups
-(one if tied, one a part of the position spec if not), so that L layers and G groups of rank r on a hidden
-size d are stored as:
+(one if tied, one a part of the position spec if not, one a group where `|` sets them apart), so that L layers and
+G groups of rank r on a hidden size d are stored as:
 
     loreft, direft     R [L, G, r, d]   W [L, G, r, d]   b [L, G, r]
     noreft             W1 [L, G, r, d]  W2 [L, G, r, d]  b [L, G, r]   b2 [L, G, r] with add_bias
