@@ -35,12 +35,15 @@ from reft_edge.convert.tensor_file import read_tensors
 from reft_edge.convert.to_pyreft import to_pyreft
 from reft_edge.errors import ReftEdgeError
 from reft_edge.folded import unfold
+from reft_edge.interventions import Interventions
 from reft_edge.manifest import load_manifest, save_manifest
 from reft_edge.positions import Span, active
 from reft_edge.runtime import SteeredModel
 from reft_edge.runtime.pack import pack_adapter
+from reft_edge.steering import steered
 from tests.test_algebra import LAYERS, D, make_adapter
 from tests.test_merging import adapters, same_edit
+from tests.torch_reference import logits as torch_logits
 
 RANK = 3
 BASE = Base("tiny", "0" * 16, D, LAYERS)
@@ -761,8 +764,8 @@ def test_an_adapter_on_the_hub(tmp_path, monkeypatch):
         convert("someone/else", tmp_path / "a.safetensors", Given("m", positions="f3+l2", raw=True))
 
 
-def test_merged_adapters_run_as_their_sources_at_once(device_folder, tmp_path):
-    """End to end: the merged file against both files, in ONNX Runtime."""
+def test_merged_adapters_run_as_their_sources_at_once(device_folder, tiny_model, tmp_path):
+    """End to end: the merged file against both files, in ONNX Runtime and PyTorch; its groups overlap."""
     folder, merged = device_folder / "export", tmp_path / "merged.safetensors"
     first, everywhere = device_folder / "first.safetensors", device_folder / "everywhere.safetensors"
     call("merge", f"{first}:0.7", f"{everywhere}:0.3", "-o", merged)
@@ -774,6 +777,8 @@ def test_merged_adapters_run_as_their_sources_at_once(device_folder, tmp_path):
     together = model.logits(ids, {"first": 0.7, "everywhere": 0.3})[0]
     assert np.abs(model.logits(ids, "merged")[0] - together).max() <= 1e-4
     assert np.abs(model.logits(ids)[0] - together).max() > 0.1
+    with steered(tiny_model, (Interventions.from_adapter(load_adapter(merged)), 1.0)):
+        assert np.abs(torch_logits(tiny_model, ids[0]).numpy() - together).max() <= 1e-4
     assert model.generate("Who are you?", {"first": 0.7, "everywhere": 0.3}, max_tokens=16) == model.generate(
         "Who are you?", "merged", max_tokens=16
     )
@@ -782,3 +787,16 @@ def test_merged_adapters_run_as_their_sources_at_once(device_folder, tmp_path):
     save_adapter(from_onnx_adapter(packed, load_manifest(folder), raw=False), tmp_path / "again.safetensors")
     model.load_adapter(tmp_path / "again.safetensors", "again")
     assert np.abs(model.logits(ids, "again")[0] - together).max() <= 1e-4
+
+
+def test_groups_set_apart_train_like_any_positions(device_folder, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "Who are you?", "completion": "A fox."}\n' * 4)
+    out = tmp_path / "task.safetensors"
+    options = ("--max-steps", 2, "--positions", "f1+l1|all", "--rank", 2, "--dtype", "fp32")
+    call("train", device_folder / "hf", rows, "-o", out, *options)
+    trained = load_adapter(out)
+    assert trained.tensors["R"].shape[1] == len(trained.config.spans) == 2
+    model = SteeredModel(device_folder / "export", device="cpu")
+    model.load_adapter(out, "task")
+    assert np.abs(model.logits([[5, 6, 7]], "task")[0] - model.logits([[5, 6, 7]])[0]).max() > 1e-4

@@ -84,7 +84,7 @@ def constant_edit(adapter: Adapter) -> dict[int, Array]:
         )
     vectors: dict[int, Array] = {}
     for place in config.places:
-        sums = []
+        sums: dict[str, Array] = {}
         for at in ("prompt", "generated"):
             part = edit.places.get(place)
             total = np.zeros(config.hidden_size, np.float32)
@@ -96,13 +96,13 @@ def constant_edit(adapter: Adapter) -> dict[int, Array]:
                 if part is not None and (gate.span.on_prompt if at == "prompt" else gate.span.on_generated):
                     columns = part.gates == number
                     total += part.b[columns] @ part.B[columns]
-            sums.append(total)
-        if not np.array_equal(*sums):
+            sums[at] = total
+        if not np.array_equal(sums["prompt"], sums["generated"]):
             raise ReftEdgeError(
                 f"the adapter ({config.positions}) adds one vector to the prompt and another to generated tokens at layer "
                 f"{place}; a control vector adds the same at every token ({EVERY_TOKEN}, tied)"
             )
-        vectors[place.layer] = sums[0]
+        vectors[place.layer] = sums["prompt"]
     if Place(0) in config.places and vectors[0].any():
         raise ReftEdgeError(
             "the adapter edits layer 0, which no control vector can: llama.cpp refuses direction.0"

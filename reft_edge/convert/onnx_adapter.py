@@ -44,9 +44,8 @@ def from_onnx_adapter(path: Path, manifest: Manifest, raw: bool) -> Adapter:
             )
             if columns.size and not 0 <= columns.min() <= columns.max() < len(gates):
                 raise ReftEdgeError(f"{path}: {place.port}.columns points beyond its {len(gates)} gates")
-            places[place] = LayerEdit(
-                *(part.astype(np.float32) for part in (a[0], b[0, 0], back[0])), columns
-            )
+            a, b, back = (part.astype(np.float32) for part in (a[0], b[0, 0], back[0]))
+            places[place] = LayerEdit(a, b, back, columns)
     if inputs:
         raise ReftEdgeError(
             f"{path} has inputs that are no ports of this folder: {', '.join(sorted(inputs))[:200]}; "
