@@ -1,7 +1,8 @@
 """Linear edits as adapters: every edit h + (hA + b)B is NoDiReFT, h + W2ᵀ(W1h + b), with W1 = Aᵀ and W2 = B.
 
-An `Edit` has a gate a column, an adapter a rank a position group. Columns whose gates open at the same tokens become one
-group, their scales go into B, and ranks are padded with zeros to the largest of any place and group.
+An `Edit` has a gate a column, an adapter a rank a position group. Columns whose gates open at the same tokens
+become one group, their scales go into B, and ranks are padded with zeros to the largest of any place and
+group.
 """
 
 from dataclasses import replace

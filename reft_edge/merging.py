@@ -31,7 +31,9 @@ class Source:
     path: Path
     scale: float = 1.0
     columns: str | None = None
-    """Which of the rank's columns to take, as `0:2` or `0,3`; None takes all. pyreft calls such a choice a subspace."""
+    """Which of the rank's columns to take, as `0:2` or `0,3`; None takes all. pyreft calls such a choice a
+    subspace.
+    """
 
 
 @dataclass(frozen=True)
@@ -151,8 +153,8 @@ def merge(sources: Sequence[Source], rank: int | None = None, raw: bool | None =
     """One adapter that does what the sources do at once; `raw` settles unlike prompt formats.
 
     One source alone, unscaled and not compressed, keeps its intervention; else the result is NoDiReFT. Raises
-    AdapterFileError, BaseMismatchError for unlike bases, and ReftEdgeError for what one file cannot hold: two classification heads,
-    unlike components, a non-linear act_fn.
+    AdapterFileError, BaseMismatchError for unlike bases, and ReftEdgeError for what one file cannot hold: two
+    classification heads, unlike components, a non-linear act_fn.
     """
     if not sources:
         raise ReftEdgeError("there is nothing to merge; give at least one adapter file")

@@ -58,7 +58,8 @@ def active(span: Span, t: Any, n: Any) -> Any:
 
 
 def parse_positions(spec: str, tied: bool) -> tuple[Span, ...]:
-    """The gates of a spec: one a part if untied, one for all parts if tied, one a group where groups are set apart by `|`.
+    """The gates of a spec: one a part if untied, one for all parts if tied, one a group where groups are set
+    apart by `|`.
 
     Raises ReftEdgeError for an unknown, repeated or overlapping part, and for a repeated group.
     """

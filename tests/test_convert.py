@@ -1,4 +1,6 @@
-"""Conversions, with the other libraries' files written here as they write them. tests/test_convert_peers.py asks the libraries."""
+"""Conversions, with the other libraries' files written here as they write them. tests/test_convert_peers.py
+asks the libraries.
+"""
 
 import itertools
 import json

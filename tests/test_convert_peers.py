@@ -1,7 +1,8 @@
 """Conversions against the original libraries, by logits. Run with `pytest -m real`.
 
-pyreft and repeng get environments of their own, in minutes; llama.cpp is compiled for longer, and therefore only tried where
-$REFT_EDGE_PEERS names a folder that `benchmarks/runtime/environments.sh` has filled (it is looked into for the others, too).
+pyreft and repeng get environments of their own, in minutes; llama.cpp is compiled for longer, and therefore
+only tried where $REFT_EDGE_PEERS names a folder that `benchmarks/runtime/environments.sh` has filled (it is
+looked into for the others, too).
 """
 
 import json

@@ -1,10 +1,11 @@
 """Control vectors in GGUF, as llama.cpp and repeng read and write them, and steering adapters.
 
-`direction.N` (float32, one a layer) is added to the output of block N, counted from 0, at every token of prompt and answer.
-Both libraries agree: llama.cpp's `common_control_vector_load_one` puts `direction.N` at offset (N − 1) · n_embd, from which
-`llama_adapter_cvec::apply` (src/llama-adapter.cpp) fills the vector of block N, added where the graph's `l_out-N` arises;
-repeng's `ControlModel` adds `directions[N]` to the output of `model.layers[N]`. So N here is the layer of an adapter,
-and block 0 cannot be steered by llama.cpp, which refuses `direction.0`.
+`direction.N` (float32, one a layer) is added to the output of block N, counted from 0, at every token of
+prompt and answer. Both libraries agree: llama.cpp's `common_control_vector_load_one` puts `direction.N` at
+offset (N − 1) · n_embd, from which `llama_adapter_cvec::apply` (src/llama-adapter.cpp) fills the vector of
+block N, added where the graph's `l_out-N` arises; repeng's `ControlModel` adds `directions[N]` to the output
+of `model.layers[N]`. So N here is the layer of an adapter, and block 0 cannot be steered by llama.cpp, which
+refuses `direction.0`.
 """
 
 import re
@@ -35,7 +36,9 @@ _STRING, _ARRAY = 8, 9
 
 
 def from_control_vector(path: Path, base: Base, raw: bool, positions: str = EVERY_TOKEN) -> Adapter:
-    """A steering adapter of a control vector. Raises ReftEdgeError for a malformed file, or one that does not fit the base."""
+    """A steering adapter of a control vector. Raises ReftEdgeError for a malformed file, or one that does not
+    fit the base.
+    """
     directions = read_control_vector(path, base.hidden_size, base.num_layers)
     config = AdapterConfig(
         "steering",
@@ -62,8 +65,8 @@ def from_control_vector(path: Path, base: Base, raw: bool, positions: str = EVER
 def to_control_vector(adapter: Adapter, output: Path) -> None:
     """Write an adapter that adds a constant at every token: steering, LoBiReFT, and merges of these.
 
-    `controlvector.model_hint` is the base's name. Raises ReftEdgeError by name for an edit that depends on the hidden state, other
-    positions, other components than the block, and layer 0.
+    `controlvector.model_hint` is the base's name. Raises ReftEdgeError by name for an edit that depends on
+    the hidden state, other positions, other components than the block, and layer 0.
     """
     write_control_vector(output, constant_edit(adapter), adapter.config.base_name)
 
@@ -132,8 +135,9 @@ def write_control_vector(path: Path, directions: dict[int, Array], hint: str) ->
 def read_control_vector(path: Path, hidden_size: int, num_layers: int) -> dict[int, Array]:
     """The directions `[hidden_size]` by layer.
 
-    Sizes are checked against the file's before anything is read, and at most 1 MB of header is. Raises ReftEdgeError for a malformed file, another
-    architecture, tensors that are no directions, and layers that a model of `num_layers` does not have.
+    Sizes are checked against the file's before anything is read, and at most 1 MB of header is. Raises
+    ReftEdgeError for a malformed file, another architecture, tensors that are no directions, and layers that
+    a model of `num_layers` does not have.
     """
     try:
         with path.open("rb") as file:

@@ -41,8 +41,8 @@ def convert(
 ) -> Converted:
     """Convert between our adapter file and another library's format; formats are told from names.
 
-    `report` is told what a user must know, such as what the other library does not store. Raises ReftEdgeError that names the option for what
-    is missing, or what cannot be carried.
+    `report` is told what a user must know, such as what the other library does not store. Raises
+    ReftEdgeError that names the option for what is missing, or what cannot be carried.
     """
     path = Path(source)
     if path.suffix != OURS:

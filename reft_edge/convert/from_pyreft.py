@@ -1,10 +1,12 @@
-"""From folders of pyreft 0.1.0: `ReftModel.save` (config.json and `intkey_*.bin`) or `ReftTrainer`'s `intervenable_model`.
+"""From folders of pyreft 0.1.0: `ReftModel.save` (config.json and `intkey_*.bin`) or `ReftTrainer`'s
+`intervenable_model`.
 
-Facts about the format, from pyreft 0.1.0's interventions.py and pyvene 0.1.8's intervenable_base.py: a file's name says layer, component and,
-after `#`, which of the layer's interventions it is; untied, `#0` edits the prompt's first tokens and `#1` its last. LoReFT
-stores its effective `rotate_layer [d, r]`; ConsReFT, LoBiReFT and DiReFT store torch's Householder parametrisation
-of it, `base @ (Q * sign)` with Q the product of the reflections below the diagonal of `original [d, r]` and `sign` its diagonal.
-Neither positions nor act_fn nor the base model are stored, so they must be given.
+Facts about the format, from pyreft 0.1.0's interventions.py and pyvene 0.1.8's intervenable_base.py: a file's
+name says layer, component and, after `#`, which of the layer's interventions it is; untied, `#0` edits the
+prompt's first tokens and `#1` its last. LoReFT stores its effective `rotate_layer [d, r]`; ConsReFT, LoBiReFT
+and DiReFT store torch's Householder parametrisation of it, `base @ (Q * sign)` with Q the product of the
+reflections below the diagonal of `original [d, r]` and `sign` its diagonal. Neither positions nor act_fn nor
+the base model are stored, so they must be given.
 """
 
 import json
@@ -75,7 +77,8 @@ class _File:
 def from_pyreft(
     folder: Path, base: Callable[[], Base], asked: Asked, report: Callable[[str], None] = lambda note: None
 ) -> Adapter:
-    """The adapter of a pyreft folder; `base` is called, and `report` told what to know, once the folder is found sound.
+    """The adapter of a pyreft folder; `base` is called, and `report` told what to know, once the folder is
+    found sound.
 
     Raises ReftEdgeError that names the option for what the folder does not store, the file that is malformed, or
     what cannot be carried: mixed interventions, other components, trained parameters of the base model.

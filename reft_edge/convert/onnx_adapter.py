@@ -23,8 +23,8 @@ _BFLOAT16 = 16
 def from_onnx_adapter(path: Path, manifest: Manifest, raw: bool) -> Adapter:
     """The adapter packed for the folder that `manifest` describes.
 
-    ONNX Runtime checks every tensor's size against the file. Raises ReftEdgeError for a malformed file, one that is no packed ReFT adapter, or
-    one for other ports.
+    ONNX Runtime checks every tensor's size against the file. Raises ReftEdgeError for a malformed file, one
+    that is no packed ReFT adapter, or one for other ports.
     """
     inputs = _read(path)
     gates = _gates(path, inputs)

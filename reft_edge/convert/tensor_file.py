@@ -18,8 +18,9 @@ _SLACK = 1 << 16
 def read_tensors(path: Path, limit: int) -> dict[str, Array]:
     """The tensors of a state dict, as float32; whole numbers, which describe, as float32 too.
 
-    `limit`: bytes of tensor data that the caller expects at most. Raises ReftEdgeError for a file that is larger, compressed, of
-    torch's old format, or holds anything but dense tensors of numbers; it is loaded with `weights_only=True`.
+    `limit`: bytes of tensor data that the caller expects at most. Raises ReftEdgeError for a file that is
+    larger, compressed, of torch's old format, or holds anything but dense tensors of numbers; it is loaded
+    with `weights_only=True`.
     """
     try:
         _check_zip(path, limit)

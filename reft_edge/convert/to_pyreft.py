@@ -1,8 +1,9 @@
 """To a folder that pyreft 0.1.0's `ReftModel.load` reads, as `ReftModel.save` would have written it.
 
-What its reload does (interventions.py, and pyvene 0.1.8's `IntervenableModel.load`): classes are built anew with their defaults, so act_fn is
-linear, `learned_source` of LoReFT and DiReFT is bfloat16 (the file's float32 numbers are rounded), and NoReFT and NoDiReFT
-fail, since no add_bias is stored. Linear ones of these are written as DiReFT, which can say the same edit.
+What its reload does (interventions.py, and pyvene 0.1.8's `IntervenableModel.load`): classes are built anew
+with their defaults, so act_fn is linear, `learned_source` of LoReFT and DiReFT is bfloat16 (the file's
+float32 numbers are rounded), and NoReFT and NoDiReFT fail, since no add_bias is stored. Linear ones of these
+are written as DiReFT, which can say the same edit.
 """
 
 import json
