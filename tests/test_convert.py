@@ -320,6 +320,10 @@ BAD_PYREFT = {
     "unexpected": (lambda f: change(first(f), other=torch.zeros(1)), "unexpected tensors"),
     "nan": (lambda f: change(first(f), bias=torch.full((RANK,), float("nan"))), "NaN"),
     "a file gone": (lambda f: first(f).unlink(), "which its config.json names"),
+    "a file too many": (
+        lambda f: shutil.copy(first(f), f / f"intkey_{key(3, 0)}.bin"),
+        "of which its config.json does not speak",
+    ),
     "a hole": (
         lambda f: (first(f).rename(f / f"intkey_{key(0, 1)}.bin"), (f / "config.json").unlink()),
         "numbered from 0",
@@ -330,7 +334,10 @@ BAD_PYREFT = {
         "block_input; only block_output",
     ),
     "two components": (
-        lambda f: (f / f"intkey_{key(1, 0, 'mlp_output')}.bin").touch(),
+        lambda f: (
+            (f / "config.json").unlink(),
+            (f / f"intkey_{key(1, 0, 'mlp_output')}.bin").touch(),
+        ),
         "block and the mlp",
     ),
     "heads": (
@@ -380,6 +387,9 @@ def test_an_unlike_option_is_refused(tmp_path):
         read(tmp_path / "saved", replace(ASKED, act_fn=None, intervention="lobireft"))
     with pytest.raises(ReftEdgeError, match="has no activation function"):
         read(tmp_path / "saved", replace(ASKED, act_fn="relu"))
+    write_pyreft(tmp_path / "other", "loreft")
+    with pytest.raises(ReftEdgeError, match="unknown act_fn 'nothing'"):
+        read(tmp_path / "other", replace(ASKED, act_fn="nothing"))
     (tmp_path / "saved/config.json").unlink()
     with pytest.raises(ReftEdgeError, match="is none of"):
         read(tmp_path / "saved", replace(ASKED, intervention="lora"))

@@ -23,7 +23,8 @@ from reft_edge.algebra import Array
 from reft_edge.base import Base
 from reft_edge.convert.tensor_file import read_tensors
 from reft_edge.errors import ReftEdgeError
-from reft_edge.positions import parse_positions
+from reft_edge.interventions import activation
+from reft_edge.positions import UNLIMITED, parse_positions
 
 CLASSES = {
     "LoreftIntervention": "loreft",
@@ -88,8 +89,14 @@ def from_pyreft(
     files = _list_files(folder)
     _refuse_trained_base(folder)
     described = _read_config(folder)
-    if described is not None and (missing := described.files - {file.path.name for file in files}):
-        raise ReftEdgeError(f"{folder} lacks {sorted(missing)[0]}, which its config.json names")
+    if described is not None and (unlike := described.files ^ {file.path.name for file in files}):
+        name = sorted(unlike)[0]
+        which = (
+            "lacks {}, which its config.json names"
+            if name in described.files
+            else "has {}, of which its config.json does not speak"
+        )
+        raise ReftEdgeError(f"{folder} {which.format(name)}")
     if asked.positions is None:
         raise ReftEdgeError(
             "pyreft does not store positions: give those that it was trained with by --positions, such as f7+l7"
@@ -111,13 +118,14 @@ def from_pyreft(
             raise ReftEdgeError(f"--intervention {intervention} is none of {', '.join(CLASSES.values())}")
         _act_fn(intervention, asked.act_fn)
     whole = base()
-    states = [
-        read_tensors(file.path, _limit(described, intervention, whole.hidden_size))
-        for file in sorted(files, key=lambda file: (file.layer, file.number))
-    ]
-    intervention = intervention or _recognise(states[0], folder)
+    limit = _limit(described, intervention, whole.hidden_size)
+    parts: list[dict[str, Array]] = []
+    for file in sorted(files, key=lambda file: (file.layer, file.number)):
+        state = read_tensors(file.path, limit)
+        intervention = intervention or _recognise(state, folder)
+        parts.append(_unpack(intervention, state, whole.hidden_size, folder))
+    assert intervention is not None
     act_fn = _act_fn(intervention, asked.act_fn)
-    parts = [_unpack(intervention, state, whole.hidden_size, folder) for state in states]
     ranks = sorted({part["b"].shape[0] for part in parts})
     if len(ranks) > 1:
         raise ReftEdgeError(f"{folder} has interventions of ranks {ranks}; an adapter file has one rank")
@@ -145,7 +153,7 @@ def from_pyreft(
         {"converted": {"from": "pyreft", "name": folder.name[:200], "intervention": intervention}},
         component=component,
     )
-    if any(span.first > 0 or 0 < span.last < 2**31 - 1 for span in config.spans):
+    if any(span.first > 0 or 0 < span.last < UNLIMITED for span in config.spans):
         report(
             f"positions {asked.positions} count to the prompt's last token, as in pyreft's examples/loreft and make_multiple_position_* "
             "functions; its ReftSupervisedDataset, ReftGenerationDataset and ReftClassificationDataset leave the last token out, "
@@ -326,6 +334,7 @@ def _act_fn(intervention: str, given: str | None) -> str:
         raise ReftEdgeError(
             f"pyreft does not store the act_fn of {intervention}: give it by --act-fn; linear is pyreft's default"
         )
+    activation(given)  # raises for one that there is not
     return given
 
 
