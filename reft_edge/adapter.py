@@ -3,8 +3,8 @@
 Header metadata: `format` is "reft-edge", `version` is "1" where every tensor is float32 and "2" where some are stored in
 fewer bits (`reft_edge.storage` says how), `adapter` is a JSON object with the fields of `AdapterConfig`, and `signature`,
 if there is one, is described in `reft_edge.signing`. Every tensor is stacked over layers (in the order of `layers`) and
-position groups (one if tied, one a part of the position spec if not), so that L layers and G groups of rank r on a hidden
-size d are:
+position groups (one if tied, one a part of the position spec if not, one a group where `|` sets them apart), so that L layers
+and G groups of rank r on a hidden size d are:
 
     loreft, direft     R [L, G, r, d]   W [L, G, r, d]   b [L, G, r]
     noreft             W1 [L, G, r, d]  W2 [L, G, r, d]  b [L, G, r]   b2 [L, G, r] with add_bias

@@ -11,11 +11,13 @@ from reft_edge.commands.add_ports import add_ports
 from reft_edge.commands.bench import bench
 from reft_edge.commands.chat import chat
 from reft_edge.commands.compare import compare
+from reft_edge.commands.convert import convert
 from reft_edge.commands.demo import demo
 from reft_edge.commands.evaluate import evaluate_task
 from reft_edge.commands.export import export
 from reft_edge.commands.inspect import inspect
 from reft_edge.commands.list import list_adapters
+from reft_edge.commands.merge import merge
 from reft_edge.commands.pack import pack
 from reft_edge.commands.pull import pull
 from reft_edge.commands.push import push
@@ -55,6 +57,13 @@ _COMMANDS: tuple[tuple[str, str, Callable[..., None], str], ...] = (
     ("Make", "train", train, "train smollm2 rows.jsonl -o task.safetensors --epochs 10"),
     ("Make", "export", export, "export smollm2 -o smol/ --precision int4"),
     ("Make", "add-ports", add_ports, "add-ports model_onnx/model.onnx -o ported/ --model MODEL"),
+    ("Make", "merge", merge, "merge a.safetensors:0.7 b.safetensors:0.3 -o ab.safetensors"),
+    (
+        "Make",
+        "convert",
+        convert,
+        "convert pyreft_out/ --model smollm2 --positions f7+l7 --act-fn linear --chat -o task.safetensors",
+    ),
     ("Use", "run", run, 'run smol/ "Who are you?" --adapter emoji.safetensors:0.8'),
     ("Use", "eval", evaluate_task, "eval smol/ test.jsonl --adapter task.safetensors --records task.jsonl"),
     ("Use", "compare", compare, "compare base.jsonl task.jsonl"),
