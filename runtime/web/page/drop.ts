@@ -4,7 +4,7 @@ export async function droppedFiles(dropped: DataTransfer): Promise<{ files: File
   const entries = [...dropped.items].map((item) => item.webkitGetAsEntry());
   const files = [...dropped.files];
   const [entry] = entries;
-  if (entries.length !== 1 || !(entry instanceof FileSystemDirectoryEntry)) return { files };
+  if (entries.length !== 1 || !isFolder(entry)) return { files };
   return { files: await filesIn(entry), folder: entry.name };
 }
 
@@ -15,9 +15,15 @@ async function filesIn(folder: FileSystemDirectoryEntry): Promise<File[]> {
     const entries = await new Promise<FileSystemEntry[]>((resolve, reject) => reader.readEntries(resolve, reject));
     if (entries.length === 0) return found;
     for (const entry of entries) {
-      if (entry instanceof FileSystemFileEntry) {
-        found.push(await new Promise<File>((resolve, reject) => entry.file(resolve, reject)));
-      }
+      if (isFile(entry)) found.push(await new Promise<File>((resolve, reject) => entry.file(resolve, reject)));
     }
   }
+}
+
+function isFolder(entry: FileSystemEntry | null | undefined): entry is FileSystemDirectoryEntry {
+  return entry?.isDirectory === true;
+}
+
+function isFile(entry: FileSystemEntry): entry is FileSystemFileEntry {
+  return entry.isFile;
 }
