@@ -68,7 +68,7 @@ export class SteeredModel {
     private readonly prompts: Prompts,
     private readonly graph: GraphSession,
   ) {
-    this.nothing = graph.bind(emptyPorts(manifest));
+    this.nothing = graph.bind(emptyPorts(manifest, graph.emptyRank));
   }
 
   /**
@@ -161,7 +161,9 @@ export class SteeredModel {
       const run = this.running.then(async () => {
         const started = performance.now();
         const logits = await this.graph.run(given, cache, ports, ids.length);
-        return [likeliest(logits), (performance.now() - started) / 1000] as [number, number];
+        const seconds = (performance.now() - started) / 1000;
+        await otherTasks();
+        return [likeliest(logits), seconds] as [number, number];
       });
       this.running = run.catch(() => undefined);
       return run;
@@ -228,7 +230,7 @@ export class SteeredModel {
     const key = JSON.stringify(acting);
     if (this.lastBound?.key !== key) {
       const edit = concat(acting.map(([name, factor]) => scale(this.find(name).edit, factor)));
-      const prompt = this.graph.bind(portInputs(edit, this.manifest));
+      const prompt = this.graph.bind(portInputs(edit, this.manifest, this.graph.emptyRank));
       this.lastBound = { key, bound: { prompt, decode: onGenerated(edit) ? prompt : this.nothing } };
     }
     return this.lastBound.bound;
@@ -248,4 +250,16 @@ function likeliest(logits: Float32Array): number {
   let best = 0;
   for (let i = 1; i < logits.length; i++) if (logits[i]! > logits[best]!) best = i;
   return best;
+}
+
+/** Let waiting events, a click on a stop button among them, be handled: WebAssembly runs give no time to them. */
+function otherTasks(): Promise<void> {
+  const { port1, port2 } = new MessageChannel();
+  return new Promise((resolve) => {
+    port1.onmessage = () => {
+      port1.close();
+      resolve();
+    };
+    port2.postMessage(null);
+  });
 }

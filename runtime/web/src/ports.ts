@@ -10,24 +10,29 @@ export interface PortValue {
 
 export type PortInputs = Map<string, PortValue>;
 
-/** Every port's value of rank 0, under which the graph computes what it did without ports. */
-export function emptyPorts(manifest: Manifest): PortInputs {
+/**
+ * Every port's value under which the graph computes what it did without ports: of rank 0, or with `rank` closed columns
+ * of zeros, for kernels that cannot do with empty tensors.
+ */
+export function emptyPorts(manifest: Manifest, rank = 0): PortInputs {
   const inputs: PortInputs = new Map();
   for (const [name, shape] of Object.entries(manifest.ports)) {
     if (!isEdit(name)) continue;
-    const sizes = shape.map((size) => (typeof size === "number" ? size : size === "adapter_batch" ? 1 : 0));
-    const data = isFloat(name) ? new Float32Array() : new BigInt64Array();
+    const sizes = shape.map((size) => (typeof size === "number" ? size : size === "adapter_batch" ? 1 : rank));
+    const count = sizes.reduce((product, size) => product * size, 1);
+    const data = isFloat(name) ? new Float32Array(count) : new BigInt64Array(count);
     inputs.set(name, { data, shape: sizes });
   }
   return inputs;
 }
 
 /**
- * Every port's value under an edit, with adapter_batch 1 (`reft_edge/runtime/binding.py`).
+ * Every port's value under an edit, with adapter_batch 1 (`reft_edge/runtime/binding.py`); `emptyRank` is that of
+ * places where nothing acts.
  *
  * Raises ReftEdgeError if the edit is for another hidden size or a place without a port.
  */
-export function portInputs(edit: Edit, manifest: Manifest): PortInputs {
+export function portInputs(edit: Edit, manifest: Manifest, emptyRank = 0): PortInputs {
   const d = manifest.hidden_size;
   if (edit.hiddenSize !== d) {
     throw new ReftEdgeError(
@@ -41,7 +46,7 @@ export function portInputs(edit: Edit, manifest: Manifest): PortInputs {
         "export the model again with --layers and --components that cover them",
     );
   }
-  const inputs = emptyPorts(manifest);
+  const inputs = emptyPorts(manifest, emptyRank);
   const perGate = [1, 1, edit.gates.length];
   for (const name of ["first", "last", "after"] as const) {
     inputs.set(`reft.${name}`, { data: int64(edit.gates.map((gate) => gate.span[name])), shape: perGate });

@@ -28,6 +28,8 @@ export class GraphSession {
     private readonly runtime: Runtime,
     private readonly session: ort.InferenceSession,
     private readonly manifest: Manifest,
+    /** Rank of ports at which nothing acts: 1, with zeros, on WebGPU, which has no empty buffers. */
+    readonly emptyRank: 0 | 1,
   ) {}
 
   /** Raises ReftEdgeError if files are missing or ONNX Runtime cannot load the graph. */
@@ -45,7 +47,8 @@ export class GraphSession {
     }
     try {
       const session = await runtime.InferenceSession.create(graph.model, { ...options, externalData });
-      return new GraphSession(runtime, session, manifest);
+      const providers = (options.executionProviders ?? []).map((given) => (typeof given === "string" ? given : given.name));
+      return new GraphSession(runtime, session, manifest, providers.includes("webgpu") ? 1 : 0);
     } catch (error) {
       throw new ReftEdgeError(`ONNX Runtime cannot load ${folder.name}: ${firstLine(error)}`);
     }

@@ -1,6 +1,6 @@
 """What reft_edge's own runtime answers, to compare the loader's answers with.
 
-    python runtime/web/test/answers.py EXPORT ANSWERS.json ADAPTER...
+python runtime/web/test/answers.py EXPORT ANSWERS.json ADAPTER...
 """
 
 import json

@@ -30,6 +30,24 @@ const expected = (prompt: string, adapters: Record<string, number>): string => {
   return found.text;
 };
 
+const QUIET = [
+  "--no-sandbox",
+  "--disable-quic",
+  "--no-first-run",
+  "--disable-background-networking",
+  "--disable-component-update",
+  "--disable-sync",
+];
+/** WebGPU computed by the CPU. */
+const SOFTWARE_GPU = [
+  "--enable-unsafe-webgpu",
+  "--enable-features=Vulkan",
+  "--use-vulkan=swiftshader",
+  "--use-webgpu-adapter=swiftshader",
+  "--use-angle=swiftshader",
+  "--ignore-gpu-blocklist",
+];
+
 describe.skipIf(!existsSync(CHROMIUM)).each([
   ["threads", true],
   ["one thread", false],
@@ -41,32 +59,9 @@ describe.skipIf(!existsSync(CHROMIUM)).each([
   const failures: string[] = [];
 
   beforeAll(async () => {
-    server = createServer((request, response) => {
-      const path = normalize(decodeURIComponent(new URL(request.url!, "http://localhost").pathname));
-      const file = path.startsWith("/exported/") ? join(EXPORT, basename(path)) : join(DIST, path);
-      if (!existsSync(file) || path.endsWith("/")) return void response.writeHead(404).end();
-      const headers: Record<string, string> = { "Content-Type": TYPES[extname(file)] ?? "application/octet-stream" };
-      if (isolated) {
-        headers["Cross-Origin-Opener-Policy"] = "same-origin";
-        headers["Cross-Origin-Embedder-Policy"] = "require-corp";
-      }
-      const content = readFileSync(file);
-      response.writeHead(200, { ...headers, "Content-Length": content.byteLength }).end(content);
-    }).listen(0, "127.0.0.1");
-    await new Promise((resolve) => server.once("listening", resolve));
-    origin = `http://127.0.0.1:${(server.address() as AddressInfo).port}`;
-    browser = await chromium.launch({
-      executablePath: CHROMIUM,
-      args: [
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-quic",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-      ],
-    });
+    server = await serve(isolated);
+    origin = addressOf(server);
+    browser = await chromium.launch({ executablePath: CHROMIUM, args: [...QUIET, "--disable-gpu"] });
     page = await browser.newPage({ viewport: { width: 1080, height: 760 } });
     page.setDefaultTimeout(20_000);
     page.on("pageerror", (error) => failures.push(String(error)));
@@ -82,29 +77,8 @@ describe.skipIf(!existsSync(CHROMIUM)).each([
 
   const textOf = (id: string) => page.locator(`#${id}`).innerText();
   const exactTextOf = (id: string) => page.locator(`#${id}`).evaluate((element) => element.textContent ?? "");
-  const untilReady = () => page.locator("#ask:enabled").waitFor({ timeout: 100_000 });
+  const untilReady = () => ready(page);
   const untilSaid = (text: string) => page.locator("#error", { hasText: text }).waitFor();
-
-  async function drop(path: string): Promise<void> {
-    const content = readFileSync(path).toString("base64");
-    const transfer = await page.evaluateHandle(
-      ({ content, name }) => {
-        const dropped = new DataTransfer();
-        dropped.items.add(new File([Uint8Array.from(atob(content), (c) => c.charCodeAt(0))], name));
-        return dropped;
-      },
-      { content, name: basename(path) },
-    );
-    await page.locator("#drop").dispatchEvent("drop", { dataTransfer: transfer });
-  }
-
-  async function ask(prompt: string): Promise<void> {
-    await page.locator("#prompt").fill(prompt);
-    await page.locator("#max-tokens").fill(String(maxTokens));
-    await page.locator("#ask").click();
-    await page.locator("#base-figures:not(:empty)").waitFor({ timeout: 100_000 });
-    await untilReady();
-  }
 
   test("opens a folder of its server", async () => {
     await page.goto(`${origin}/index.html?model=exported`);
@@ -114,17 +88,17 @@ describe.skipIf(!existsSync(CHROMIUM)).each([
   }, 120_000);
 
   test("answers without an adapter", async () => {
-    await ask(prompts[0]!);
+    await ask(page, prompts[0]!);
     expect(await exactTextOf("base")).toBe(expected(prompts[0]!, {}));
     expect(await exactTextOf("steered")).toBe("");
   }, 120_000);
 
   test("answers side by side with adapters that are dropped one after the other", async () => {
     for (const path of ADAPTERS) {
-      await drop(path);
+      await drop(page, path);
       await page.locator("#adapters [aria-checked=true]", { hasText: stem(path) }).waitFor();
       for (const prompt of prompts) {
-        await ask(prompt);
+        await ask(page, prompt);
         expect(await exactTextOf("base")).toBe(expected(prompt, {}));
         expect(await exactTextOf("steered")).toBe(expected(prompt, { [stem(path)]: 1 }));
       }
@@ -139,7 +113,7 @@ describe.skipIf(!existsSync(CHROMIUM)).each([
         new MutationObserver(() => void order.push(id)).observe(document.getElementById(id)!, { childList: true });
       }
     });
-    await ask(prompts[0]!);
+    await ask(page, prompts[0]!);
     const order = await page.evaluate(() => (window as unknown as { order: string[] }).order);
     const changes = order.slice(2).filter((id, i, all) => i > 0 && id !== all[i - 1]).length;
     expect(changes).toBeGreaterThan(4);
@@ -149,22 +123,22 @@ describe.skipIf(!existsSync(CHROMIUM)).each([
     const name = stem(ADAPTERS[0]!);
     await page.locator("#adapters button", { hasText: name }).click();
     await page.locator("#scale").fill("0.5");
-    await ask(prompts[1]!);
+    await ask(page, prompts[1]!);
     expect(await exactTextOf("steered")).toBe(expected(prompts[1]!, { [name]: 0.5 }));
     await page.locator("#scale").fill("1");
   }, 120_000);
 
   test("refuses what is not an adapter for this model, and keeps the one in use", async () => {
-    await drop(join(VECTORS, "bad-unknown-tensor.safetensors"));
+    await drop(page, join(VECTORS, "bad-unknown-tensor.safetensors"));
     await untilSaid("bad-unknown-tensor is not a usable adapter");
     await page.locator("#dismiss").click();
-    await drop(join(VECTORS, "bad-other-base.safetensors"));
+    await drop(page, join(VECTORS, "bad-other-base.safetensors"));
     await untilSaid("was trained on another base model");
     if (SCREENSHOT !== undefined && isolated) await page.screenshot({ path: SCREENSHOT.replace(".png", "-error.png") });
-    await drop(join(EXPORT, "reft_edge.json").replace("reft_edge", "tokenizer"));
+    await drop(page, join(EXPORT, "reft_edge.json").replace("reft_edge", "tokenizer"));
     await untilSaid("tokenizer.json is neither an adapter");
     expect(await page.locator("#adapters [aria-checked=true]").innerText()).toBe(stem(ADAPTERS[0]!));
-    await ask(prompts[0]!);
+    await ask(page, prompts[0]!);
     expect(await exactTextOf("steered")).toBe(expected(prompts[0]!, { [stem(ADAPTERS[0]!)]: 1 }));
     expect(await page.locator("#error").isVisible()).toBe(false);
     if (SCREENSHOT !== undefined && isolated) {
@@ -198,7 +172,7 @@ describe.skipIf(!existsSync(CHROMIUM)).each([
     await page.goto(`${origin}/index.html`);
     await page.locator("#folder").setInputFiles(EXPORT);
     await untilReady();
-    await ask(prompts[0]!);
+    await ask(page, prompts[0]!);
     expect(await exactTextOf("base")).toBe(expected(prompts[0]!, {}));
   }, 120_000);
 
@@ -214,3 +188,86 @@ describe.skipIf(!existsSync(CHROMIUM)).each([
     expect(failures.filter((text) => !text.includes("404"))).toEqual([]);
   });
 });
+
+describe.skipIf(!existsSync(CHROMIUM))("the page on WebGPU in software", () => {
+  const COUNT = 12;
+  let server: Server;
+  let browser: Browser;
+
+  beforeAll(async () => {
+    server = await serve(true);
+    browser = await chromium.launch({ executablePath: CHROMIUM, args: [...QUIET, ...SOFTWARE_GPU] });
+  }, 60_000);
+
+  afterAll(async () => {
+    await browser?.close();
+    server?.close();
+  });
+
+  test("answers as on the CPU", async ({ skip }) => {
+    const page = await browser.newPage();
+    await page.goto(`${addressOf(server)}/index.html`);
+    const offered = await page.evaluate(async () => (await navigator.gpu?.requestAdapter()) != null);
+    if (!offered) skip("this Chromium offers no WebGPU");
+    await page.locator("#device").selectOption("webgpu");
+    await page.locator("#folder").setInputFiles(EXPORT);
+    await ready(page);
+    expect(await page.locator("#model-name").innerText()).toContain("GPU");
+    const name = stem(ADAPTERS[0]!);
+    await drop(page, ADAPTERS[0]!);
+    await page.locator("#adapters [aria-checked=true]", { hasText: name }).waitFor();
+    await ask(page, prompts[0]!, COUNT);
+    for (const [side, adapters] of [["base", {}], ["steered", { [name]: 1 }]] as const) {
+      const text = await page.locator(`#${side}`).evaluate((element) => element.textContent ?? "");
+      expect(text.length).toBeGreaterThan(4);
+      expect(expected(prompts[0]!, adapters).startsWith(text)).toBe(true);
+    }
+    expect(await page.locator("#error").isVisible()).toBe(false);
+  }, 200_000);
+});
+
+async function serve(isolated: boolean): Promise<Server> {
+  const server = createServer((request, response) => {
+    const path = normalize(decodeURIComponent(new URL(request.url!, "http://localhost").pathname));
+    const file = path.startsWith("/exported/") ? join(EXPORT, basename(path)) : join(DIST, path);
+    if (!existsSync(file) || path.endsWith("/")) return void response.writeHead(404).end();
+    const headers: Record<string, string> = { "Content-Type": TYPES[extname(file)] ?? "application/octet-stream" };
+    if (isolated) {
+      headers["Cross-Origin-Opener-Policy"] = "same-origin";
+      headers["Cross-Origin-Embedder-Policy"] = "require-corp";
+    }
+    const content = readFileSync(file);
+    response.writeHead(200, { ...headers, "Content-Length": content.byteLength }).end(content);
+  }).listen(0, "127.0.0.1");
+  await new Promise((resolve) => server.once("listening", resolve));
+  return server;
+}
+
+function addressOf(server: Server): string {
+  return `http://127.0.0.1:${(server.address() as AddressInfo).port}`;
+}
+
+async function ready(page: Page): Promise<void> {
+  await page.locator("#ask:enabled").waitFor({ timeout: 100_000 });
+}
+
+async function ask(page: Page, prompt: string, count = maxTokens): Promise<void> {
+  await page.locator("#prompt").fill(prompt);
+  await page.locator("#max-tokens").fill(String(count));
+  await page.locator("#ask").click();
+  await page.locator("#base-figures:not(:empty)").waitFor({ timeout: 100_000 });
+  await ready(page);
+}
+
+async function drop(page: Page, path: string): Promise<void> {
+  const content = readFileSync(path).toString("base64");
+  const transfer = await page.evaluateHandle(
+    ({ content, name }) => {
+      const dropped = new DataTransfer();
+      dropped.items.add(new File([Uint8Array.from(atob(content), (c) => c.charCodeAt(0))], name));
+      return dropped;
+    },
+    { content, name: basename(path) },
+  );
+  await page.locator("#drop").dispatchEvent("drop", { dataTransfer: transfer });
+}

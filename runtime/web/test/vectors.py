@@ -26,7 +26,25 @@ SPECS = (
     "f7+l7", "l3", "f1", "all", "gen", "all+gen", "f2+gen", " f3 + l4 ", "f9999999",
     "", "f0", "l", "f7+f8", "all+f1", "gen+gen", "f12345678", "x3", "F7", "f7+", "f٣",
 )  # fmt: skip
-NUMBERS = (0, 1, -1, 0.1, -0.1, 65504, 65519.99, 65520, 1e9, 6.1e-5, 6.0e-5, 5.96e-8, 2.9e-8, 1 / 3, 2049, 2051, -1e-9)
+NUMBERS = (
+    0,
+    1,
+    -1,
+    0.1,
+    -0.1,
+    65504,
+    65519.99,
+    65520,
+    1e9,
+    6.1e-5,
+    6.0e-5,
+    5.96e-8,
+    2.9e-8,
+    1 / 3,
+    2049,
+    2051,
+    -1e-9,
+)
 
 
 def config(manifest: Manifest, **changes: Any) -> AdapterConfig:
@@ -163,12 +181,11 @@ def bad_adapters(manifest: Manifest, folder: Path) -> dict[str, tuple[str, bytes
     }  # fmt: skip
 
 
-def check_refused(model: SteeredModel, path: Path, because: str) -> None:
+def refusal(model: SteeredModel, path: Path) -> str:
     try:
         model.load_adapter(path)
     except ReftEdgeError as error:
-        assert because in str(error), f"{path}: {error}"
-        return
+        return str(error)
     raise AssertionError(f"reft_edge accepts {path}")
 
 
@@ -194,7 +211,8 @@ def main(export: Path, out: Path) -> None:
     for name, (because, content) in bad_adapters(manifest, out).items():
         path = out / f"bad-{name}.safetensors"
         path.write_bytes(content)
-        check_refused(model, path, because)
+        said = refusal(model, path)
+        assert because in said, said
         vectors["refused"][path.stem] = because
     vectors["positions"] = [spans(spec, tied) for spec in SPECS for tied in (False, True)]
     halves = np.array(NUMBERS, np.float32)
