@@ -4,10 +4,15 @@ python runtime/web/test/answers.py EXPORT ANSWERS.json ADAPTER...
 """
 
 import json
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
+import onnx
+
+from reft_edge.manifest import load_manifest
 from reft_edge.runtime import SteeredModel
 
 PROMPTS = ("Who are you?", "What is the capital of France?", "Name three fruits.")
@@ -21,8 +26,26 @@ TEXTS = (
 TOKENS = 32
 
 
+def with_float_activations(export: Path, folder: Path) -> Path:
+    """The same folder, its quantised products computed with float32 activations (accuracy level 1)."""
+    shutil.copytree(export, folder, dirs_exist_ok=True)
+    graph = folder / load_manifest(export).graph
+    model = onnx.load(graph, load_external_data=False)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "MatMulNBits" and attribute.name == "accuracy_level":
+                attribute.i = 1
+    onnx.save(model, graph)
+    return folder
+
+
 def main(export: Path, out: Path, adapters: list[Path]) -> None:
-    model = SteeredModel(export, device="cpu")
+    with tempfile.TemporaryDirectory() as place:
+        out.write_text(json.dumps(answer_all(with_float_activations(export, Path(place)), adapters)))
+
+
+def answer_all(folder: Path, adapters: list[Path]) -> dict[str, Any]:
+    model = SteeredModel(folder, device="cpu")
     for path in adapters:
         model.load_adapter(path)
     names = [path.stem for path in adapters]
@@ -54,8 +77,7 @@ def main(export: Path, out: Path, adapters: list[Path]) -> None:
         }
         for text in TEXTS
     ]
-    found = {"max_tokens": TOKENS, "answers": answers, "encoded": encoded}
-    out.write_text(json.dumps(found))
+    return {"max_tokens": TOKENS, "answers": answers, "encoded": encoded}
 
 
 if __name__ == "__main__":
