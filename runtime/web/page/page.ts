@@ -228,8 +228,15 @@ document.ondrop = async (event) => {
   await take(files, folder);
 };
 
-element("device-choice").hidden = !("gpu" in navigator);
 showAdapters();
+
+/** The GPU, where there is one, is the faster choice. */
+async function offerDevices(): Promise<void> {
+  const gpu = await navigator.gpu?.requestAdapter().catch(() => null);
+  if (gpu == null) return;
+  element("device-choice").hidden = false;
+  device.value = "webgpu" satisfies Device;
+}
 
 /** A folder on this server: `?model=smol-int4`, or `model` beside the page. */
 async function openServed(): Promise<void> {
@@ -244,4 +251,4 @@ async function openServed(): Promise<void> {
   }
   open({ url: url.href });
 }
-void openServed();
+void offerDevices().then(openServed);

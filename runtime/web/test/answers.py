@@ -3,10 +3,11 @@
 python runtime/web/test/answers.py EXPORT ANSWERS.json ADAPTER...
 """
 
+import argparse
 import json
 import shutil
-import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ TEXTS = (
     "<|im_start|>user\nhi<|im_end|> <|start|>x<|end|>",
     "def f(x):\n    return x**2  # ünï\r\n",
 )
-TOKENS = 32
 
 
 def with_float_activations(export: Path, folder: Path) -> Path:
@@ -39,12 +39,13 @@ def with_float_activations(export: Path, folder: Path) -> Path:
     return folder
 
 
-def main(export: Path, out: Path, adapters: list[Path]) -> None:
+def main(export: Path, out: Path, adapters: list[Path], prompts: int, tokens: int) -> None:
     with tempfile.TemporaryDirectory() as place:
-        out.write_text(json.dumps(answer_all(with_float_activations(export, Path(place)), adapters)))
+        folder = with_float_activations(export, Path(place))
+        out.write_text(json.dumps(answer_all(folder, adapters, PROMPTS[:prompts], tokens)))
 
 
-def answer_all(folder: Path, adapters: list[Path]) -> dict[str, Any]:
+def answer_all(folder: Path, adapters: list[Path], prompts: Sequence[str], tokens: int) -> dict[str, Any]:
     model = SteeredModel(folder, device="cpu")
     for path in adapters:
         model.load_adapter(path)
@@ -54,8 +55,8 @@ def answer_all(folder: Path, adapters: list[Path]) -> dict[str, Any]:
         choices.append({names[0]: 0.5, names[1]: -0.25})
     answers: list[dict[str, Any]] = []
     for chosen in choices:
-        for prompt in PROMPTS:
-            answer = model.stream(prompt, chosen, max_tokens=TOKENS)
+        for prompt in prompts:
+            answer = model.stream(prompt, chosen, max_tokens=tokens)
             text = answer.text()
             ids = model.encode(prompt, chosen)
             answers.append(
@@ -77,8 +78,14 @@ def answer_all(folder: Path, adapters: list[Path]) -> dict[str, Any]:
         }
         for text in TEXTS
     ]
-    return {"max_tokens": TOKENS, "answers": answers, "encoded": encoded}
+    return {"max_tokens": tokens, "answers": answers, "encoded": encoded}
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), [Path(given) for given in sys.argv[3:]])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("export", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("adapters", type=Path, nargs="+")
+    parser.add_argument("--prompts", type=int, default=len(PROMPTS))
+    parser.add_argument("--tokens", type=int, default=32)
+    main(**vars(parser.parse_args()))
