@@ -79,7 +79,9 @@ def export_model(
         if target.quantised and target.quantisation.algorithm == "gguf":
             assert model.gguf is not None
             report("carrying the GGUF's blocks over")
-            count, of = carry_blocks(plain, folder / "model.onnx.data", model.gguf, model.path, precision)
+            count, of = carry_blocks(
+                plain, folder / "model.onnx.data", model.gguf, model.path, precision, device
+            )
             carried = {"carried": count, "matrices": of}
         built = ir.load(plain)
         genai = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]

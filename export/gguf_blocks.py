@@ -1,11 +1,12 @@
 """Carrying a GGUF's own quantised blocks into the graph, without rounding its weights a second time.
 
 GGUF quantises rows in blocks of 32: Q4_0 as d·(q − 8), Q4_1 as d·q + m, Q8_0 as d·q with signed q (ggml's
-`block_q4_0`, `block_q4_1`, `block_q8_0`). ONNX Runtime's MatMulNBits holds scale · (q − zero point) with a whole zero
-point, so the first and the last fit as they are. Q4_1 is split: d·q + m = d·(q − 8) + (m + 8d), where the first part fits
-and the second is the same for a whole block, so that it multiplies the sum of 32 activations:
+`block_q4_0`, `block_q4_1`, `block_q8_0`). ONNX Runtime's MatMulNBits holds d·(q − z) with a whole zero point z, so the first
+and the last fit as they are. Q4_1 is split: d·q + m = d·(q − z) + r with z = −m/d rounded. What is left, |r| ≤ d/2, is the same
+for a whole block and so multiplies the mean of its 32 activations. The means are appended to the activations, and the r of
+a row, rounded to 4 bits (to d/30 at most where the blocks of the row are alike), to its weights, so that one product does both:
 
-    y = MatMulNBits(x) + sum32(x) · offsetsᵀ          offsets: [out, in / 32]
+    y = [x, mean32(x)] · [d·(q − z), 32·r]ᵀ
 """
 
 import json
@@ -20,8 +21,6 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 from safetensors import safe_open
-
-from reft_edge.graph_weights import OFFSETS
 
 BLOCK_SIZE = 32
 _NODE = re.compile(r"/model/layers\.(\d+)/\w+/(\w+)/MatMul(?:_Q\d)?")
@@ -73,7 +72,9 @@ def can_carry(gguf: Path, precision: str) -> bool:
     return held > len(types) / 2
 
 
-def carry_blocks(path: Path, data: Path, gguf: Path, model: Path, precision: str) -> tuple[int, int]:
+def carry_blocks(
+    path: Path, data: Path, gguf: Path, model: Path, precision: str, device: str = "cpu"
+) -> tuple[int, int]:
     """Put the file's blocks in place of a graph's quantised matrices; returns how many were, and of how many.
 
     The graph file `path` and its external data file are rewritten. `model` is the Hugging Face folder that `gguf` was
@@ -84,15 +85,22 @@ def carry_blocks(path: Path, data: Path, gguf: Path, model: Path, precision: str
         for file in (path, data):
             file.rename(Path(temporary) / file.name)
         graph = ir.load(Path(temporary) / path.name)
-        counts = _carry(graph.graph, _tensors(gguf), _Weights(model), _HELD[precision])
+        counts = _carry(
+            graph.graph, _tensors(gguf), _Weights(model), _HELD[precision], whole_blocks=device == "cuda"
+        )
         ir.save(graph, path, external_data=data.name)
     return counts
 
 
 def _carry(
-    graph: ir.Graph, tensors: Mapping[str, Any], weights: "_Weights", held: tuple[str, ...]
+    graph: ir.Graph,
+    tensors: Mapping[str, Any],
+    weights: "_Weights",
+    held: tuple[str, ...],
+    whole_blocks: bool,
 ) -> tuple[int, int]:
-    sums: dict[ir.Value, ir.Value] = {}
+    """`whole_blocks`: fill rows up to a multiple of 32, which CUDA's kernels want."""
+    widened: dict[ir.Value, ir.Value] = {}
     nodes = [node for node in graph if node.op_type == "MatMulNBits"]
     carried = 0
     for node in nodes:
@@ -103,7 +111,7 @@ def _carry(
         is_head = (node.name or "").startswith("/lm_head/")
         if is_head and (found[0].offsets is not None or found[0].bits != node.attributes["bits"].as_int()):
             continue
-        _replace(graph, node, _stack(found), sums)
+        _replace(graph, node, _stack(found), widened, whole_blocks)
         carried += 1
     return carried, len(nodes)
 
@@ -192,50 +200,105 @@ def _stack(parts: list[Blocks]) -> Blocks:
     )
 
 
-def _replace(graph: ir.Graph, node: ir.Node, blocks: Blocks, sums: dict[ir.Value, ir.Value]) -> None:
+def _replace(
+    graph: ir.Graph, node: ir.Node, blocks: Blocks, widened: dict[ir.Value, ir.Value], whole_blocks: bool
+) -> None:
     x, weight, scales, zeros = node.inputs[:4]
     assert x is not None and weight is not None and scales is not None and zeros is not None  # noqa: PT018
     assert scales.dtype is not None
-    float_type = scales.dtype.numpy()
-    q, middle = blocks.q, 1 << (blocks.bits - 1)
-    if blocks.bits == 4:
-        q = q[..., 0::2] | (q[..., 1::2] * np.uint8(16))
-        zero_bytes, middle = -(-blocks.scales.shape[1] // 2), middle | middle << 4
+    if blocks.bits == 8:
+        packed, zero_points = blocks.q, np.full(blocks.scales.shape, 128, np.uint8)
+    elif blocks.offsets is None:
+        packed, zero_points = _pack(blocks.q), _pack(np.full(blocks.scales.shape, 8, np.uint8))
     else:
-        zero_bytes = blocks.scales.shape[1]
-    _set(weight, q)
-    _set(scales, blocks.scales.astype(float_type))
-    _set(zeros, np.full((len(q), zero_bytes), middle, np.uint8))
+        blocks, zero = _widen(blocks)
+        packed, zero_points = _pack(blocks.q), _pack(zero)
+        columns = node.attributes["K"].as_int()
+        means = columns // BLOCK_SIZE
+        filler = -means % BLOCK_SIZE if whole_blocks else 0
+        node.attributes["K"] = ir.AttrInt64("K", columns + means + filler)
+        if x not in widened:
+            new = _append_means(graph, node, x, filler)
+            graph.insert_before(node, new)
+            widened[x] = new[-1].outputs[0]
+        node.replace_input_with(0, widened[x])
+    _set(weight, packed)
+    _set(scales, blocks.scales.astype(scales.dtype.numpy()))
+    _set(zeros, zero_points)
     node.attributes["bits"] = ir.AttrInt64("bits", blocks.bits)
-    if blocks.offsets is None:
-        return
+
+
+def _widen(blocks: Blocks) -> tuple[Blocks, NDArray[np.uint8]]:
+    """Q4_1 blocks with whole zero points `[out, blocks]`, and columns for what those leave of the offsets.
+
+    d·q + m = d·(q − z) + r with z = −m/d rounded, and |r| ≤ d/2 for a whole block. The r of a row, rounded to 4 bits
+    as further columns, multiply the means of the blocks of activations, which are appended to x.
+    """
+    assert blocks.offsets is not None
+    step = np.where(blocks.scales == 0, 1, blocks.scales)
+    zero = np.clip(np.rint(8 - blocks.offsets / step), 0, 15)
+    left = BLOCK_SIZE * (blocks.offsets + (zero - 8) * blocks.scales)
+    rows, count = left.shape
+    further = -(-count // BLOCK_SIZE)
+    columns = np.zeros((rows, further * BLOCK_SIZE), np.float32)
+    columns[:, :count] = left
+    columns = columns.reshape(rows, further, BLOCK_SIZE)
+    q, scales = _to_4_bits(columns)
+    return (
+        Blocks(
+            np.concatenate([blocks.q, q], axis=1),
+            np.concatenate([blocks.scales, scales], axis=1).astype(np.float32),
+            None,
+            4,
+        ),
+        np.concatenate([zero, np.full((rows, further), 8)], axis=1).astype(np.uint8),
+    )
+
+
+def _to_4_bits(values: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """`values [..., 32]` as (q − 8) · scale; of a few scales for each 32, the one with the least squared error."""
+    largest = np.abs(values).max(axis=-1, keepdims=True)
+    best_q, best_scale = np.full(values.shape, 8, np.uint8), np.zeros_like(largest)
+    best_error = np.square(values).sum(axis=-1, keepdims=True)
+    for level in (*np.linspace(5.5, 8.5, 7), *np.linspace(-8.5, -5.5, 7)):
+        scale = np.where(largest == 0, 1, largest / np.float32(level))
+        q = np.clip(np.rint(values / scale) + 8, 0, 15)
+        error = np.square((q - 8) * scale - values).sum(axis=-1, keepdims=True)
+        better = error < best_error
+        best_q = np.where(better, q.astype(np.uint8), best_q)
+        best_scale, best_error = np.where(better, scale, best_scale), np.where(better, error, best_error)
+    return best_q, best_scale[..., 0].astype(np.float32)
+
+
+def _append_means(graph: ir.Graph, node: ir.Node, x: ir.Value, filler: int) -> list[ir.Node]:
+    """Nodes that append to each token's activations the mean of each block, and then `filler` numbers of any kind."""
 
     def add(op: str, inputs: list[ir.Value], name: str, **attributes: Any) -> ir.Node:
-        output = ir.Value(name=f"{node.name}/{name}/output_0", type=scales.type)
+        output = ir.Value(name=f"{node.name}/{name}/output_0", type=x.type)
         return ir.node(op, inputs, attributes, outputs=[output], name=f"{node.name}/{name}")
 
-    y = node.outputs[0]
-    readers = list(y.uses())
-    new = []
-    if x not in sums:
-        mean = add("AveragePool", [x], "block_means", kernel_shape=[BLOCK_SIZE], strides=[BLOCK_SIZE])
-        sums[x] = mean.outputs[0]
-        new.append(mean)
-    # The pool gives means, so the factor of 32 goes to the offsets.
-    content = np.ascontiguousarray((BLOCK_SIZE * blocks.offsets).T.astype(float_type))
-    name = f"{node.name}{OFFSETS}"
-    offsets = ir.Value(
-        name=name,
-        const_value=ir.tensor(content, name=name),
-        type=ir.TensorType(scales.dtype),
-        shape=ir.Shape(content.shape),
-    )
-    graph.register_initializer(offsets)
-    product = add("MatMul", [sums[x], offsets], "offset")
-    total = add("Add", [y, product.outputs[0]], "with_offset")
-    graph.insert_after(node, [*new, product, total])
-    for use in readers:
-        use.node.replace_input_with(use.idx, total.outputs[0])
+    def constant(name: str, content: int) -> ir.Value:
+        tensor = ir.tensor(np.array([content], np.int64), name=f"{node.name}/{name}")
+        value = ir.Value(
+            name=tensor.name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape([1])
+        )
+        graph.register_initializer(value)
+        return value
+
+    means = add("AveragePool", [x], "block_means", kernel_shape=[BLOCK_SIZE], strides=[BLOCK_SIZE])
+    new, parts = [means], [x, means.outputs[0]]
+    if filler:
+        bounds = [constant("from", 0), constant("to", filler), constant("axis", 2)]
+        new.append(add("Slice", [x, *bounds], "filler"))
+        parts.append(new[-1].outputs[0])
+    return [*new, add("Concat", parts, "with_means", axis=-1)]
+
+
+def _pack(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Two 4-bit numbers a byte along the last axis, the first in the lower half."""
+    if codes.shape[-1] % 2:
+        codes = np.concatenate([codes, np.zeros_like(codes[..., :1])], axis=-1)
+    return codes[..., 0::2] | (codes[..., 1::2] * np.uint8(16))
 
 
 def _set(value: ir.Value, content: NDArray[Any]) -> None:

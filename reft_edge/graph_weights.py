@@ -15,9 +15,6 @@ from reft_edge.manifest import Manifest, load_manifest
 from reft_edge.steering import decoder_layers
 
 _HALF = {ir.DataType.FLOAT16: torch.float16, ir.DataType.BFLOAT16: torch.bfloat16}
-OFFSETS = "/offsets"
-"""An initializer named as a MatMulNBits node with this at the end, `[in / 32, out]`: 32 times what is added to the weights
-of each block."""
 _IN_BLOCK = re.compile(r"/model/layers\.(\d+)/\w+/(\w+)/MatMul(?:_Q\d)?")
 _ALIASES = {"o_proj": "dense"}
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
@@ -74,9 +71,6 @@ def use_graph_weights(model: Any, source: Path) -> None:
             number["bits"],
             (number["N"], number["K"]),
         )
-        if (offsets := graph.initializers.get(f"{node.name}{OFFSETS}")) is not None:
-            blocks_of_32 = torch.from_numpy(np.array(_array(offsets), np.float32).T / 32)
-            weight = weight + blocks_of_32.repeat_interleave(32, dim=1)
         match = _IN_BLOCK.fullmatch(node.name or "")
         if match:
             _assign_in_block(blocks[int(match[1])], match[2], weight)
@@ -123,6 +117,7 @@ def _assign_in_block(block: nn.Module, name: str, weight: Tensor) -> None:
     elif name in _SPLIT and _SPLIT[name][0] in linear:
         whole, half = _SPLIT[name]
         size = linear[whole].out_features // 2
+        weight = _without_means(weight, linear[whole].in_features)
         linear[whole].weight.data[half * size : (half + 1) * size] = weight
     else:
         raise ReftEdgeError(
@@ -130,7 +125,17 @@ def _assign_in_block(block: nn.Module, name: str, weight: Tensor) -> None:
         )
 
 
+def _without_means(weight: Tensor, columns: int) -> Tensor:
+    """`[out, columns]` of a matrix that also multiplies the mean of each 32 activations, with further columns
+    (`reft_edge.export.gguf_blocks`)."""
+    if weight.shape[1] <= columns:
+        return weight
+    of_means = weight[:, columns : columns + columns // 32]
+    return weight[:, :columns] + of_means.repeat_interleave(32, dim=1) / 32
+
+
 def _assign(module: Any, weight: Tensor) -> None:
+    weight = _without_means(weight, module.weight.shape[1])
     if module.weight.shape != weight.shape:
         raise ReftEdgeError(
             f"a quantised matrix is {list(weight.shape)}, the model's {list(module.weight.shape)}"

@@ -1,4 +1,4 @@
-"""A GGUF's own blocks in the exported graph: the same weights to the last bit, and the same answers."""
+"""A GGUF's own blocks in the exported graph: its weights, Q4_1's offsets to a small part of a step, and its answers."""
 
 import numpy as np
 import pytest
@@ -36,7 +36,7 @@ def gguf_model(tmp_path_factory):
     ("kind", "precision", "device"),
     [("Q4_0", "int4", "cpu"), ("Q4_1", "int4", "cpu"), ("Q8_0", "int8", "cpu"), ("Q4_1", "int4", "cuda")],
 )
-def test_blocks_are_carried_over_exactly(gguf_model, tmp_path, kind, precision, device):
+def test_blocks_are_carried_over(gguf_model, tmp_path, kind, precision, device):
     source = gguf_model(kind)
     manifest = export_model(source, tmp_path / "export", precision, device=device)
     assert manifest.quantisation["algorithm"] == "gguf"
@@ -46,8 +46,16 @@ def test_blocks_are_carried_over_exactly(gguf_model, tmp_path, kind, precision, 
     original = {name: weight.clone() for name, weight in model.state_dict().items()}
     use_exported_weights(model, tmp_path / "export", manifest.base_fingerprint)
     for name, weight in model.state_dict().items():
-        # A graph for CUDA has 16-bit norms and offsets.
-        torch.testing.assert_close(weight, original[name], rtol=0, atol=1e-6 if device == "cpu" else 2e-3)
+        # A graph for CUDA has 16-bit norms and scales.
+        near = 1e-6 if device == "cpu" else 2e-3
+        if kind == "Q4_1" and "_proj" in name:
+            blocks = original[name].unflatten(1, (-1, 32))
+            step = (blocks.amax(dim=2) - blocks.amin(dim=2)) / 15
+            off = (weight - original[name]).unflatten(1, (-1, 32))
+            assert (off.amax(dim=2) - off.amin(dim=2)).max() <= near  # what differs is a block's offset
+            assert (off.abs().amax(dim=2) <= step.amax(dim=1, keepdim=True) / 20 + near).all()
+        else:
+            torch.testing.assert_close(weight, original[name], rtol=0, atol=near)
 
 
 def test_carried_blocks_answer_as_the_file_does(gguf_model, tmp_path):
@@ -58,7 +66,7 @@ def test_carried_blocks_answer_as_the_file_does(gguf_model, tmp_path):
         quantisation = Quantisation(algorithm, accuracy_level=1)
         manifest = export_model(source, tmp_path / algorithm, "int4", quantisation=quantisation)
         agreement[algorithm] = manifest.verification["agreement"]
-    assert agreement["k_quant"] < agreement["gguf"] == 1
+    assert agreement["k_quant"] < 0.97 < agreement["gguf"]
 
 
 def test_other_models_have_no_blocks_to_carry(gguf_model, tmp_path):

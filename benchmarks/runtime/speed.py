@@ -2,8 +2,9 @@
 
     python benchmarks/runtime/speed.py --precision int4 --peers FOLDER
 
-Every contender is a process of its own that loads once; rounds go round them, so that each round sees the same machine.
-Medians are printed, and medians of each round's ratio to reft-edge with an adapter (rank 8, f7+l7, every layer).
+Every contender is a process of its own; rounds go round them, so that each round sees the same machine, and all are started
+anew a few times, since where a process happens to lie in memory makes some percent. Medians are printed, and medians of each
+round's ratio to reft-edge with an adapter (rank 8, f7+l7, every layer).
 FOLDER is what environments.sh made; without it, llama.cpp and pyreft are left out. PyTorch's contenders run fp32.
 """
 
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 from contenders import CONTENDERS
 from gguf import GGUFWriter
 from rich.console import Console
@@ -28,6 +30,7 @@ from reft_edge.adapter import save_adapter
 from reft_edge.export import Quantisation, export_model
 from reft_edge.export.build import Target, build_graph
 from reft_edge.export.gguf_blocks import carry_blocks
+from reft_edge.export.ports import insert_ports
 from reft_edge.manifest import Manifest, save_manifest
 from reft_edge.models import ModelFolder, resolve_model
 from reft_edge.runtime import SteeredModel
@@ -49,32 +52,35 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=256)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--launches", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5, help="of each launch")
+    parser.add_argument("--work", type=Path, help="a folder for exports, made once and kept")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     progress = Console(stderr=True)
     source = resolve_model(options.model)
     with tempfile.TemporaryDirectory() as temporary:
-        work = Path(temporary)
+        work = options.work or Path(temporary)
         with progress.status("exporting"):
-            job = prepare(source, options.precision, options.threads, work)
+            job = prepared(source, options.precision, options.threads, work)
         vocabulary = json.loads((source.path / "config.json").read_text())["vocab_size"]
         ids = np.random.default_rng(0).integers(vocabulary // 10, vocabulary, options.prompt_tokens)
         job |= {"ids": ids.tolist(), "new": options.new_tokens, "threads": options.threads}
         (work / "job.json").write_text(json.dumps(job))
         names = options.contenders or able(source, options.precision, options.peers)
+        times: dict[str, list[list[float]]] = {name: [] for name in names}
         with progress.status("loading") as status:
-            workers = {}
-            for name in names:
-                status.update(f"loading {name}")
-                workers[name] = start(name, options.peers, work)
-            times: dict[str, list[list[float]]] = {name: [] for name in names}
-            for number in range(options.rounds):
-                for name, worker in workers.items():
-                    status.update(f"round {number + 1} of {options.rounds}: {name}")
-                    times[name].append(json.loads(ask(worker, name, work)))
-            for worker in workers.values():
-                worker.communicate()
+            for launch in range(options.launches):
+                workers = {}
+                for name in names:
+                    status.update(f"launch {launch + 1} of {options.launches}: loading {name}")
+                    workers[name] = start(name, options.peers, work)
+                for number in range(options.rounds):
+                    for name in names if number % 2 else reversed(names):
+                        status.update(f"launch {launch + 1}, round {number + 1} of {options.rounds}: {name}")
+                        times[name].append(json.loads(ask(workers[name], name, work)))
+                for worker in workers.values():
+                    worker.communicate()
     figures = {name: summary(found, times.get(REFERENCE, found), job) for name, found in times.items()}
     if options.json:
         print(json.dumps(figures, indent=1))
@@ -108,6 +114,16 @@ def able(source: ModelFolder, precision: str, peers: Path | None) -> list[str]:
     return names
 
 
+def prepared(source: ModelFolder, precision: str, threads: int, work: Path) -> dict[str, Any]:
+    """What `prepare` made, now or in an earlier run."""
+    kept = work / f"{source.name}-{precision}-{threads}.json"
+    if not kept.exists():
+        (work / kept.stem).mkdir(parents=True)
+        kept.write_text(json.dumps(prepare(source, precision, threads, work / kept.stem)))
+    job: dict[str, Any] = json.loads(kept.read_text())
+    return job
+
+
 def prepare(source: ModelFolder, precision: str, threads: int, work: Path) -> dict[str, Any]:
     """The export, its graph before ports, the folder as genai wants it, an adapter, and a LoRA of its rank."""
     manifest = export_model(source, work / "export", precision)
@@ -130,6 +146,7 @@ def prepare(source: ModelFolder, precision: str, threads: int, work: Path) -> di
 
 
 def build_plain(source: ModelFolder, manifest: Manifest, work: Path) -> None:
+    """The graph as it was before ports, but for what spares it the logits of the prompt's other tokens, too."""
     known = {field: manifest.quantisation[field] for field in ("algorithm", "block_size", "accuracy_level")
              if field in manifest.quantisation}  # fmt: skip
     target = Target(manifest.precision, "cpu", Quantisation(**known))
@@ -139,7 +156,10 @@ def build_plain(source: ModelFolder, manifest: Manifest, work: Path) -> None:
         assert source.gguf is not None
         graph = work / "plain/model.onnx"
         carry_blocks(graph, work / "plain/model.onnx.data", source.gguf, source.path, manifest.precision)
-    save_manifest(replace(manifest, ports={}), work / "plain")
+    graph = ir.load(work / "plain/model.onnx")
+    ports = insert_ports(graph, [], manifest.hidden_size, np.dtype(np.float32))
+    ir.save(graph, work / "plain/model.onnx")
+    save_manifest(replace(manifest, ports=ports), work / "plain")
 
 
 def write_lora(model: Path, path: Path) -> None:
