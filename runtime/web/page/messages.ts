@@ -9,7 +9,6 @@ export type Source = { url: string } | { name: string; files: File[] };
 export type Request =
   | { type: "open"; source: Source; device: Device }
   | { type: "adapter"; name: string; file: ArrayBuffer }
-  | { type: "forget"; name: string }
   | { type: "ask"; prompt: string; adapters: Record<string, number>; maxTokens: number }
   | { type: "stop" };
 

@@ -29,8 +29,6 @@ async function handle(request: Request): Promise<void> {
       const config = opened().loadAdapter(new Uint8Array(request.file), request.name);
       return send({ type: "adapter", name: request.name, bytes: request.file.byteLength, config });
     }
-    case "forget":
-      return model?.unloadAdapter(request.name);
     case "ask":
       return ask(request.prompt, request.adapters, request.maxTokens);
     case "stop":

@@ -154,8 +154,8 @@ function parseMetadata(metadata: unknown): AdapterConfig {
   }
   if (metadata.version !== VERSION) {
     throw new ReftEdgeError(
-      `it has version '${String(metadata.version)}' of the format; this page reads version '${VERSION}': ` +
-        "use a newer page, or train the adapter again",
+      `it has version '${String(metadata.version)}' of the format; this loader reads version '${VERSION}': ` +
+        "use a newer one, or train the adapter again",
     );
   }
   if (typeof metadata.adapter !== "string") {

@@ -36,7 +36,7 @@ export async function loadManifest(folder: Folder): Promise<Manifest> {
   }
   if (!isObject(fields) || fields.version !== VERSION) {
     const found = isObject(fields) ? String(fields.version) : "none";
-    throw new ReftEdgeError(`${NAME} has version ${found}; this page reads ${VERSION}: export the model again`);
+    throw new ReftEdgeError(`${NAME} has version ${found}; this loader reads ${VERSION}: export the model again`);
   }
   const manifest = { float_type: "fp32", kind: "decoder", cache: "shared", graph: "model.onnx", ...fields };
   if (!isManifest(manifest)) throw new ReftEdgeError(`${NAME} is malformed; export the model again`);

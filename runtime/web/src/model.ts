@@ -169,6 +169,7 @@ export class SteeredModel {
       return run;
     };
 
+    if (options.signal?.aborted) return { ...finished, reason: "aborted" };
     let [token, seconds] = await next(ids, bound.prompt);
     finished.prefillSeconds = seconds;
     while (!this.manifest.eos_token_ids.includes(token)) {

@@ -76,10 +76,13 @@ describe("streams", () => {
     expect(short.tokens).toEqual(first!.tokens.slice(0, 2));
     expect(short.reason).toBe("length");
     const stop = new AbortController();
+    const stopped = model.stream(first!.prompt, { signal: stop.signal });
+    await stopped.next();
     stop.abort();
-    const aborted = await whole(model.stream(first!.prompt, { signal: stop.signal }));
-    expect(aborted.reason).toBe("aborted");
-    expect(aborted.tokens).toEqual(first!.tokens.slice(0, 1));
+    const { value } = await stopped.next();
+    expect(value).toMatchObject({ reason: "aborted", promptTokens: first!.ids.length });
+    const never = await whole(model.stream(first!.prompt, { signal: stop.signal }));
+    expect(never).toMatchObject({ reason: "aborted", tokens: [], text: "" });
   }, 60_000);
 
   test("are refused for what they cannot do", async () => {
