@@ -5,13 +5,14 @@
 
 DATA_FOLDER holds sst2/, arc-easy/, boolq/ and gsm8k/, each with train.jsonl and test.jsonl (sst2 also dev.jsonl). Every
 training and every test is one process and one file under `results/`; what is there is not done again, so that an
-interrupted run goes on. Learning rates are chosen on dev rows. Then steps/s and memory are measured with the methods
+interrupted run goes on. Learning rates are chosen on dev rows of the first task. Then steps/s and memory are measured with the methods
 taking turns, and the table and the plots are made. Tests ask for the likeliest choice, by its mean a token, or generate
 greedily and take the last number, by the rules of `reft-edge eval`.
 """
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -53,7 +54,7 @@ class Method:
     settings: dict[str, Any]
     rates: tuple[float, ...] = ()
     follows: str = ""
-    """Another method, whose chosen learning rate is used: the same formula needs no search of its own."""
+    """Another method of the same formula, whose chosen learning rate is used."""
     only: tuple[str, ...] = tuple(TASKS)
     """Tasks it is tried on."""
 
@@ -82,9 +83,14 @@ METHODS = {
         Method("lora", "LoRA, rank 8, PEFT", "peft", lora(8), LORA_RATES),
         Method("pyreft", "LoReFT, rank 4, pyreft", "pyreft", loreft(4), follows="loreft"),
         Method(
-            "loreft-r1", "LoReFT, rank 1, reft-edge", "reft-edge", loreft(1), LOREFT_RATES, only=("sst2",)
+            "loreft-r1",
+            "LoReFT, rank 1, reft-edge",
+            "reft-edge",
+            loreft(1),
+            follows="loreft",
+            only=("sst2",),
         ),
-        Method("lora-r1", "LoRA, rank 1, PEFT", "peft", lora(1), LORA_RATES, only=("sst2",)),
+        Method("lora-r1", "LoRA, rank 1, PEFT", "peft", lora(1), follows="lora", only=("sst2",)),
     )
 }
 COMPARED = ("loreft", "pyreft", "lora")
@@ -118,6 +124,8 @@ class Bench:
     threads: int
     dtype: str
     seed: int
+    chosen: dict[str, float]
+    """Learning rates by method, as chosen so far."""
 
     def python(self, library: str) -> str:
         if library in ("peft", "pyreft"):
@@ -167,6 +175,7 @@ class Bench:
         """The result of this name, made if it is not there."""
         path = self.results / f"{name}.json"
         kept = {key: job[key] for key in ("library", "settings", "dtype", "seed", "lr")}
+        kept["sha256"] = digest(job)
         if not path.is_file() or (job["train"] and not Path(job["adapter"]).exists()):
             print(name, flush=True)
             done = self.work / f"{name}.done.json"
@@ -176,9 +185,17 @@ class Bench:
             found = kept | json.loads(done.read_text(encoding="utf-8"))
             path.write_text(json.dumps(found, separators=(",", ":")) + "\n", encoding="utf-8")
         found = json.loads(path.read_text(encoding="utf-8"))
-        if different := [key for key, value in kept.items() if found[key] != value]:
+        if different := [key for key, value in kept.items() if found.get(key) != value]:
             raise SystemExit(f"{path} has another {', '.join(different)}; delete it to have it made again")
         return found
+
+
+def digest(job: dict[str, Any]) -> str:
+    """Of all that a result follows from: settings, batches, learning rates, questions."""
+    told = {key: value for key, value in job.items() if key not in ("model", "adapter", "threads", "paced")}
+    if told["train"]:
+        told["train"] = {key: value for key, value in told["train"].items() if key != "file"}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def prepare(bench: Bench, data: Path, task: Task) -> Prepared:
@@ -245,11 +262,14 @@ def records(bench: Bench, prepared: Prepared, found: dict[str, Any]) -> list[Rec
 
 
 def trainings(bench: Bench, prepared: Prepared, method: Method) -> dict[float, dict[str, Any]]:
-    """A method's training cells by learning rate, each with its scores on the dev rows."""
+    """A method's training cells, each with its scores on the dev rows: at every learning rate on the first task, at the
+    one chosen there on the others.
+    """
     task = prepared.task
-    rates = method.rates
-    if method.follows:
-        rates = (choose(prepared, trainings(bench, prepared, METHODS[method.follows])),)
+    known = bench.chosen.get(method.follows or method.name)
+    rates = (known,) if known else method.rates
+    if not rates:
+        raise SystemExit(f"{method.name} takes the learning rate of {method.follows}: add it to --methods")
     given: dict[str, Any] = {"questions": {"dev": prepared.dev}}
     if method.library == "pyreft":  # tested at once: it cannot read back what it saves
         given = {"questions": {"dev": prepared.dev, **prepared.test}, "asked": prepared.asked}
@@ -272,6 +292,8 @@ def run(bench: Bench, prepared: Prepared, method: Method) -> tuple[dict[str, Any
     task = prepared.task
     cells = trainings(bench, prepared, method) if method.library != "base" else {}
     lr = choose(prepared, cells) if cells else 0.0
+    if method.rates:
+        bench.chosen[method.name] = lr
     if method.library == "pyreft":
         tested = cells[lr]
     else:
@@ -411,6 +433,7 @@ def main() -> None:
         options.threads,
         options.dtype,
         options.seed,
+        {},
     )
     cells, answered = [], {}
     for task in tasks.values():

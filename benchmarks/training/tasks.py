@@ -17,7 +17,7 @@ class Task:
     name: str
     read: Callable[[Row], Row]
     steps: int = 100
-    batch_size: int = 16
+    batch_size: int = 8
     dev_rows: int = 250
     test_rows: int = 500
     dev_file: str = "train"
@@ -67,7 +67,7 @@ TASKS = {
         Task("sst2", sst2, dev_file="dev"),
         Task("arc-easy", arc, dev_rows=150),
         Task("boolq", boolq),
-        Task("gsm8k", gsm8k, batch_size=8, dev_rows=50, test_rows=100, max_tokens=200),
+        Task("gsm8k", gsm8k, steps=50, dev_rows=50, test_rows=100, max_tokens=200),
     )
 }
 
