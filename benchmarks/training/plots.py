@@ -1,4 +1,7 @@
-"""Accuracy over parameters and loss over steps, as SVG, from what table.py wrote: python plots.py RESULTS"""
+"""Accuracy over parameters and loss over steps, as SVG, from what table.py wrote: python plots.py RESULTS
+
+pyreft's marks are moved a little to the right, where they would cover reft-edge's.
+"""
 
 import json
 import sys
@@ -9,6 +12,7 @@ import matplotlib
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator
 
 COLOURS = {"loreft": "#2563c9", "pyreft": "#0f9d8a", "lora": "#c2410c"}
 MARKS = {"loreft": "o", "pyreft": "s", "lora": "^"}
@@ -56,7 +60,7 @@ def accuracy(by_task: dict[str, list[dict[str, Any]]], path: Path) -> None:
         axis.set(title=task, xscale="log", xlabel="trained parameters")
         axis.set_xlim(1e4, 1e7)
     axes[0].set_ylabel("accuracy on test rows, 95 % interval")
-    finish(fig, axes[0], path)
+    finish(fig, axes, path)
 
 
 def losses(by_task: dict[str, list[dict[str, Any]]], path: Path) -> None:
@@ -76,13 +80,16 @@ def losses(by_task: dict[str, list[dict[str, Any]]], path: Path) -> None:
                     label=cell["title"],
                 )
         axis.set(title=task, xlabel="step", yscale="log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+        axis.yaxis.set_minor_formatter("{x:g}")
     axes[0].set_ylabel(f"training loss, nats a token, mean of {STRETCH} steps")
-    finish(fig, axes[0], path)
+    finish(fig, axes, path)
 
 
-def finish(fig: Any, axis: Any, path: Path) -> None:
-    handles, labels = axis.get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+def finish(fig: Any, axes: Any, path: Path) -> None:
+    handles, labels = axes[0].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside lower center", ncols=min(4, 2 * len(axes) - 1), frameon=False)
     fig.savefig(path, metadata={"Date": None})
 
 

@@ -300,7 +300,7 @@ def run(bench: Bench, prepared: Prepared, method: Method) -> tuple[dict[str, Any
         job = bench.job(prepared, method, lr, questions=prepared.test, asked=prepared.asked)
         tested = bench.cell(f"{task.name}.{method.name}.test", job)
     answered = summarise(prepared.questions.task, records(bench, prepared, tested), 0.0)
-    figures: dict[str, Any] = {"task": task.name, "method": method.name, "title": method.title}
+    figures: dict[str, Any] = {"task": task.title, "method": method.name, "title": method.title}
     figures |= {name: getattr(answered, name) for name in ("rows", "right", "accuracy", "low", "high")}
     if cells:
         dev = {f"{lr:g}": round(dev_score(prepared, cell["dev"]), 4) for lr, cell in cells.items()}
@@ -354,7 +354,7 @@ def next_figure(worker: "subprocess.Popen[str]") -> float:
 def markdown(cells: list[dict[str, Any]], speeds: dict[str, dict[str, Any]], base_parameters: int) -> str:
     """The table: a line a method, a column a task."""
     found = {(cell["method"], cell["task"]): cell for cell in cells}
-    tasks = [name for name in TASKS if any(task == name for _, task in found)]
+    tasks = list(dict.fromkeys(cell["task"] for cell in cells))
     head = ["", "parameters", "file, kB", *tasks]
     for dtype in speeds:
         head += [f"steps/s, {dtype}", f"peak GB, {dtype}"]
@@ -386,7 +386,7 @@ def differences(answered: dict[tuple[str, str], list[Record]]) -> str:
     """LoReFT's accuracy less that of the others, question by question."""
     lines = ["| LoReFT of reft-edge less | task | difference | p (McNemar) |", "|---|---|---:|---:|"]
     for other in ("lora", "pyreft"):
-        for task in TASKS:
+        for task in (task.title for task in TASKS.values()):
             if ("loreft", task) in answered and (other, task) in answered:
                 pair = compare(answered[other, task], answered["loreft", task])
                 gap = f"{pair.accuracy_b - pair.accuracy_a:+.3f} ({pair.low:+.3f} to {pair.high:+.3f})"
@@ -440,7 +440,7 @@ def main() -> None:
         prepared = prepare(bench, options.data, task)
         for name in options.methods if not options.speed_only else ():
             if task.name in METHODS[name].only:
-                figures, answered[name, task.name] = run(bench, prepared, METHODS[name])
+                figures, answered[name, task.title] = run(bench, prepared, METHODS[name])
                 cells.append(figures)
     speeds = {}
     if options.rounds:

@@ -15,6 +15,7 @@ class Task:
     """`read` gives a row's prompt, with the answer among `choices`, or with a completion and a number."""
 
     name: str
+    title: str
     read: Callable[[Row], Row]
     steps: int = 100
     batch_size: int = 8
@@ -64,10 +65,10 @@ def gsm8k(row: Row) -> Row:
 TASKS = {
     task.name: task
     for task in (
-        Task("sst2", sst2, dev_file="dev"),
-        Task("arc-easy", arc, dev_rows=150),
-        Task("boolq", boolq),
-        Task("gsm8k", gsm8k, steps=50, dev_rows=50, test_rows=100, max_tokens=200),
+        Task("sst2", "SST-2", sst2, dev_file="dev"),
+        Task("arc-easy", "ARC-Easy", arc, dev_rows=150),
+        Task("boolq", "BoolQ", boolq),
+        Task("gsm8k", "GSM8K", gsm8k, steps=50, dev_rows=50, test_rows=100, max_tokens=200),
     )
 }
 
