@@ -79,5 +79,6 @@ def _signature(stored: StoredAdapter, trusted: TrustedKeys | None) -> str:
 
 def _figure(training: Mapping[str, Any], name: str) -> float | None:
     value = training.get(name)
-    plain = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if plain else None
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    return None
