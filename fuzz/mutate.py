@@ -70,7 +70,10 @@ def json_frame(content: bytes, source: random.Random) -> bytes:
     return mutate_json(content.decode(), source).encode(errors="surrogatepass")
 
 
-FRAMES = {"adapter": mutate_safetensors, "manifest": json_frame, "signature": json_frame}
+FRAMES = {
+    "adapter": mutate_safetensors,
+    **dict.fromkeys(("manifest", "signature", "index", "oci-manifest"), json_frame),
+}
 """By target."""
 
 

@@ -6,12 +6,15 @@ from pathlib import Path
 
 from harness import Target
 from own_targets import adapter_target, manifest_target, signature_target, trusted_keys_target
+from repository_targets import index_target, oci_manifest_target
 
 TARGETS: dict[str, Callable[[Path], Target]] = {
     "adapter": adapter_target,
     "manifest": manifest_target,
     "trusted-keys": trusted_keys_target,
     "signature": signature_target,
+    "index": index_target,
+    "oci-manifest": oci_manifest_target,
 }
 
 

@@ -3,8 +3,8 @@
 Header metadata: `format` is "reft-edge", `version` is "1" where every tensor is float32 and "2" where some are stored in
 fewer bits (`reft_edge.storage` says how), `adapter` is a JSON object with the fields of `AdapterConfig`, and `signature`,
 if there is one, is described in `reft_edge.signing`. Every tensor is stacked over layers (in the order of `layers`) and
-position groups (one if tied, one a part of the position spec if not), so that L layers and G groups of rank r on a hidden
-size d are:
+position groups (one if tied, one a part of the position spec if not, one a group where `|` sets them apart), so that L layers
+and G groups of rank r on a hidden size d are:
 
     loreft, direft     R [L, G, r, d]   W [L, G, r, d]   b [L, G, r]
     noreft             W1 [L, G, r, d]  W2 [L, G, r, d]  b [L, G, r]   b2 [L, G, r] with add_bias
@@ -295,7 +295,7 @@ def _read_header(file: BinaryIO, size: int) -> _Header:
     text = file.read(length)
     if not text.startswith(b"{") or not text.rstrip(b" ").endswith(b"}"):
         raise AdapterFileError("its header is not a JSON object, padded with spaces only")
-    header = _parse_json(_decoded(text), "header")
+    header = parse_json(_decoded(text), "header")
     metadata = header.pop("__metadata__", None)
     config = _config_from_metadata(metadata)
     _check_layout(header, config, metadata["version"], size - 8 - length)
@@ -317,7 +317,7 @@ def _config_from_metadata(metadata: Any) -> AdapterConfig:
         raise AdapterFileError("its metadata has no `adapter` description")
     if not all(isinstance(value, str) for value in metadata.values()):
         raise AdapterFileError("its metadata holds something other than text")
-    fields = _parse_json(described, "adapter description")
+    fields = parse_json(described, "adapter description")
     known = {f.name: f for f in dataclasses.fields(AdapterConfig)}
     required = {
         name
@@ -383,7 +383,9 @@ def _decoded(content: bytes) -> str:
         raise AdapterFileError("its header is not UTF-8") from error
 
 
-def _parse_json(text: str, what: str) -> dict[str, Any]:
+def parse_json(text: str, what: str) -> dict[str, Any]:
+    """A stranger's JSON object, without repeated names or numbers that are not finite. Raises AdapterFileError."""
+
     def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         counts = Counter(name for name, _ in pairs)
         if repeated := [name for name, count in counts.most_common(3) if count > 1]:

@@ -14,8 +14,11 @@ def fingerprint(model: nn.Module) -> str:
 
     Values are rounded to bfloat16 first, so that the fingerprint does not depend on the precision in which the
     weights were loaded, as long as that kept at least bfloat16's 8 bits of mantissa. It tells models apart; it is
-    no proof against someone who builds a model to collide.
+    no proof against someone who builds a model to collide. A model that was quantised while it was loaded keeps its
+    `base_fingerprint`, that of the weights as they are stored.
     """
+    if kept := getattr(model, "base_fingerprint", None):
+        return str(kept)
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         flat = parameter.detach().flatten()

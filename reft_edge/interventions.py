@@ -7,6 +7,8 @@ does, rotations as random orthonormal matrices, the constants of ConsReFT and Lo
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,16 +35,22 @@ class Weights:
 
     def delta(self, h: Tensor, layer: int, group: int, act: Callable[[Tensor], Tensor]) -> Tensor:
         """The edit f(h) of h' = h + f(h) for `h [tokens, d]`, at the adapter's layer-th layer."""
-        z = self.b[layer, group]
-        if self.A is not None:
-            z = act(torch.addmm(z, h, self.A[layer, group].mT))
-        else:
-            z = z.expand(h.shape[0], -1)
-        if self.C is not None:
-            z = z - h @ self.C[layer, group].mT
-        if self.c is not None:
-            z = z - self.c[layer, group]
-        return z @ self.B[layer, group]
+        A, b, B, C, c = (part and part[layer][group] for part in self._parts)
+        z = b.expand(h.shape[0], -1) if A is None else act(torch.addmm(b, h, A.mT))
+        if C is not None:
+            z = z - h @ C.mT
+        if c is not None:
+            z = z - c
+        edit: Tensor = z @ B
+        return edit
+
+    @cached_property
+    def _parts(self) -> list[Any]:
+        """A, b, B, C, c apart by layer and group at once: their gradients then come as one stack, not a sum of sparse ones."""
+        tensors = (self.A, self.b, self.B, self.C, self.c)
+        return [
+            tensor if tensor is None else [layer.unbind() for layer in tensor.unbind()] for tensor in tensors
+        ]
 
 
 class Rotation(nn.Module):
@@ -75,7 +83,11 @@ class Rotation(nn.Module):
         signed = torch.cat(
             [columns[..., :rank, :] * self.base_signs[..., None], columns[..., rank:, :]], dim=-2
         )
-        return _reflect(self.base_vectors, signed).mT
+        return self.moved(signed).mT
+
+    def moved(self, columns: Tensor) -> Tensor:
+        """The base's reflections of `columns [..., d, n]`."""
+        return _reflect(self.base_vectors, columns)
 
 
 class Interventions(nn.Module):

@@ -85,11 +85,12 @@ class Steering:
         edited = sorted(
             {place for interventions, _ in self.adapters for place in interventions.config.places}
         )
-        modules = [component_module(blocks[place.layer], place.component) for place in edited]
+        self.modules = [component_module(blocks[place.layer], place.component) for place in edited]
+        """Those whose outputs are edited."""
         self._handles = [model.register_forward_pre_hook(self._begin, with_kwargs=True)]
         self._handles += [
             module.register_forward_hook(self._hook(place))
-            for module, place in zip(modules, edited, strict=True)
+            for module, place in zip(self.modules, edited, strict=True)
         ]
 
     def remove(self) -> None:
@@ -165,14 +166,21 @@ class Steering:
                 if place not in interventions.config.places:
                     continue
                 index = interventions.config.places.index(place)
-                for group, tokens in enumerate(self._step.tokens[number]):
-                    if tokens.numel() == 0:
-                        continue
-                    h = flat.index_select(0, tokens).float()
-                    delta = self._step.weights[number].delta(h, index, group, interventions.act) * scale
-                    before = edited.index_select(0, tokens).float() if edited is not flat else h
-                    after = interventions.dropout(before + delta).to(hidden.dtype)
-                    edited = edited.index_copy(0, tokens, after)
+                groups, weights = self._step.tokens[number], self._step.weights[number]
+                tokens = torch.cat(groups)
+                if tokens.numel() == 0:
+                    continue
+                rows = flat.index_select(0, tokens).float()
+                delta = torch.cat(
+                    [
+                        weights.delta(h, index, group, interventions.act)
+                        for group, h in enumerate(torch.split(rows, [len(group) for group in groups]))
+                    ]
+                )
+                delta = delta * scale if scale != 1 else delta
+                if interventions.dropout.p and interventions.training:
+                    delta = interventions.dropout(rows + delta) - rows
+                edited = edited.index_add(0, tokens, delta.to(hidden.dtype))
         return edited.view_as(hidden)
 
 

@@ -1,11 +1,10 @@
 """Training an adapter: the base stays frozen, the loss is taken on completions only."""
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,27 +12,31 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from reft_edge.adapter import AdapterConfig, save_adapter
+from reft_edge.arithmetic import checkpointed, compiled, quick_attention, rounded_once
+from reft_edge.checkpoint import Checkpoint
 from reft_edge.classification import LabelledText, LabelledTexts, class_scores
 from reft_edge.data import Dataset, Example
+from reft_edge.distributed import ALONE, Processes
 from reft_edge.errors import ReftEdgeError
-from reft_edge.files import write_atomically
 from reft_edge.fingerprint import fingerprint
 from reft_edge.graph_weights import use_exported_weights
 from reft_edge.interventions import Interventions
 from reft_edge.layers import parse_layers
 from reft_edge.likelihood import joined_logits
 from reft_edge.preference import PreferenceObjective, Preferences, preferred
+from reft_edge.profile import Profile, watched
 from reft_edge.steering import Steering, decoder_layers, steered
 
 SCHEDULES = ("linear", "cosine", "constant")
 DTYPES = ("auto", "fp32", "bf16")
+LOAD_IN = ("", "4bit", "8bit")
 CURVE_POINTS = 64
 """Most points of the loss curve that an adapter file keeps."""
+CHECK_EVERY = 10
+"""Steps between checks that the parameters are sound."""
 
 Data = Dataset | LabelledTexts | Preferences
 
@@ -75,6 +78,8 @@ class TrainSettings:
     """What a classifier's head reads: `cls` or `mean`; empty where there is no head."""
     beta: float = 0.1
     """Of preference training: how firmly it holds on to the base's own preferences."""
+    load_in: str = ""
+    """`4bit` or `8bit` where the frozen base was quantised as it was loaded."""
 
     def __post_init__(self) -> None:
         checks = {
@@ -90,6 +95,7 @@ class TrainSettings:
             "beta": (self.beta > 0 and math.isfinite(self.beta), "a positive number"),
             "seed": (0 <= self.seed < 2**32, "from 0 to 2^32 - 1"),
             "dtype": (self.dtype in DTYPES, f"one of {', '.join(DTYPES)}"),
+            "load_in": (self.load_in in LOAD_IN, "4bit or 8bit"),
         }
         for name, (ok, expected) in checks.items():
             if not ok:
@@ -127,6 +133,33 @@ class TrainResult:
     seconds: float
     accuracy: float | None = None
     """Share of the held-out rows whose label is right, or of held-out pairs in which the chosen answer gained more."""
+    profile: dict[str, float] | None = None
+    """Mean seconds of a step by section, where asked for."""
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a training is carried out; nothing of it changes what is learnt, but for rounding."""
+
+    device: str | None = None
+    """A torch device; by default CUDA where there is one. Several processes choose their own."""
+    processes: Processes = ALONE
+    profile: bool = False
+    """Measure where the time of a step goes."""
+    checkpointing: bool = False
+    """Keep only each block's input for the backward pass and compute the rest again: less memory, a third more time."""
+    compile: bool = False
+    """Compile the blocks with torch.compile: faster steps after half a minute or so."""
+
+    def place(self) -> torch.device:
+        """The device of this process. Raises ReftEdgeError if it cannot be used."""
+        if self.processes.accelerator is None:
+            return torch_device(self.device)
+        found: torch.device = self.processes.accelerator.device
+        return found
+
+
+_PLAIN = Execution()
 
 
 @dataclass
@@ -138,6 +171,8 @@ class Trainer:
     settings: TrainSettings
     data: Data
     device: torch.device
+    processes: Processes = ALONE
+    profile: Profile | None = None
     step: int = 0
 
     def __post_init__(self) -> None:
@@ -167,40 +202,47 @@ class Trainer:
         """Train to the end. Raises ReftEdgeError if the loss or a parameter stops being finite."""
         while self.step < self.steps:
             started = time.perf_counter()
-            rows = self._rows(self.step)
+            rows = self.rows(self.step)
             if self.settings.dropout:
-                torch.manual_seed(self.settings.seed + 1_000_003 * (self.step + 1))
+                torch.manual_seed(self.settings.seed + 1_000_003 * (self.step + 1) + self.processes.rank)
             lr = self.settings.lr * rate(self.settings, self.step, self.steps)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            count = self.objective.count(rows)
-            loss = 0.0
-            for start in range(0, len(rows), self.settings.batch_size):
-                part = (
-                    self.objective.loss(
-                        self.model,
-                        steering,
-                        rows[start : start + self.settings.batch_size],
-                        self.device,
-                        self.autocast,
-                    )
-                    / count
-                )
-                part.backward()  # type: ignore[no-untyped-call]
-                loss += float(part.detach())
+            loss = self._gradients(steering, rows)
             if not math.isfinite(loss):
                 raise ReftEdgeError(
                     f"the loss is {loss} at step {self.step + 1}; lower the learning rate (--lr)"
                 )
+            self._enter("optimiser")
             nn.utils.clip_grad_norm_(self.interventions.parameters(), self.settings.clip)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
+            self._enter("other")
             self.step += 1
             self.losses.append(loss)
-            if self.step % 50 == 0 or self.step == self.steps:
+            if self.step % CHECK_EVERY == 0 or self.step == self.steps:
                 self.interventions.check_sound()
             tokens = self.objective.tokens(rows)
+            if self.profile is not None:
+                self.profile.end_step()
             on_step(StepReport(self.step, self.steps, loss, lr, tokens / (time.perf_counter() - started)))
+
+    def _gradients(self, steering: Steering, rows: list[Any]) -> float:
+        """Compute the gradient of the rows' mean loss, over all processes; returns that loss."""
+        count = self.objective.count(rows)
+        loss = 0.0
+        for start in range(0, len(rows), self.settings.batch_size):
+            mine, weight = self.processes.share(rows[start : start + self.settings.batch_size])
+            total = self.objective.loss(self.model, steering, mine, self.device, self.autocast)
+            part = total * (weight / count)
+            if part.requires_grad:  # not where a prompt is too short for any position
+                part.backward()  # type: ignore[no-untyped-call]
+            loss += float(part.detach())
+        return self.processes.add_up(loss, list(self.interventions.parameters()))
+
+    def _enter(self, section: str) -> None:
+        if self.profile is not None:
+            self.profile.switch(section)
 
     def state(self) -> dict[str, Tensor]:
         """Parameters, optimiser moments and losses so far, by name."""
@@ -232,7 +274,7 @@ class Trainer:
     def _steps_an_epoch(self) -> int:
         return math.ceil(len(self.data.examples) / (self.settings.batch_size * self.settings.accumulate))
 
-    def _rows(self, step: int) -> list[Any]:
+    def rows(self, step: int) -> list[Any]:
         """The rows of a step: every epoch has its own order, drawn from the seed, so that a resumed run sees the same."""
         epoch, index = divmod(step, self._steps_an_epoch())
         order = np.random.default_rng([self.settings.seed, epoch]).permutation(len(self.data.examples))
@@ -249,7 +291,7 @@ def train(
     evaluation: Data | None = None,
     resume: bool = False,
     save_every: int = 50,
-    device: str | None = None,
+    execution: Execution = _PLAIN,
     base_weights: Path | None = None,
     report: Callable[[str], None] = lambda message: None,
     on_step: Callable[[StepReport], None] = lambda step: None,
@@ -269,16 +311,25 @@ def train(
     started = time.perf_counter()
     if not output.parent.is_dir():
         raise ReftEdgeError(f"the folder of {output} does not exist; make it first")
-    place = torch_device(device)
+    processes = execution.processes
+    place = execution.place()
     labels = data.labels if isinstance(data, LabelledTexts) else ()
     config = adapter_config(model, base_name, settings, labels)
-    base_parameters = sum(parameter.numel() for parameter in model.parameters())
+    base_parameters = model.num_parameters()
+    if settings.load_in and (base_weights is not None or not hasattr(model, "base_fingerprint")):
+        raise ReftEdgeError("load_in is for a model that load_quantised gave, without an export's weights")
     weights: dict[str, Any] = {}
     if base_weights is not None:
         manifest = use_exported_weights(model, base_weights, config.base_fingerprint)
         weights = {"precision": manifest.precision, **manifest.quantisation}
     trainer = Trainer(
-        model.to(place), Interventions(config, settings.dropout, settings.seed), settings, data, place
+        processes.place(model, place),
+        Interventions(config, settings.dropout, settings.seed),
+        settings,
+        data,
+        place,
+        processes,
+        Profile(place) if execution.profile else None,
     )
     checkpoint = Checkpoint(
         output.with_name(output.name + ".checkpoint"),
@@ -290,7 +341,9 @@ def train(
         },
     )
     if resume:
-        found = checkpoint.load(trainer)
+        found = processes.from_main(checkpoint.load)
+        if found:
+            trainer.restore(*found)
         report(
             f"continuing after step {trainer.step}"
             if found
@@ -298,16 +351,22 @@ def train(
         )
 
     def after_step(step: StepReport) -> None:
-        if step.step % save_every == 0 and step.step < step.steps:
-            checkpoint.save(trainer)
+        if processes.main and step.step % save_every == 0 and step.step < step.steps:
+            checkpoint.save(trainer.state(), trainer.step)
         on_step(step)
 
-    with frozen(model), steered(model, (trainer.interventions, 1.0)) as steering:
+    with (
+        frozen(model, trainer.autocast and not processes.sharded),
+        checkpointed(model) if execution.checkpointing else nullcontext(),
+        compiled(model) if execution.compile else nullcontext(),
+        steered(model, (trainer.interventions, 1.0)) as steering,
+    ):
         try:
-            trainer.run(steering, after_step)
+            with watched(model, steering, trainer.profile) if trainer.profile else nullcontext():
+                trainer.run(steering, after_step)
         except KeyboardInterrupt:
-            if trainer.step:
-                checkpoint.save(trainer)
+            if trainer.step and processes.main:
+                checkpoint.save(trainer.state(), trainer.step)
                 report(f"saved a checkpoint after step {trainer.step}; --resume continues from it")
             raise
         held_out = accuracy = None
@@ -343,8 +402,9 @@ def train(
     if weights:
         provenance["base_weights"] = weights
     adapter = trainer.interventions.to_adapter(dataclasses.replace(config, training=provenance))
-    save_adapter(adapter, output)
-    checkpoint.path.unlink(missing_ok=True)
+    processes.from_main(lambda: save_adapter(adapter, output))
+    if processes.main:
+        checkpoint.path.unlink(missing_ok=True)
     return TrainResult(
         output,
         output.stat().st_size,
@@ -355,6 +415,7 @@ def train(
         held_out,
         time.perf_counter() - started,
         accuracy,
+        trainer.profile.a_step() if trainer.profile else None,
     )
 
 
@@ -456,13 +517,17 @@ def batch_loss(
 
 
 @contextmanager
-def frozen(model: Any) -> Iterator[None]:
-    """Inside the block, no parameter of the model takes a gradient and the model is in evaluation mode."""
+def frozen(model: Any, autocast: bool = False) -> Iterator[None]:
+    """Inside the block, no parameter of the model takes a gradient and the model is in evaluation mode.
+
+    With `autocast` its linear layers hold bfloat16 weights.
+    """
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     training = model.training
     model.requires_grad_(False).eval()
     try:
-        yield
+        with rounded_once(model) if autocast else nullcontext(), quick_attention(model):
+            yield
     finally:
         model.train(training)
         for parameter, required in before:
@@ -543,48 +608,6 @@ def chosen_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A training's state on disk: safetensors, with what it belongs to in the header."""
-
-    path: Path
-    belongs_to: dict[str, Any]
-
-    def save(self, trainer: Trainer) -> None:
-        metadata = {"step": str(trainer.step), "belongs_to": json.dumps(self.belongs_to)}
-        write_atomically(self.path, save_tensors(trainer.state(), metadata))
-
-    def load(self, trainer: Trainer) -> bool:
-        """Bring the trainer to the saved step; False if there is no checkpoint.
-
-        Raises ReftEdgeError if it is unreadable or of other settings, data or base.
-        """
-        if not self.path.is_file():
-            return False
-        try:
-            with safe_open(self.path, "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            step, other = int(metadata["step"]), json.loads(metadata["belongs_to"])
-        except (SafetensorError, KeyError, ValueError) as error:
-            raise ReftEdgeError(
-                f"{self.path} is not a usable checkpoint ({error}); delete it to start again"
-            ) from error
-        if differing := sorted(_flatten(self.belongs_to).items() ^ _flatten(other).items()):
-            names = sorted({name for name, _ in differing})
-            raise ReftEdgeError(
-                f"{self.path} is of another training; these differ: {', '.join(names)}. "
-                "Use the same settings and data, or delete it to start again"
-            )
-        trainer.restore(tensors, step)
-        return True
-
-
-def _flatten(belongs_to: dict[str, Any]) -> dict[str, str]:
-    flat = {key: json.dumps(value) for key, value in belongs_to.items() if key != "settings"}
-    return flat | {key: json.dumps(value) for key, value in belongs_to["settings"].items()}
 
 
 def curve(losses: Sequence[float], points: int = CURVE_POINTS) -> list[list[float]]:

@@ -15,7 +15,17 @@ from reft_edge.models import ModelFolder, load_model
 from reft_edge.prompts import load_prompts
 from reft_edge.runtime import SteeredModel
 from reft_edge.steering import steered
-from reft_edge.training import Trainer, TrainSettings, batch_loss, curve, evaluate, rate, train
+from reft_edge.training import (
+    CHECK_EVERY,
+    Execution,
+    Trainer,
+    TrainSettings,
+    batch_loss,
+    curve,
+    evaluate,
+    rate,
+    train,
+)
 from tests.tiny import make_model
 from tests.torch_reference import logits, random_adapter
 
@@ -197,7 +207,7 @@ def test_rows_of_an_epoch_are_all_seen_once(model, data):
         CPU,
     )
     assert trainer.steps == 6
-    epochs = [[row for step in range(start, start + 3) for row in trainer._rows(step)] for start in (0, 3)]
+    epochs = [[row for step in range(start, start + 3) for row in trainer.rows(step)] for start in (0, 3)]
     for epoch in epochs:
         assert sorted(map(repr, epoch)) == sorted(map(repr, data.examples))
     assert epochs[0] != epochs[1]
@@ -267,9 +277,39 @@ def test_a_loss_that_is_not_finite_stops_with_a_reason(model, data, tmp_path):
     assert not (tmp_path / "a").exists()
 
 
+def test_a_rotation_that_is_not_orthonormal_stops_the_training(model, data, tmp_path, monkeypatch):
+    """As it would be under a parametrisation that drifts: found at the next check, and nothing is written."""
+    rotations, steps = [], []
+    monkeypatch.setattr(
+        "reft_edge.training.Interventions",
+        lambda *given: rotations.append(Interventions(*given)) or rotations[0],
+    )
+
+    def drift(step):
+        steps.append(step.step)
+        if step.step == 3:
+            rotations[0].rotation.base_signs.mul_(0.9)
+
+    with pytest.raises(ReftEdgeError, match=r"R is no longer orthonormal \(off by 0\.\d+\); lower the"):
+        run(model, data, tmp_path / "a", max_steps=100, on_step=drift)
+    assert steps[-1] == CHECK_EVERY - 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weight_decay_leaves_the_rotation_orthonormal(model, data, tmp_path):
+    run(model, data, tmp_path / "a", max_steps=8, weight_decay=0.1)
+    run(model, data, tmp_path / "b", max_steps=8)
+    decayed, plain = (load_adapter(tmp_path / name).tensors for name in "ab")
+    gram = decayed["R"] @ np.swapaxes(decayed["R"], -1, -2)
+    np.testing.assert_allclose(gram, np.broadcast_to(np.eye(4), gram.shape), atol=1e-5)
+    assert np.abs(decayed["W"]).sum() < np.abs(plain["W"]).sum()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"load_in": "2bit"}, "load_in is '2bit'; expected 4bit or 8bit"),
+        ({"load_in": "4bit"}, "load_in is for a model that load_quantised gave"),
         ({"lr": 0}, "lr is 0"),
         ({"epochs": -1}, "epochs is -1"),
         ({"max_steps": 0}, "max_steps is 0"),
@@ -293,7 +333,7 @@ def test_bad_settings(model, data, tmp_path, changes, message):
 @pytest.mark.parametrize("device", ["tpu9", "cuda:77"])
 def test_bad_devices(model, data, tmp_path, device):
     with pytest.raises(ReftEdgeError, match=f"cannot train on device '{device}'"):
-        train(model, "tiny", data, tmp_path / "a", settings(), device=device)
+        train(model, "tiny", data, tmp_path / "a", settings(), execution=Execution(device=device))
 
 
 def test_a_missing_folder_is_found_before_training(model, data, tmp_path):

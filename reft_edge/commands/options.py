@@ -29,3 +29,14 @@ RequireSigned = Annotated[
 ]
 PortLayers = Annotated[str, typer.Option(help="Layers that get a port: `all`, `3;9;18`, `0-5`, or a mix.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Repository = Annotated[
+    str,
+    typer.Argument(
+        metavar="REPOSITORY",
+        help="A folder, https://HOST/PATH/, hf://OWNER/REPO or oci://HOST/REPO[:TAG].",
+        show_default=False,
+    ),
+]
+PlainHttp = Annotated[
+    bool, typer.Option("--plain-http", help="Talk to other machines without encryption, too.")
+]

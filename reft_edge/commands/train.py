@@ -1,11 +1,11 @@
 """`reft-edge train`: an adapter for a frozen model."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from reft_edge.commands.console import extra, plain, plain_errors, print_json, training_bar
+from reft_edge.commands.console import extra, plain, plain_errors, print_json, table, training_bar
 from reft_edge.commands.options import Json, Model
 from reft_edge.errors import ReftEdgeError
 
@@ -129,28 +129,48 @@ def train(
         str | None,
         typer.Option(help="A torch device, such as cpu or cuda:0.", show_default="cuda if there is one"),
     ] = None,
+    load_in: Annotated[
+        str | None,
+        typer.Option(help="Hold the frozen base in 4bit or 8bit, by bitsandbytes.", show_default=False),
+    ] = None,
+    checkpointing: Annotated[
+        bool,
+        typer.Option("--checkpointing", help="Compute activations twice to keep fewer: less memory, slower."),
+    ] = False,
+    compile_blocks: Annotated[
+        bool,
+        typer.Option("--compile", help="Compile the model's blocks: faster steps after half a minute or so."),
+    ] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Print where the time of a step goes.")] = False,
     as_json: Json = False,
 ) -> None:
     """Train an adapter for MODEL on DATA and write it to one small file."""
     from rich.console import Console
 
-    console = Console(stderr=True)
     with plain_errors(), extra("train"):
+        from reft_edge.distributed import launched_processes
+
+        processes = launched_processes(device)
+        console = Console(stderr=True, quiet=not processes.main)
         from reft_edge.classification import LabelledTexts, load_labelled
         from reft_edge.data import load_dataset
         from reft_edge.encoders import check_task, default_pooling, load_encoder, load_text_tokens
         from reft_edge.models import load_model, load_model_prompts, resolve_model
         from reft_edge.preference import load_preferences
-        from reft_edge.training import Data, TrainSettings
+        from reft_edge.quantised import load_quantised
+        from reft_edge.training import Data, Execution, TrainSettings, chosen_dtype
         from reft_edge.training import train as run_training
 
         if recipe is not None:
             _print_recipe(recipe, context, console)
-        folder = resolve_model(model, plain(console))
+        with processes.main_first():
+            folder = resolve_model(model, plain(console))
         check_task(task, folder)
         classifies = task == "classification"
         if classifies and base_weights:
             raise ReftEdgeError("--base-weights is for decoders: an encoder's export rounds nothing")
+        if load_in and (classifies or base_weights):
+            raise ReftEdgeError("--load-in is for decoders, and takes the place of --base-weights")
         prompts = load_model_prompts(folder)
         prompt_format = "raw" if raw or classifies or prompts.template is None else "chat"
         settings = TrainSettings(
@@ -175,8 +195,10 @@ def train(
             seed=seed,
             dtype=dtype,
             beta=beta,
+            load_in=load_in or "",
             pooling=(pooling or default_pooling(folder)) if classifies else "",
         )
+        execution = Execution(device, processes, profile, checkpointing, compile_blocks)
         rows: Data
         held_out: Data | None
         if classifies:
@@ -192,9 +214,16 @@ def train(
                 f"{rows.left_out} of {rows.left_out + len(rows.examples)} rows are longer than "
                 f"{max_length} tokens and are left out"
             )
+
+        def base() -> Any:
+            if load_in:
+                place = execution.place()
+                return load_quantised(folder, load_in, place, chosen_dtype(dtype, place))
+            return load_encoder(folder) if classifies else load_model(folder)
+
         with training_bar(console) as on_step:
             result = run_training(
-                load_encoder(folder) if classifies else load_model(folder),
+                base(),
                 folder.name,
                 rows,
                 output,
@@ -202,11 +231,13 @@ def train(
                 evaluation=held_out,
                 resume=resume,
                 save_every=save_every,
-                device=device,
+                execution=execution,
                 base_weights=base_weights,
                 report=plain(console),
                 on_step=on_step,
             )
+    if not processes.main:
+        return
     if as_json:
         print_json({**vars(result), "path": str(result.path)})
         return
@@ -219,6 +250,17 @@ def train(
     if result.accuracy is not None:
         held += f", held-out accuracy {result.accuracy:.4f}"
     typer.echo(f"{result.steps} steps in {result.seconds:,.0f} s, training loss {result.loss:.4f}{held}")
+    if result.profile is not None:
+        _print_profile(result.profile)
+
+
+def _print_profile(seconds: dict[str, float]) -> None:
+    total = sum(seconds.values())
+    rows = [
+        (section, f"{spent * 1000:,.1f} ms", f"{spent / total:.1%}") for section, spent in seconds.items()
+    ]
+    for line in table([("a step", "", ""), *rows, ("all", f"{total * 1000:,.1f} ms", "")]):
+        typer.echo(line)
 
 
 def _print_recipe(name: str, context: typer.Context, console: "Console") -> None:

@@ -1,0 +1,39 @@
+"""A frozen base held in 4 or 8 bits while an adapter is trained against it, by bitsandbytes."""
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from reft_edge.errors import ReftEdgeError
+from reft_edge.fingerprint import fingerprint
+from reft_edge.models import ModelFolder, load_model
+
+
+def load_quantised(folder: ModelFolder, load_in: str, device: torch.device, compute: torch.dtype) -> Any:
+    """The decoder on `device` with its linear layers in `4bit` (NF4, products in `compute`) or `8bit` (LLM.int8).
+
+    It keeps the fingerprint of the weights as they are stored, so that its adapters run wherever the model does.
+    Raises ReftEdgeError if bitsandbytes is missing or cannot work on this device.
+    """
+    if find_spec("bitsandbytes") is None:
+        raise ReftEdgeError("--load-in needs bitsandbytes; install it with: pip install 'reft-edge[bits]'")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    stored = fingerprint(load_model(folder, dtype="auto"))
+    config = BitsAndBytesConfig(
+        load_in_4bit=load_in == "4bit",
+        load_in_8bit=load_in == "8bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=compute,
+    )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(folder.path), quantization_config=config, dtype=torch.float32, device_map={"": device}
+        )
+    except Exception as error:  # bitsandbytes, transformers and torch raise many kinds here
+        raise ReftEdgeError(
+            f"cannot hold {folder.name} in {load_in} on {device}: {error}; leave --load-in out"
+        ) from error
+    model.base_fingerprint = stored
+    return model.eval().requires_grad_(False)

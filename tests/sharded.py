@@ -1,0 +1,19 @@
+"""What one process of a sharded base holds, printed; run by torchrun in test_distributed.py.
+
+python -m torch.distributed.run --nproc_per_node 2 tests/sharded.py MODEL_FOLDER
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from reft_edge.distributed import launched_processes
+from reft_edge.models import ModelFolder, load_model
+
+model = load_model(ModelFolder(Path(sys.argv[1]), "tiny"))
+total = sum(parameter.numel() for parameter in model.parameters())
+processes = launched_processes("cpu")
+placed = processes.place(model, torch.device("cpu"))
+held = sum(parameter.to_local().numel() for parameter in placed.parameters())
+print(processes.rank, processes.count, held, total, flush=True)
