@@ -1,5 +1,6 @@
 """A frozen base held in 4 or 8 bits while an adapter is trained against it, by bitsandbytes."""
 
+import logging
 from importlib.util import find_spec
 from typing import Any
 
@@ -20,6 +21,7 @@ def load_quantised(folder: ModelFolder, load_in: str, device: torch.device, comp
         raise ReftEdgeError("--load-in needs bitsandbytes; install it with: pip install 'reft-edge[bits]'")
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else a line for every product in 8 bits
     stored = fingerprint(load_model(folder, dtype="auto"))
     config = BitsAndBytesConfig(
         load_in_4bit=load_in == "4bit",
@@ -31,9 +33,23 @@ def load_quantised(folder: ModelFolder, load_in: str, device: torch.device, comp
         model = AutoModelForCausalLM.from_pretrained(
             str(folder.path), quantization_config=config, dtype=torch.float32, device_map={"": device}
         )
+        model.eval().requires_grad_(False)
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False  # that layout is for inference alone
+        _try(model)
     except Exception as error:  # bitsandbytes, transformers and torch raise many kinds here
         raise ReftEdgeError(
             f"cannot hold {folder.name} in {load_in} on {device}: {error}; leave --load-in out"
         ) from error
     model.base_fingerprint = stored
-    return model.eval().requires_grad_(False)
+    return model
+
+
+def _try(model: Any) -> None:
+    """One pass there and back: what a backend cannot do shows only then."""
+    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    states = model.get_input_embeddings()(ids).requires_grad_()
+    model(inputs_embeds=states).logits.sum().backward()
+    if states.grad is None:
+        raise RuntimeError("no gradient comes through its layers")

@@ -25,8 +25,7 @@ def rows(tmp_path):
     return path
 
 
-def arguments(device_folder, rows, output, *options):
-    model = device_folder / "hf"
+def arguments(model, rows, output, *options):
     return ["train", str(model), str(rows), "-o", str(output), "--positions", "f3+l3", *options]
 
 
@@ -40,7 +39,7 @@ def arguments(device_folder, rows, output, *options):
 )
 def test_what_cannot_be_is_refused(device_folder, rows, tmp_path, monkeypatch, options, message):
     monkeypatch.setattr("reft_edge.quantised.find_spec", lambda name: None)
-    done = CliRunner().invoke(app, arguments(device_folder, rows, tmp_path / "a", *options))
+    done = CliRunner().invoke(app, arguments(device_folder / "hf", rows, tmp_path / "a", *options))
     assert done.exit_code == 1
     assert message.replace("\\", "") in " ".join(done.output.split())
     assert not (tmp_path / "a").exists()
@@ -54,6 +53,12 @@ def bitsandbytes(tmp_path_factory):
     return folder
 
 
+def run(command, bitsandbytes):
+    environment = {**os.environ, "PYTHONPATH": str(bitsandbytes), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "reft_edge", *command]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
 @pytest.mark.real
 @pytest.mark.parametrize("load_in", ["4bit", "8bit"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -61,17 +66,10 @@ def test_an_adapter_is_trained_against_it(
     device_folder, tiny_model, rows, tmp_path, bitsandbytes, load_in, dtype
 ):
     """It learns, is bound to the base as it is stored, and differs from one trained on whole weights."""
-    environment = {**os.environ, "PYTHONPATH": str(bitsandbytes), "OMP_NUM_THREADS": "1"}
     found = {}
     for name, options in (("whole", []), ("rounded", ["--load-in", load_in])):
         options += ["--max-steps", "30", "--lr", "0.02", "--dtype", dtype, "--device", "cpu", "--json"]
-        command = [
-            sys.executable,
-            "-m",
-            "reft_edge",
-            *arguments(device_folder, rows, tmp_path / name, *options),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        done = run(arguments(device_folder / "hf", rows, tmp_path / name, *options), bitsandbytes)
         assert done.returncode == 0, done.stderr
         found[name] = load_adapter(tmp_path / name), json.loads(done.stdout)
     (whole, of_whole), (rounded, of_rounded) = found["whole"], found["rounded"]
