@@ -72,7 +72,7 @@ def json_frame(content: bytes, source: random.Random) -> bytes:
 
 FRAMES = {
     "adapter": mutate_safetensors,
-    **dict.fromkeys(("manifest", "signature", "index", "oci-manifest"), json_frame),
+    **dict.fromkeys(("manifest", "signature", "pyreft-config", "index", "oci-manifest"), json_frame),
 }
 """By target."""
 

@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from foreign_targets import control_vector_target, onnx_adapter_target, pyreft_config_target, pyreft_target
 from harness import Target
 from own_targets import adapter_target, manifest_target, signature_target, trusted_keys_target
 from repository_targets import index_target, oci_manifest_target
@@ -13,6 +14,10 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "manifest": manifest_target,
     "trusted-keys": trusted_keys_target,
     "signature": signature_target,
+    "pyreft": pyreft_target,
+    "pyreft-config": pyreft_config_target,
+    "control-vector": control_vector_target,
+    "onnx-adapter": onnx_adapter_target,
     "index": index_target,
     "oci-manifest": oci_manifest_target,
 }
