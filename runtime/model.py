@@ -75,15 +75,17 @@ class SteeredModel:
         device: str = "auto",
         threads: int | None = None,
         trusted: TrustedKeys | None = None,
+        provider_options: Mapping[str, str] | None = None,
     ) -> None:
         """`device`: auto, cpu or cuda. `trusted`: only adapters that one of these keys signed are loaded, and run while
-        the signature is in time. Raises ReftEdgeError if the folder is not an export or cannot be loaded."""
+        the signature is in time. `provider_options`: of ONNX Runtime's CUDA provider. Raises ReftEdgeError if the folder
+        is not an export or cannot be loaded."""
         path = Path(folder)
         self.manifest = load_manifest(path)
         self.manifest.check_kind("decoder", path)
         self.prompts: Prompts = load_prompts(path)
         self.trusted = trusted
-        self.graph = GraphSession(path, self.manifest, device, threads)
+        self.graph = GraphSession(path, self.manifest, device, threads, provider_options=provider_options)
         self._lock = threading.Lock()
         self._adapters: dict[str, _Loaded] = {}
         self._bound: OrderedDict[tuple[tuple[str, float], ...], Bound] = OrderedDict()

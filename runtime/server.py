@@ -107,15 +107,20 @@ def create_app(
     settings: ServerSettings,
     device: str = "auto",
     threads: int | None = None,
+    provider_options: Mapping[str, str] | None = None,
 ) -> FastAPI:
-    """The server for an exported folder. `adapters`: a folder of adapter files. Raises ReftEdgeError if the model
-    cannot be loaded."""
+    """The server for an exported folder. `adapters`: a folder of adapter files; `provider_options`: of ONNX Runtime's CUDA
+    provider, for a decoder. Raises ReftEdgeError if the model cannot be loaded."""
     manifest = load_manifest(folder)
     served: _Decoder | _Encoder
     if manifest.kind == "encoder":
+        if provider_options:
+            raise ReftEdgeError("provider options are for decoders; this folder holds an encoder")
         served = _Encoder(SteeredEncoder(folder, device, threads, settings.trusted), adapters, settings)
     else:
-        served = _Decoder(SteeredModel(folder, device, threads, settings.trusted), adapters, settings)
+        served = _Decoder(
+            SteeredModel(folder, device, threads, settings.trusted, provider_options), adapters, settings
+        )
     metrics = Metrics()
 
     @asynccontextmanager

@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
-from reft_edge.commands.console import plain_errors, split_scale, trusted_keys
+from reft_edge.commands.console import plain_errors, provider_options, split_scale, trusted_keys
 from reft_edge.commands.options import (
     Device,
     Folder,
+    ProviderOptions,
     RepetitionPenalty,
     RequireSigned,
     Seed,
@@ -48,6 +49,7 @@ def chat(
     require_signed: RequireSigned = None,
     device: Device = "auto",
     threads: Threads = None,
+    provider_option: ProviderOptions = None,
 ) -> None:
     """Talk with an exported model and switch adapters between turns; /help lists the commands."""
     with plain_errors():
@@ -55,7 +57,9 @@ def chat(
         from reft_edge.runtime.chat import Chat, load_history
         from reft_edge.runtime.store import AdapterStore
 
-        model = SteeredModel(folder, device, threads, trusted_keys(require_signed))
+        model = SteeredModel(
+            folder, device, threads, trusted_keys(require_signed), provider_options(provider_option)
+        )
         conversation = Chat(
             model,
             folder.resolve().name,

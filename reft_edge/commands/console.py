@@ -99,6 +99,17 @@ class _ToStderr(logging.Handler):
         typer.echo(record.getMessage(), err=True)
 
 
+def provider_options(given: Sequence[str] | None) -> dict[str, str]:
+    """`NAME=VALUE` texts by name. Raises ReftEdgeError for one without a name or `=`."""
+    found = {}
+    for text in given or ():
+        name, equals, value = text.partition("=")
+        if not name or not equals:
+            raise ReftEdgeError(f"cannot read the provider option {text!r}; write NAME=VALUE")
+        found[name] = value
+    return found
+
+
 def trusted_keys(path: Path | None) -> "TrustedKeys | None":
     """The keys of --require-signed; from then on it is printed who signed the adapters that are loaded."""
     if path is None:

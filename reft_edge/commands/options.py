@@ -19,6 +19,15 @@ TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens up to this 
 RepetitionPenalty = Annotated[float, typer.Option(help="Above 1 discourages repeating tokens.")]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.", show_default=False)]
 Threads = Annotated[int | None, typer.Option(help="CPU threads.", show_default="one a core")]
+ProviderOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--provider-option",
+        metavar="NAME=VALUE",
+        help="An option of ONNX Runtime's CUDA provider, such as gpu_mem_limit=2147483648; repeatable.",
+        show_default=False,
+    ),
+]
 RequireSigned = Annotated[
     Path | None,
     typer.Option(

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from reft_edge.commands.console import plain_errors, print_json, split_scale, trusted_keys
+from reft_edge.commands.console import plain_errors, print_json, provider_options, split_scale, trusted_keys
 from reft_edge.commands.options import (
     Device,
     Folder,
     Json,
+    ProviderOptions,
     RepetitionPenalty,
     RequireSigned,
     Seed,
@@ -36,6 +37,7 @@ _GENERATION = (
     "seed",
     "stop",
     "stats",
+    "provider_option",
 )
 
 
@@ -85,6 +87,7 @@ def run(
     require_signed: RequireSigned = None,
     device: Device = "auto",
     threads: Threads = None,
+    provider_option: ProviderOptions = None,
     stats: Annotated[
         bool, typer.Option("--stats", help="Print token counts and speed after the answer.")
     ] = False,
@@ -104,7 +107,7 @@ def run(
         from reft_edge.runtime import Sampling, SteeredModel
 
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        model = SteeredModel(folder, device, threads, trusted)
+        model = SteeredModel(folder, device, threads, trusted, provider_options(provider_option))
         scales: dict[str, float] = {}
         for number, given in enumerate(adapter or []):
             path, factor = split_scale(given)

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from reft_edge.commands.console import extra, plain_errors, trusted_keys
-from reft_edge.commands.options import Device, Folder, RequireSigned, Threads
+from reft_edge.commands.console import extra, plain_errors, provider_options, trusted_keys
+from reft_edge.commands.options import Device, Folder, ProviderOptions, RequireSigned, Threads
 from reft_edge.errors import ReftEdgeError
 
 
@@ -47,6 +47,7 @@ def serve(
     require_signed: RequireSigned = None,
     device: Device = "auto",
     threads: Threads = None,
+    provider_option: ProviderOptions = None,
 ) -> None:
     """Serve an exported model, and each adapter as a model of its own, with OpenAI's API."""
     with plain_errors(), extra("serve"):
@@ -74,7 +75,7 @@ def serve(
             raise ReftEdgeError(
                 f"the name {settings.name!r} has a colon, which separates adapters; give a --name without"
             )
-        server = create_app(folder, adapters, settings, device, threads)
+        server = create_app(folder, adapters, settings, device, threads, provider_options(provider_option))
         shown = f"[{host}]" if ":" in host else host
         typer.echo(f"serving {settings.name} at http://{shown}:{port}/v1 (Ctrl-C stops); try")
         typer.echo(
