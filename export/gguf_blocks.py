@@ -298,7 +298,8 @@ def _pack(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Two 4-bit numbers a byte along the last axis, the first in the lower half."""
     if codes.shape[-1] % 2:
         codes = np.concatenate([codes, np.zeros_like(codes[..., :1])], axis=-1)
-    return codes[..., 0::2] | (codes[..., 1::2] * np.uint8(16))
+    packed: NDArray[np.uint8] = codes[..., 0::2] | (codes[..., 1::2] * np.uint8(16))
+    return packed
 
 
 def _set(value: ir.Value, content: NDArray[Any]) -> None:

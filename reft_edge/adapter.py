@@ -1,9 +1,10 @@
 """The adapter and its file: one `.safetensors` with the unfolded parameters and a described header.
 
-Header metadata: `format` is "reft-edge", `version` is "1", and `adapter` is a JSON object with the fields of
-`AdapterConfig`. Every tensor is float32 and stacked over layers (in the order of `layers`) and position groups
-(one if tied, one a part of the position spec if not), so that L layers and G groups of rank r on a hidden
-size d are stored as:
+Header metadata: `format` is "reft-edge", `version` is "1" where every tensor is float32 and "2" where some are stored in
+fewer bits (`reft_edge.storage` says how), `adapter` is a JSON object with the fields of `AdapterConfig`, and `signature`,
+if there is one, is described in `reft_edge.signing`. Every tensor is stacked over layers (in the order of `layers`) and
+position groups (one if tied, one a part of the position spec if not, one a group where `|` sets them apart), so that L layers
+and G groups of rank r on a hidden size d are:
 
     loreft, direft     R [L, G, r, d]   W [L, G, r, d]   b [L, G, r]
     noreft             W1 [L, G, r, d]  W2 [L, G, r, d]  b [L, G, r]   b2 [L, G, r] with add_bias
@@ -18,17 +19,20 @@ Formulas: Wu et al. 2024 (arXiv 2404.03592, section 3.2) for LoReFT and DiReFT, 
 """
 
 import dataclasses
+import io
 import json
 import math
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
@@ -37,9 +41,10 @@ from reft_edge.errors import AdapterFileError, ReftEdgeError
 from reft_edge.files import write_atomically
 from reft_edge.places import COMPONENTS, Place
 from reft_edge.positions import Span, parse_positions
+from reft_edge.storage import ROWS, STORES, data_bytes, declared, decode, encode
 
 FORMAT = "reft-edge"
-VERSION = "1"
+VERSIONS = ("1", "2")
 INTERVENTIONS = ("loreft", "noreft", "direft", "nodireft", "consreft", "lobireft", "steering")
 LINEAR_ONLY = ("consreft", "lobireft", "steering")
 POOLINGS = ("cls", "mean")
@@ -186,47 +191,96 @@ def folded_rows(intervention: str, t: Mapping[str, Any]) -> tuple[Any, Any, Any]
     return None, t["alpha"], t["v"]
 
 
-def save_adapter(adapter: Adapter, path: Path | str) -> None:
-    """Write the file atomically. Raises ReftEdgeError if it cannot be written."""
+def save_adapter(adapter: Adapter, path: Path | str, store: str = "fp32") -> None:
+    """Write the file atomically, its tensors stored as `reft_edge.storage.STORES` tells.
+
+    Raises ReftEdgeError if it cannot be written, or fp16 cannot hold a value.
+    """
+    if store not in STORES:
+        raise ReftEdgeError(f"there is no storage {store!r}; expected one of {', '.join(STORES)}")
     metadata = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": VERSIONS[store != "fp32"],
         "adapter": json.dumps(dataclasses.asdict(adapter.config), allow_nan=False, separators=(",", ":")),
     }
-    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in adapter.tensors.items()}
-    write_atomically(Path(path), save(tensors, metadata))
+    write_atomically(Path(path), save(encode(adapter.tensors, store), metadata))
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """What an adapter file holds, from one reading of it: the header's metadata, and the tensors as they are stored."""
+
+    name: str
+    """The file's, for messages."""
+    config: AdapterConfig
+    metadata: dict[str, str]
+    tensors: dict[str, NDArray[np.generic]]
+
+    @property
+    def store(self) -> str:
+        """fp32, fp16 or int8."""
+        kinds = {np.dtype(np.float16): "fp16", np.dtype(np.int8): "int8"}
+        return next(
+            (kinds[tensor.dtype] for tensor in self.tensors.values() if tensor.dtype in kinds), "fp32"
+        )
+
+    def adapter(self) -> Adapter:
+        """The adapter, in float32. Raises AdapterFileError if a tensor is not finite."""
+        with _about(self.name):
+            return Adapter(self.config, decode(self.tensors))
 
 
 def load_adapter(path: Path | str) -> Adapter:
-    """Read and check an adapter file. Raises AdapterFileError that names the file and what is wrong with it.
+    """Read and check an adapter file. Raises AdapterFileError that names the file and what is wrong with it."""
+    return read_stored(path).adapter()
+
+
+def read_stored(path: Path | str) -> StoredAdapter:
+    """Read an adapter file, once. Raises AdapterFileError that names the file and what is wrong with it.
 
     The header is checked, against itself and against the file's size, before tensor data is read.
     """
+    with _about(path), open(path, "rb") as file:
+        return _read_stored(file, os.fstat(file.fileno()).st_size, str(path))
+
+
+def parse_stored(content: bytes, name: str) -> StoredAdapter:
+    """The same from a file's bytes; `name` stands for it in messages."""
+    with _about(name):
+        return _read_stored(io.BytesIO(content), len(content), name)
+
+
+def read_config(path: Path | str) -> AdapterConfig:
+    """Read and check an adapter file's header only. Raises AdapterFileError."""
+    with _about(path), open(path, "rb") as file:
+        return _read_header(file, os.fstat(file.fileno()).st_size).config
+
+
+@contextmanager
+def _about(path: Path | str) -> Iterator[None]:
     try:
-        with open(path, "rb") as file:
-            config = _read_header(file)
-            file.seek(0)
-            tensors = load(file.read(os.fstat(file.fileno()).st_size))
-        return Adapter(config, tensors)
+        yield
     except OSError as error:
         raise AdapterFileError(f"cannot read adapter {path}: {error.strerror}") from error
     except (ReftEdgeError, SafetensorError) as error:
         raise AdapterFileError(f"{path} is not a usable adapter: {error}") from error
 
 
-def read_config(path: Path | str) -> AdapterConfig:
-    """Read and check an adapter file's header only. Raises AdapterFileError."""
-    try:
-        with open(path, "rb") as file:
-            return _read_header(file)
-    except OSError as error:
-        raise AdapterFileError(f"cannot read adapter {path}: {error.strerror}") from error
-    except ReftEdgeError as error:
-        raise AdapterFileError(f"{path} is not a usable adapter: {error}") from error
+@dataclass(frozen=True)
+class _Header:
+    content: bytes
+    """The file as far as the header reaches."""
+    metadata: dict[str, str]
+    config: AdapterConfig
 
 
-def _read_header(file: BinaryIO) -> AdapterConfig:
-    size = os.fstat(file.fileno()).st_size
+def _read_stored(file: BinaryIO, size: int, name: str) -> StoredAdapter:
+    header = _read_header(file, size)
+    content = header.content + file.read(size - len(header.content))
+    return StoredAdapter(name, header.config, header.metadata, load(content))
+
+
+def _read_header(file: BinaryIO, size: int) -> _Header:
     prefix = file.read(8)
     if len(prefix) < 8:
         raise AdapterFileError(
@@ -238,10 +292,14 @@ def _read_header(file: BinaryIO) -> AdapterConfig:
             f"its header claims {length:,} bytes of a file of {size:,} (at most {_MAX_HEADER:,} "
             "are accepted); the file is truncated or not a safetensors file"
         )
-    header = _parse_json(file.read(length), "header")
-    config = _config_from_metadata(header.pop("__metadata__", None))
-    _check_layout(header, config, size - 8 - length)
-    return config
+    text = file.read(length)
+    if not text.startswith(b"{") or not text.rstrip(b" ").endswith(b"}"):
+        raise AdapterFileError("its header is not a JSON object, padded with spaces only")
+    header = parse_json(_decoded(text), "header")
+    metadata = header.pop("__metadata__", None)
+    config = _config_from_metadata(metadata)
+    _check_layout(header, config, metadata["version"], size - 8 - length)
+    return _Header(prefix + text, metadata, config)
 
 
 def _config_from_metadata(metadata: Any) -> AdapterConfig:
@@ -249,15 +307,17 @@ def _config_from_metadata(metadata: Any) -> AdapterConfig:
         raise AdapterFileError(
             f"its metadata does not say format {FORMAT!r}; train one with `reft-edge train`"
         )
-    if metadata.get("version") != VERSION:
+    if metadata.get("version") not in VERSIONS:
         raise AdapterFileError(
             f"it has version {metadata.get('version')!r} of the format; this reft-edge reads "
-            f"version {VERSION!r}: upgrade reft-edge, or train the adapter again"
+            f"versions {' and '.join(VERSIONS)}: upgrade reft-edge, or train the adapter again"
         )
     described = metadata.get("adapter")
     if not isinstance(described, str):
         raise AdapterFileError("its metadata has no `adapter` description")
-    fields = _parse_json(described.encode(), "adapter description")
+    if not all(isinstance(value, str) for value in metadata.values()):
+        raise AdapterFileError("its metadata holds something other than text")
+    fields = parse_json(described, "adapter description")
     known = {f.name: f for f in dataclasses.fields(AdapterConfig)}
     required = {
         name
@@ -274,22 +334,37 @@ def _config_from_metadata(metadata: Any) -> AdapterConfig:
     return AdapterConfig(**fields)
 
 
-def _check_layout(header: dict[str, Any], config: AdapterConfig, data_size: int) -> None:
-    expected = config.shapes()
+def _check_layout(header: dict[str, Any], config: AdapterConfig, version: str, data_size: int) -> None:
+    """The header's tensors against what the description and one way to store them ask for."""
+    shapes = config.shapes()
+    expected = declared(shapes, _store(header) if version != "1" else "fp32")
     _check_names(config.intervention, set(header), set(expected))
-    needed = 4 * sum(math.prod(shape) for shape in expected.values())
+    needed = data_bytes(expected)
     if needed != data_size:
         raise AdapterFileError(
             f"its description needs {needed:,} bytes of tensors, the file holds {data_size:,}; "
             "the file is truncated or its description is wrong"
         )
-    if data_size > _MAX_DATA:
-        raise AdapterFileError(f"it holds {data_size:,} bytes of tensors; at most {_MAX_DATA:,} are accepted")
-    for name, shape in expected.items():
+    if (taken := data_bytes(declared(shapes, "fp32"))) > _MAX_DATA:
+        raise AdapterFileError(f"it takes {taken:,} bytes as float32; at most {_MAX_DATA:,} are accepted")
+    for name, (dtype, shape) in expected.items():
         entry = header[name]
-        if not isinstance(entry, dict) or entry.get("dtype") != "F32" or entry.get("shape") != list(shape):
-            found = f"{entry.get('dtype')} {entry.get('shape')}" if isinstance(entry, dict) else repr(entry)
-            raise AdapterFileError(f"tensor {name} is declared as {found}; expected F32 {list(shape)}")
+        if not isinstance(entry, dict) or entry.get("dtype") != dtype or entry.get("shape") != list(shape):
+            found = (
+                f"{entry.get('dtype')!r} {entry.get('shape')!r}" if isinstance(entry, dict) else repr(entry)
+            )
+            raise AdapterFileError(
+                f"tensor {name} is declared as {found:.200}; expected {dtype} {list(shape)}"
+            )
+
+
+def _store(header: dict[str, Any]) -> str:
+    """How the tensors of a header are stored, by the first that is a row of the hidden size."""
+    for name in ROWS:
+        entry = header.get(name)
+        if isinstance(entry, dict):
+            return {"F16": "fp16", "I8": "int8"}.get(str(entry.get("dtype")), "fp32")
+    return "fp32"
 
 
 def _check_names(intervention: str, found: set[str], expected: set[str]) -> None:
@@ -301,7 +376,16 @@ def _check_names(intervention: str, found: set[str], expected: set[str]) -> None
         )
 
 
-def _parse_json(content: bytes, what: str) -> dict[str, Any]:
+def _decoded(content: bytes) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise AdapterFileError("its header is not UTF-8") from error
+
+
+def parse_json(text: str, what: str) -> dict[str, Any]:
+    """A stranger's JSON object, without repeated names or numbers that are not finite. Raises AdapterFileError."""
+
     def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         counts = Counter(name for name, _ in pairs)
         if repeated := [name for name, count in counts.most_common(3) if count > 1]:
@@ -316,8 +400,9 @@ def _parse_json(content: bytes, what: str) -> dict[str, Any]:
 
     try:
         parsed = json.loads(
-            content, object_pairs_hook=without_repeats, parse_constant=finite, parse_float=finite
+            text, object_pairs_hook=without_repeats, parse_constant=finite, parse_float=finite
         )
+        json.dumps(parsed, ensure_ascii=False).encode()  # no half of a surrogate pair
     except (ValueError, RecursionError) as error:
         raise AdapterFileError(f"its {what} is not valid JSON") from error
     if not isinstance(parsed, dict):

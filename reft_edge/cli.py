@@ -11,13 +11,21 @@ from reft_edge.commands.add_ports import add_ports
 from reft_edge.commands.bench import bench
 from reft_edge.commands.chat import chat
 from reft_edge.commands.compare import compare
+from reft_edge.commands.convert import convert
 from reft_edge.commands.demo import demo
 from reft_edge.commands.evaluate import evaluate_task
 from reft_edge.commands.export import export
 from reft_edge.commands.inspect import inspect
+from reft_edge.commands.list import list_adapters
+from reft_edge.commands.merge import merge
 from reft_edge.commands.pack import pack
+from reft_edge.commands.pull import pull
+from reft_edge.commands.push import push
+from reft_edge.commands.rollback import rollback
 from reft_edge.commands.run import run
 from reft_edge.commands.serve import serve
+from reft_edge.commands.shrink import shrink
+from reft_edge.commands.signing import keygen, sign, verify
 from reft_edge.commands.train import train
 
 app = typer.Typer(
@@ -49,6 +57,13 @@ _COMMANDS: tuple[tuple[str, str, Callable[..., None], str], ...] = (
     ("Make", "train", train, "train smollm2 rows.jsonl -o task.safetensors --epochs 10"),
     ("Make", "export", export, "export smollm2 -o smol/ --precision int4"),
     ("Make", "add-ports", add_ports, "add-ports model_onnx/model.onnx -o ported/ --model MODEL"),
+    ("Make", "merge", merge, "merge a.safetensors:0.7 b.safetensors:0.3 -o ab.safetensors"),
+    (
+        "Make",
+        "convert",
+        convert,
+        "convert pyreft_out/ --model smollm2 --positions f7+l7 --act-fn linear --chat -o task.safetensors",
+    ),
     ("Use", "run", run, 'run smol/ "Who are you?" --adapter emoji.safetensors:0.8'),
     ("Use", "eval", evaluate_task, "eval smol/ test.jsonl --adapter task.safetensors --records task.jsonl"),
     ("Use", "compare", compare, "compare base.jsonl task.jsonl"),
@@ -57,6 +72,14 @@ _COMMANDS: tuple[tuple[str, str, Callable[..., None], str], ...] = (
     ("Use", "chat", chat, "chat smol/ --adapters tasks/"),
     ("Use", "bench", bench, "bench smol/ --json"),
     ("Use", "pack", pack, "pack emoji.safetensors --for smol/ -o emoji.onnx_adapter"),
+    ("Use", "shrink", shrink, "shrink task.safetensors -o small.safetensors --store fp16"),
+    ("Trust", "keygen", keygen, "keygen fleet.key --expires 730d"),
+    ("Trust", "sign", sign, "sign task.safetensors --key fleet.key --expires 365d"),
+    ("Trust", "verify", verify, "verify task.safetensors --trusted trusted.keys"),
+    ("Ship", "push", push, "push task.safetensors oci://registry.example.com/fleet/task"),
+    ("Ship", "pull", pull, "pull https://example.com/adapters/ task --store tasks/"),
+    ("Ship", "list", list_adapters, "list tasks/"),
+    ("Ship", "rollback", rollback, "rollback tasks/ task"),
     ("Start here", "demo", demo, "demo"),
 )
 """Panel of the help, name, function, and an example, in the help's order."""

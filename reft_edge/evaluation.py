@@ -31,6 +31,7 @@ from reft_edge.errors import ReftEdgeError
 from reft_edge.files import write_atomically
 from reft_edge.jsonl import at_line, read_lines, read_rows
 from reft_edge.prompts import Prompts, choose_format
+from reft_edge.signing import TrustedKeys, load_verified
 
 TASKS = ("choice", "number", "answer", "label")
 MAX_TOKENS = {"number": 256, "answer": 32}
@@ -553,6 +554,8 @@ class EvalSettings:
     device: str | None = None
     dtype: str = "fp32"
     threads: int | None = None
+    trusted: TrustedKeys | None = None
+    """Only adapters that one of these keys signed are used."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_tokens", "threads"):
@@ -578,11 +581,11 @@ def evaluate_folder(
 
     device = settings.device or "auto"
     if load_manifest(folder).kind == "encoder":
-        encoder = SteeredEncoder(folder, device, settings.threads)
+        encoder = SteeredEncoder(folder, device, settings.threads, settings.trusted)
         path, scale = _only(adapters)
         classifier = OnnxClassifier(encoder, encoder.load_adapter(path), scale)
         return evaluate_classifier(classifier, questions, settings.batch_size, settings.seed, on_done)
-    model = SteeredModel(folder, device, settings.threads)
+    model = SteeredModel(folder, device, settings.threads, settings.trusted)
     scales = {
         model.load_adapter(path, name=f"{number}:{path}"): scale
         for number, (path, scale) in enumerate(adapters)
@@ -608,7 +611,6 @@ def evaluate_model(
     """
     import torch
 
-    from reft_edge.adapter import load_adapter
     from reft_edge.encoders import is_encoder, load_encoder, load_text_tokens
     from reft_edge.models import load_model, load_model_prompts, resolve_model
     from reft_edge.torch_answers import torch_classifier, torch_decoder
@@ -618,7 +620,7 @@ def evaluate_model(
         torch.set_num_threads(settings.threads)
     device = torch_device(settings.device)
     folder = resolve_model(model, report)
-    loaded = [(load_adapter(path), scale) for path, scale in adapters]
+    loaded = [(load_verified(path, settings.trusted)[0], scale) for path, scale in adapters]
     if is_encoder(folder):
         with torch_classifier(
             load_encoder(folder), load_text_tokens(folder), *_only(loaded), device

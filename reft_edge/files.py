@@ -40,6 +40,45 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise
 
 
+def replace_file(path: Path, content: bytes, temporary: Path) -> None:
+    """Write a file so that after a power cut, too, it has its old content or the new one: flushed to disk before and after
+    it gets its name. Missing folders are made.
+
+    `temporary` is on the same file system and always the same one for the same writers, who take turns: whatever becomes of
+    them, there is never more than one left over. Raises ReftEdgeError if `path` cannot be written; it is then as it was.
+    """
+    try:
+        make_folder(path.parent)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ReftEdgeError(f"cannot write {path}: {error.strerror}") from error
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it where they are missing, to last. Raises OSError."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's list of names to disk, where the system has a way to. Raises OSError."""
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 @contextmanager
 def replace_folder(target: Path, marker: str) -> Iterator[Path]:
     """Give an empty temporary folder that becomes `target` when the block succeeds and vanishes when it fails.

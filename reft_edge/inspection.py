@@ -16,7 +16,7 @@ from reft_edge.data import Example, encode_row
 from reft_edge.encoders import TextTokens, parse_row
 from reft_edge.errors import ReftEdgeError
 from reft_edge.jsonl import read_rows
-from reft_edge.positions import active
+from reft_edge.positions import active, group_names
 from reft_edge.prompts import Prompts
 
 EDGE = 16
@@ -104,7 +104,7 @@ def inspect_adapter(
     """Read all that the file alone tells, beside an `effect` that was measured. Raises ReftEdgeError for an `other` adapter of another base or other layers."""
     config = adapter.config
     rows_a, bias, rows_b = folded_rows(config.intervention, adapter.tensors)
-    names = group_names(config)
+    names = group_names(config.positions, config.tied)
     strengths = []
     if config.act_fn == "linear":
         gains = _gains(np.zeros_like(rows_b) if rows_a is None else rows_a, rows_b)
@@ -127,12 +127,6 @@ def inspect_adapter(
         _between(adapter, other[1]) if other else None,
         effect,
     )
-
-
-def group_names(config: AdapterConfig) -> list[str]:
-    """What the position groups are called: the spec's parts, or the spec where they share their weights."""
-    spec = config.positions.replace(" ", "")
-    return [spec] if config.tied else spec.split("+")
 
 
 def kept_curve(training: dict[str, Any]) -> list[tuple[int, float]]:

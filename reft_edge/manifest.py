@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from reft_edge.errors import BaseMismatchError, ReftEdgeError
-from reft_edge.places import Place
+from reft_edge.places import COMPONENTS, Place
 
 MANIFEST = "reft_edge.json"
 VERSION = 1
 _TUPLES = ("layers", "eos_token_ids", "components")
 CACHES = ("shared", "growing", "none")
+FLOAT_TYPES = ("fp32", "fp16", "bf16")
+_MAX_SIZE = 8 << 20
+_TEXTS = ("base_name", "base_fingerprint", "architecture", "precision", "device", "kind", "source", "graph")
 
 
 @dataclass(frozen=True)
@@ -86,28 +89,65 @@ def load_manifest(folder: Path) -> Manifest:
     """Read a folder's manifest. Raises ReftEdgeError if it is missing, malformed or of another version."""
     path = folder / MANIFEST
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(_MAX_SIZE + 1)
+        if len(content) > _MAX_SIZE:
+            raise ReftEdgeError(f"{path} is larger than {_MAX_SIZE:,} bytes; it is no manifest")
+        fields = json.loads(content.decode())
     except FileNotFoundError as error:
         raise ReftEdgeError(
             f"{folder} is not an exported model: it has no {MANIFEST}; "
             f"make one with `reft-edge export MODEL -o {folder}`"
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ReftEdgeError(f"cannot read {path}: {error}") from error
     if not isinstance(fields, dict) or fields.get("version") != VERSION:
         found = fields.get("version") if isinstance(fields, dict) else None
         raise ReftEdgeError(
-            f"{path} has version {found!r}; this reft-edge reads {VERSION}: export the model again"
+            f"{path} has version {found!r:.50}; this reft-edge reads {VERSION}: export the model again"
         )
     try:
-        lists = {name: tuple(value) for name, value in fields.items() if name in _TUPLES}
+        if unknown := sorted(fields.keys() - {known.name for known in dataclasses.fields(Manifest)}):
+            raise ReftEdgeError(f"it has unknown fields {unknown[:8]!r:.300}")
+        lists = {name: _listed(name, value) for name, value in fields.items() if name in _TUPLES}
         manifest = Manifest(**{**fields, **lists})
-    except (KeyError, TypeError) as error:
-        raise ReftEdgeError(f"{path} is malformed ({error}); export the model again") from error
-    if manifest.cache not in CACHES:
-        raise ReftEdgeError(
-            f"{path} names an unknown kind of cache, {manifest.cache!r}; expected one of {', '.join(CACHES)}"
-        )
-    if Path(manifest.graph).name != manifest.graph:
-        raise ReftEdgeError(f"{path} names a graph outside its folder: {manifest.graph!r}")
+        _check(manifest)
+    except (TypeError, ReftEdgeError) as error:
+        raise ReftEdgeError(f"{path} is malformed ({error!s:.500}); export the model again") from error
     return manifest
+
+
+def _check(manifest: Manifest) -> None:
+    """Raise ReftEdgeError for a field of another type, or with a value that no export writes."""
+    for name in _TEXTS:
+        value = getattr(manifest, name)
+        if not isinstance(value, str) or len(value) > 200 or not value.isprintable():
+            raise ReftEdgeError(f"{name} is not plain text of at most 200 characters")
+    for name in ("hidden_size", "num_layers", "head_size", "context_length"):
+        if not _is_count(getattr(manifest, name), 1):
+            raise ReftEdgeError(f"{name} is {getattr(manifest, name)!r:.50}; expected a whole number from 1")
+    for name in ("layers", "eos_token_ids"):
+        if not all(_is_count(value, 0) for value in getattr(manifest, name)):
+            raise ReftEdgeError(f"{name} is not a list of whole numbers")
+    if any(layer >= manifest.num_layers for layer in manifest.layers):
+        raise ReftEdgeError(f"layers go beyond a model of {manifest.num_layers}")
+    for name in ("ports", "verification", "versions", "quantisation"):
+        if not isinstance(getattr(manifest, name), dict):
+            raise ReftEdgeError(f"{name} is not a JSON object")
+    for name, known in (("components", COMPONENTS), ("cache", CACHES), ("float_type", FLOAT_TYPES)):
+        values = getattr(manifest, name)
+        for value in values if isinstance(values, tuple) else (values,):
+            if value not in known:
+                raise ReftEdgeError(f"{name}: {value!r:.50} is unknown; expected of {', '.join(known)}")
+    if Path(manifest.graph).name != manifest.graph or manifest.graph in ("", ".."):
+        raise ReftEdgeError(f"it names a graph outside its folder: {manifest.graph!r}")
+
+
+def _listed(name: str, value: object) -> tuple[object, ...]:
+    if not isinstance(value, list):
+        raise ReftEdgeError(f"{name} is {value!r:.50}; expected a list")
+    return tuple(value)
+
+
+def _is_count(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 1 << 40

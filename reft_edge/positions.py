@@ -8,16 +8,20 @@ A spec joins parts with `+`:
     gen     every generated token
 
 `fN` and `lN` are each limited to half the prompt's length, as pyreft limits them, so that they never meet.
-Untied, every part has weights of its own; tied, one set of weights serves all parts.
+Untied, every part has weights of its own; tied, one set of weights serves all parts. A merged adapter can have groups
+that no such spec says: `|` sets them apart, each with one set of weights for its parts, as in `f7+l7|all+gen`. Groups
+may overlap; where they do, both edits are computed from the same hidden state and add up.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from reft_edge.errors import ReftEdgeError
 
 UNLIMITED = 2**31 - 1
+_MAX_COUNT = 9_999_999
 
 
 @dataclass(frozen=True)
@@ -54,10 +58,18 @@ def active(span: Span, t: Any, n: Any) -> Any:
 
 
 def parse_positions(spec: str, tied: bool) -> tuple[Span, ...]:
-    """The gates of a spec: one a part if untied, one for all parts if tied.
+    """The gates of a spec: one a part if untied, one for all parts if tied, one a group where groups are set
+    apart by `|`.
 
-    Raises ReftEdgeError for an unknown, repeated or overlapping part.
+    Raises ReftEdgeError for an unknown, repeated or overlapping part, and for a repeated group.
     """
+    if "|" in spec:
+        if tied:
+            raise ReftEdgeError(f"positions {spec!r}: `|` already says which parts share weights; drop tied")
+        groups = tuple(span for group in spec.split("|") for span in parse_positions(group, tied=True))
+        if len(set(groups)) < len(groups):
+            raise ReftEdgeError(f"positions {spec!r}: a group is given twice; name each group once")
+        return groups
     parts: dict[str, Span] = {}
     for part in spec.strip().split("+"):
         name, span = _parse_part(spec, part.strip())
@@ -77,6 +89,40 @@ def parse_positions(spec: str, tied: bool) -> tuple[Span, ...]:
             after=max(span.after for span in parts.values()),
         ),
     )
+
+
+def group_names(spec: str, tied: bool) -> list[str]:
+    """What the position groups of a spec are called: its parts, or groups of parts that share their weights."""
+    spec = spec.replace(" ", "")
+    return [spec] if tied else spec.split("|" if "|" in spec else "+")
+
+
+def describe_spans(spans: Sequence[Span]) -> tuple[str, bool]:
+    """The spec, and whether it is tied, that `parse_positions` reads as these gates.
+
+    Raises ReftEdgeError for a gate that no spec says.
+    """
+    groups = [_parts(span) for span in spans]
+    if len(groups) == 1:
+        return "+".join(groups[0]), len(groups[0]) > 1
+    kinds = "".join("fl" if part == "all" else part[0] for group in groups for part in group)
+    plain = all(len(group) == 1 for group in groups) and len(set(kinds)) == len(kinds)
+    return ("+" if plain else "|").join("+".join(group) for group in groups), False
+
+
+def _parts(span: Span) -> list[str]:
+    parts = []
+    if span.first and span.last != UNLIMITED:
+        parts.append(f"f{span.first}")
+    if span.last:
+        parts.append("all" if span.last == UNLIMITED else f"l{span.last}")
+    if span.after:
+        parts.append("gen")
+    if span.after not in (0, UNLIMITED) or not parts or max(span.first, span.last % UNLIMITED) > _MAX_COUNT:
+        raise ReftEdgeError(
+            f"no position spec says: the first {span.first} and last {span.last} prompt tokens and {span.after} generated ones"
+        )
+    return parts
 
 
 def _parse_part(spec: str, part: str) -> tuple[str, Span]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from reft_edge.adapter import AdapterConfig, fold, load_adapter
+from reft_edge.adapter import AdapterConfig, fold
 from reft_edge.algebra import Edit, scale
 from reft_edge.encoders import Text, TextTokens, Tokens
 from reft_edge.errors import ReftEdgeError
@@ -15,6 +15,7 @@ from reft_edge.manifest import Manifest, load_manifest
 from reft_edge.prompts import load_prompts
 from reft_edge.runtime.binding import PortInputs, port_inputs
 from reft_edge.runtime.session import open_graph, plain_failure
+from reft_edge.signing import Signature, TrustedKeys, load_verified
 
 Floats = NDArray[np.float32]
 _FLOAT = np.dtype(np.float32)
@@ -60,33 +61,47 @@ class _Loaded:
     edit: Edit
     weight: Floats
     bias: Floats
+    signature: Signature | None
 
 
 class SteeredEncoder:
     """An exported encoder; classification adapters are loaded by name and chosen per request."""
 
-    def __init__(self, folder: Path | str, device: str = "auto", threads: int | None = None) -> None:
-        """`device`: auto, cpu or cuda. Raises ReftEdgeError if the folder is not an encoder's export."""
+    def __init__(
+        self,
+        folder: Path | str,
+        device: str = "auto",
+        threads: int | None = None,
+        trusted: TrustedKeys | None = None,
+    ) -> None:
+        """`device`: auto, cpu or cuda. `trusted`: only adapters that one of these keys signed are loaded, and run while
+        the signature is in time. Raises ReftEdgeError if the folder is not an encoder's export."""
         path = Path(folder)
         self.manifest: Manifest = load_manifest(path)
         self.manifest.check_kind("encoder", path)
         self._tokens = TextTokens.of(load_prompts(path).tokenizer, self.manifest.context_length)
         self._graph = EncoderSession(path / self.manifest.graph, device, threads)
         self._adapters: dict[str, _Loaded] = {}
+        self.trusted = trusted
 
     @property
     def adapters(self) -> dict[str, AdapterConfig]:
         """Descriptions of the loaded adapters by name."""
         return {name: loaded.config for name, loaded in self._adapters.items()}
 
+    @property
+    def signatures(self) -> dict[str, Signature]:
+        """Who signed the loaded adapters, by name; empty unless `trusted` keys were given."""
+        return {name: loaded.signature for name, loaded in self._adapters.items() if loaded.signature}
+
     def load_adapter(self, path: Path | str, name: str | None = None) -> str:
         """Read, check and fold an adapter file; returns its name (by default the file's, without its ending).
 
         A name that is loaded already is replaced. Raises AdapterFileError for a malformed file, BaseMismatchError
-        for another base model, ReftEdgeError for a layer without a port, an act_fn that no port carries, or an
-        adapter without a head.
+        for another base model, SignatureError for one that no trusted key signed where that is asked for, ReftEdgeError
+        for a layer without a port, an act_fn that no port carries, or an adapter without a head.
         """
-        adapter = load_adapter(path)
+        adapter, signature = load_verified(path, self.trusted)
         config = adapter.config
         self.manifest.check_base(config.base_fingerprint, str(path), config.base_name)
         if not config.labels:
@@ -97,7 +112,7 @@ class SteeredEncoder:
         port_inputs(edit, self.manifest, _FLOAT)
         name = name or Path(path).name.removesuffix(".safetensors")
         tensors = adapter.tensors
-        self._adapters[name] = _Loaded(config, edit, tensors["head.weight"], tensors["head.bias"])
+        self._adapters[name] = _Loaded(config, edit, tensors["head.weight"], tensors["head.bias"], signature)
         return name
 
     def unload_adapter(self, name: str) -> None:
@@ -143,7 +158,10 @@ class SteeredEncoder:
             raise ReftEdgeError(
                 f"no adapter {name!r} is loaded; loaded: {', '.join(self._adapters) or 'none'}"
             )
-        return self._adapters[name]
+        loaded = self._adapters[name]
+        if loaded.signature is not None:
+            loaded.signature.check_time(about=f"adapter {name!r}")
+        return loaded
 
     def _classify(
         self, rows: list[Tokens], loaded: _Loaded, factor: float, batch_size: int

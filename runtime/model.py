@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from reft_edge.adapter import AdapterConfig, fold, load_adapter
+from reft_edge.adapter import AdapterConfig, fold
 from reft_edge.algebra import Edit, concat, scale
 from reft_edge.errors import ReftEdgeError
 from reft_edge.manifest import load_manifest
@@ -20,6 +20,7 @@ from reft_edge.runtime.binding import Bound, PortInputs, port_inputs
 from reft_edge.runtime.sampling import Sampler, Sampling
 from reft_edge.runtime.session import GraphSession, Logits
 from reft_edge.runtime.text import TextStream
+from reft_edge.signing import Signature, TrustedKeys, load_verified
 
 AdapterChoice = str | Sequence[str] | Mapping[str, float] | None
 """No adapter, one by name, several by name, or several with a scale each."""
@@ -31,6 +32,7 @@ _BOUND_LIMIT = 32
 class _Loaded:
     config: AdapterConfig
     edit: Edit
+    signature: Signature | None
 
 
 class Generation(Iterator[str]):
@@ -67,13 +69,23 @@ class SteeredModel:
     Swapping adapters binds other inputs and needs no new session.
     """
 
-    def __init__(self, folder: Path | str, device: str = "auto", threads: int | None = None) -> None:
-        """`device`: auto, cpu or cuda. Raises ReftEdgeError if the folder is not an export or cannot be loaded."""
+    def __init__(
+        self,
+        folder: Path | str,
+        device: str = "auto",
+        threads: int | None = None,
+        trusted: TrustedKeys | None = None,
+        provider_options: Mapping[str, str] | None = None,
+    ) -> None:
+        """`device`: auto, cpu or cuda. `trusted`: only adapters that one of these keys signed are loaded, and run while
+        the signature is in time. `provider_options`: of ONNX Runtime's CUDA provider. Raises ReftEdgeError if the folder
+        is not an export or cannot be loaded."""
         path = Path(folder)
         self.manifest = load_manifest(path)
         self.manifest.check_kind("decoder", path)
         self.prompts: Prompts = load_prompts(path)
-        self.graph = GraphSession(path, self.manifest, device, threads)
+        self.trusted = trusted
+        self.graph = GraphSession(path, self.manifest, device, threads, provider_options=provider_options)
         self._lock = threading.Lock()
         self._adapters: dict[str, _Loaded] = {}
         self._bound: OrderedDict[tuple[tuple[str, float], ...], Bound] = OrderedDict()
@@ -84,6 +96,11 @@ class SteeredModel:
         return {name: loaded.config for name, loaded in self._adapters.items()}
 
     @property
+    def signatures(self) -> dict[str, Signature]:
+        """Who signed the loaded adapters, by name; empty unless `trusted` keys were given."""
+        return {name: loaded.signature for name, loaded in self._adapters.items() if loaded.signature}
+
+    @property
     def device(self) -> str:
         """`cpu` or `cuda`: where the graph runs."""
         return self.graph.device
@@ -92,9 +109,10 @@ class SteeredModel:
         """Read, check and fold an adapter file; returns its name (by default the file's, without its ending).
 
         A name that is loaded already is replaced. Raises AdapterFileError for a malformed file, BaseMismatchError
-        for another base model, ReftEdgeError for a layer without a port or an act_fn that no port carries.
+        for another base model, SignatureError for one that no trusted key signed where that is asked for, ReftEdgeError
+        for a layer without a port or an act_fn that no port carries.
         """
-        adapter = load_adapter(path)
+        adapter, signature = load_verified(path, self.trusted)
         self.manifest.check_base(adapter.config.base_fingerprint, str(path), adapter.config.base_name)
         if adapter.config.labels:
             raise ReftEdgeError(f"{path} classifies texts with a head of its own; this model continues text")
@@ -103,7 +121,7 @@ class SteeredModel:
         name = name or Path(path).name.removesuffix(".safetensors")
         with self._lock:
             self._forget(name)
-            self._adapters[name] = _Loaded(adapter.config, edit)
+            self._adapters[name] = _Loaded(adapter.config, edit, signature)
         return name
 
     def unload_adapter(self, name: str) -> None:
@@ -334,6 +352,8 @@ class SteeredModel:
                 )
             if not np.isfinite(factor):
                 raise ReftEdgeError(f"the scale of adapter {name!r} is {factor}; expected a finite number")
+            if (signature := self._adapters[name].signature) is not None:
+                signature.check_time(about=f"adapter {name!r}")
         return {name: float(factor) for name, factor in scales.items()}
 
     def _edit(self, chosen: Mapping[str, float]) -> Edit:

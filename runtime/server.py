@@ -4,6 +4,7 @@ import asyncio
 import base64
 import hmac
 import json
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -21,7 +22,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from reft_edge.errors import ReftEdgeError
+from reft_edge.errors import ReftEdgeError, SignatureError
 from reft_edge.manifest import load_manifest
 from reft_edge.runtime import openai_api as api
 from reft_edge.runtime.batch import Piece
@@ -30,8 +31,10 @@ from reft_edge.runtime.encoder import SteeredEncoder
 from reft_edge.runtime.engine import ClosingError, Engine, QueueFullError, Ticket
 from reft_edge.runtime.model import SteeredModel
 from reft_edge.runtime.store import BUDGET, AdapterStore, UnknownAdapterError
+from reft_edge.signing import TrustedKeys
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_log = logging.getLogger(__name__)
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _PATIENCE = 0.25
 """Seconds between looks at whether a client that waits for a whole answer is still there."""
@@ -60,6 +63,8 @@ class ServerSettings:
     """How long running requests may go on after the server was told to stop."""
     adapter_budget: int = BUDGET
     """Bytes of adapter weights in memory."""
+    trusted: TrustedKeys | None = None
+    """Only adapters that one of these keys signed are used."""
 
 
 class ApiError(Exception):
@@ -102,15 +107,20 @@ def create_app(
     settings: ServerSettings,
     device: str = "auto",
     threads: int | None = None,
+    provider_options: Mapping[str, str] | None = None,
 ) -> FastAPI:
-    """The server for an exported folder. `adapters`: a folder of adapter files. Raises ReftEdgeError if the model
-    cannot be loaded."""
+    """The server for an exported folder. `adapters`: a folder of adapter files; `provider_options`: of ONNX Runtime's CUDA
+    provider, for a decoder. Raises ReftEdgeError if the model cannot be loaded."""
     manifest = load_manifest(folder)
     served: _Decoder | _Encoder
     if manifest.kind == "encoder":
-        served = _Encoder(SteeredEncoder(folder, device, threads), adapters, settings)
+        if provider_options:
+            raise ReftEdgeError("provider options are for decoders; this folder holds an encoder")
+        served = _Encoder(SteeredEncoder(folder, device, threads, settings.trusted), adapters, settings)
     else:
-        served = _Decoder(SteeredModel(folder, device, threads), adapters, settings)
+        served = _Decoder(
+            SteeredModel(folder, device, threads, settings.trusted, provider_options), adapters, settings
+        )
     metrics = Metrics()
 
     @asynccontextmanager
@@ -280,11 +290,19 @@ def _as_api_error(error: ReftEdgeError) -> ApiError:
         return ApiError(429, str(error), "queue_full", {"Retry-After": "1"})
     if isinstance(error, ClosingError):
         return ApiError(503, str(error), "closing")
+    if isinstance(error, SignatureError):
+        _log.warning("%s", error)
+        return ApiError(403, str(error), "adapter_not_trusted")
     return ApiError(400, str(error))
 
 
 def _error_body(error: ApiError) -> dict[str, Any]:
-    kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+    kinds = {
+        401: "authentication_error",
+        403: "permission_error",
+        404: "not_found_error",
+        429: "rate_limit_error",
+    }
     kind = kinds.get(error.status, "server_error" if error.status >= 500 else "invalid_request_error")
     return {"error": {"message": str(error), "type": kind, "param": None, "code": error.code}}
 

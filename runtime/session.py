@@ -75,29 +75,46 @@ def check_cpu(manifest: Manifest) -> None:
 
 
 def open_graph(
-    path: Path, device: str = "auto", threads: int | None = None, prepack: bool = True, fuse: bool = True
+    path: Path,
+    device: str = "auto",
+    threads: int | None = None,
+    prepack: bool = True,
+    fuse: bool = True,
+    provider_options: Mapping[str, str] | None = None,
 ) -> Any:
-    """An InferenceSession. `threads`: intra-op threads, by default one a core this process may use.
+    """An InferenceSession. `threads`: intra-op threads, by default one a core this process may use. They wait for work by
+    spinning, but not where there are more of them than cores, since spinning threads would then keep others from their work.
 
+    `provider_options`: of ONNX Runtime's CUDA provider, beside or in place of what is chosen here (TF32 off, an arena that
+    grows as asked).
     `prepack`: keep weights in the layout that is fastest to multiply with, at the cost of memory for a second copy.
     `fuse`: let ONNX Runtime merge neighbouring nodes into one that may round otherwise.
 
-    Raises ReftEdgeError if the graph cannot be loaded, or if CUDA was asked for and did not start.
+    Raises ReftEdgeError if the graph cannot be loaded, if CUDA was asked for and did not start, or for options of a
+    provider that is not used.
     """
     ort = import_onnxruntime()
     chosen = choose_device(device, ort.get_available_providers())
+    if provider_options and chosen != "cuda":
+        raise ReftEdgeError(
+            f"provider options ({', '.join(provider_options)}) are for CUDA, and this runs on the CPU; leave them away"
+        )
     options = ort.SessionOptions()
     options.log_severity_level = (
         4  # else a warning for every overridable initializer; errors come as exceptions
     )
-    options.intra_op_num_threads = threads or _usable_cores()
+    cores = _usable_cores()
+    options.intra_op_num_threads = threads or cores
+    if options.intra_op_num_threads > cores:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if not prepack:
         options.add_session_config_entry("session.disable_prepacking", "1")
     if not fuse:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     providers: list[Any] = ["CPUExecutionProvider"]
     if chosen == "cuda":
-        providers.insert(0, (_CUDA, {"arena_extend_strategy": "kSameAsRequested", "use_tf32": "0"}))
+        chosen_options = {"arena_extend_strategy": "kSameAsRequested", "use_tf32": "0"}
+        providers.insert(0, (_CUDA, {**chosen_options, **(provider_options or {})}))
     with plain_failure():
         session = ort.InferenceSession(str(path), options, providers=providers)
     if device == "cuda" and _CUDA not in session.get_providers():
@@ -174,11 +191,14 @@ class GraphSession:
         device: str = "auto",
         threads: int | None = None,
         prepack: bool = True,
+        provider_options: Mapping[str, str] | None = None,
     ) -> None:
         self._ort = import_onnxruntime()
         if choose_device(device, self._ort.get_available_providers()) == "cpu":
             check_cpu(manifest)
-        self.session = open_graph(folder / manifest.graph, device, threads, prepack)
+        self.session = open_graph(
+            folder / manifest.graph, device, threads, prepack, provider_options=provider_options
+        )
         self.device = "cuda" if _CUDA in self.session.get_providers() else "cpu"
         self.shares_cache = manifest.cache == "shared"
         """Whether past and present of a layer are one buffer."""

@@ -128,7 +128,7 @@ def test_wrong_descriptions(saved: Path, changes: dict[str, Any], message: str) 
 
 def test_wrong_format_and_version(saved: Path) -> None:
     for key, value, message in [
-        ("version", "2", "this reft-edge reads version '1'"),
+        ("version", "3", "this reft-edge reads versions 1 and 2"),
         ("format", "peft", "does not say format"),
         ("adapter", "{", "not valid JSON"),
         ("adapter", "[]", "not a JSON object"),
@@ -154,8 +154,8 @@ def test_wrong_tensors(saved: Path) -> None:
     cases = [
         (lambda h: h.pop("b"), "missing: .*b"),
         (lambda h: h.update(extra=h["b"]), "unexpected: .*extra"),
-        (lambda h: h["b"].update(dtype="F16"), "declared as F16"),
-        (lambda h: h["R"].update(shape=h["R"]["shape"][::-1]), "declared as F32"),
+        (lambda h: h["b"].update(dtype="F16"), "declared as 'F16'"),
+        (lambda h: h["R"].update(shape=h["R"]["shape"][::-1]), "declared as 'F32'"),
         (lambda h: h["W"].update(data_offsets=h["R"]["data_offsets"]), "not a usable adapter"),
         (lambda h: h.update(W=[1]), "declared as"),
         (lambda h: h.pop("__metadata__"), "does not say format"),

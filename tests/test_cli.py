@@ -18,6 +18,8 @@ COMMANDS = (
     "train",
     "export",
     "add-ports",
+    "merge",
+    "convert",
     "run",
     "chat",
     "serve",
@@ -26,6 +28,10 @@ COMMANDS = (
     "compare",
     "inspect",
     "pack",
+    "push",
+    "pull",
+    "list",
+    "rollback",
     "demo",
 )
 runner = CliRunner()
@@ -243,7 +249,7 @@ def test_every_command_has_help(command):
 def test_help_names_commands_and_examples():
     text = call("--help").output
     assert all(command in text for command in COMMANDS)
-    for command in ("train", "export", "run", "eval", "compare", "inspect", "pack"):
+    for command in ("train", "export", "run", "eval", "compare", "inspect", "pack", "merge", "convert"):
         assert f"reft-edge {command} " in call(command, "--help").output
     assert call("--version").output.startswith("reft-edge 0")
 

@@ -5,10 +5,12 @@ import shlex
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from reft_edge.cli import app
+from reft_edge.convert.control_vector import write_control_vector
 from tests.foreign import export_dynamo
 
 ROOT = Path(__file__).parent.parent
@@ -31,6 +33,8 @@ def test_the_guides_run_as_written(device_folder, tiny_model, tmp_path, monkeypa
     for name, rows in zip(("rows.jsonl", "reviews.jsonl"), blocks("json"), strict=True):
         Path(name).write_text(rows)
     Path("test.jsonl").write_text('{"prompt": "2 and 2?", "choices": ["4", "5"], "answer": 0}\n')
+    size = tiny_model.config.hidden_size
+    write_control_vector(Path("happy.gguf"), {2: np.ones(size, np.float32)}, "llama")
     used = []
     for arguments in commands():
         if arguments[0] == "serve":  # it does not end; tests/test_server.py
@@ -42,7 +46,11 @@ def test_the_guides_run_as_written(device_folder, tiny_model, tmp_path, monkeypa
         result = CliRunner().invoke(app, here[:-2] if text else here, input=text)
         assert result.exit_code == 0, (arguments, result.output)
         used.append(arguments[0])
-    assert set(used) == {"train", "export", "add-ports", "run", "eval", "compare", "inspect", "pack"}
+    assert set(used) == {
+        *("train", "export", "add-ports", "run", "eval", "compare", "inspect", "pack"),
+        *("shrink", "keygen", "sign", "verify", "push", "pull", "list"),
+        *("convert", "merge"),
+    }
     for example in blocks("python"):
         exec(compile(example, "README.md", "exec"), {})
         assert capsys.readouterr().out.strip()
@@ -61,7 +69,11 @@ def test_options_named_in_the_text_exist():
     named = set(re.findall(r"`(--[a-z-]+)", README))
     helps = "".join(
         CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "300"}).output
-        for command in ("train", "export", "add-ports", "run", "serve", "eval", "compare", "inspect", "pack")
+        for command in (
+            *("train", "export", "add-ports", "run", "serve", "eval", "compare", "inspect", "pack"),
+            *("shrink", "keygen", "sign", "verify", "push", "pull", "list", "rollback"),
+            *("convert", "merge"),
+        )
     )
     missing = [option for option in sorted(named) if option not in helps]
     assert missing == []

@@ -48,6 +48,7 @@ def test_no_onnxruntime_names_the_two_extras(device_folder):
     ("missing", "arguments", "extra"),
     [
         ("torch", ["train", "{hf}", "{hf}/config.json", "-o", "x.safetensors"], "reft-edge[train]"),
+        ("torch", ["convert", "{hf}", "-o", "x.safetensors"], "reft-edge[train]"),
         ("onnx_ir", ["export", "{hf}", "-o", "x"], "reft-edge[export]"),
         ("onnx_ir", ["add-ports", "{hf}/x.onnx", "-o", "x", "--model", "{hf}"], "reft-edge[export]"),
     ],

@@ -1,16 +1,31 @@
 #!/bin/sh
-# Environments of the peers that clash with ours: FOLDER/llama.cpp and FOLDER/pyreft.
+# Environments of the peers that clash with ours: FOLDER/llama.cpp, FOLDER/pyreft and FOLDER/repeng, or those that are named.
 #
-#     sh benchmarks/runtime/environments.sh FOLDER
+#     sh benchmarks/runtime/environments.sh FOLDER [NAME...]
 #
 # llama-cpp-python is compiled here for this machine's own instructions, which takes minutes and needs a C++ compiler.
 set -eu
 folder=${1:?give a folder for the environments}
+shift
 mkdir -p "$folder"
 
-python3 -m venv "$folder/llama.cpp"
-"$folder/llama.cpp/bin/pip" install --quiet llama-cpp-python
-
-python3 -m venv "$folder/pyreft"
-"$folder/pyreft/bin/pip" install --quiet torch==2.13.0 transformers==4.45.1 accelerate datasets evaluate scikit-learn
-"$folder/pyreft/bin/pip" install --quiet --no-deps pyreft==0.1.0 pyvene==0.1.8
+for name in ${*:-llama.cpp pyreft repeng}; do
+    "${PYTHON:-python3}" -m venv "$folder/$name"
+    pip="$folder/$name/bin/pip install --quiet --disable-pip-version-check"
+    case $name in
+    llama.cpp)
+        $pip llama-cpp-python
+        ;;
+    pyreft) # its own requirements, such as Jupyter and an old seaborn, are left out
+        $pip torch==2.13.0 transformers==4.45.1 accelerate datasets evaluate matplotlib scikit-learn
+        $pip --no-deps pyreft==0.1.0 pyvene==0.1.8
+        ;;
+    repeng)
+        $pip torch==2.13.0 transformers==4.45.1 'numpy<2' repeng==0.4.0
+        ;;
+    *)
+        echo "no peer $name; known: llama.cpp pyreft repeng" >&2
+        exit 2
+        ;;
+    esac
+done

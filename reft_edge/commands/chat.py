@@ -7,11 +7,13 @@ from typing import Annotated
 
 import typer
 
-from reft_edge.commands.console import plain_errors, split_scale
+from reft_edge.commands.console import plain_errors, provider_options, split_scale, trusted_keys
 from reft_edge.commands.options import (
     Device,
     Folder,
+    ProviderOptions,
     RepetitionPenalty,
+    RequireSigned,
     Seed,
     Temperature,
     Threads,
@@ -44,8 +46,10 @@ def chat(
     top_p: TopP = 1.0,
     repetition_penalty: RepetitionPenalty = 1.0,
     seed: Seed = None,
+    require_signed: RequireSigned = None,
     device: Device = "auto",
     threads: Threads = None,
+    provider_option: ProviderOptions = None,
 ) -> None:
     """Talk with an exported model and switch adapters between turns; /help lists the commands."""
     with plain_errors():
@@ -53,7 +57,9 @@ def chat(
         from reft_edge.runtime.chat import Chat, load_history
         from reft_edge.runtime.store import AdapterStore
 
-        model = SteeredModel(folder, device, threads)
+        model = SteeredModel(
+            folder, device, threads, trusted_keys(require_signed), provider_options(provider_option)
+        )
         conversation = Chat(
             model,
             folder.resolve().name,

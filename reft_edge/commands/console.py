@@ -1,6 +1,7 @@
 """What commands have in common: errors without tracebacks, progress bars, tables, JSON."""
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,8 @@ from reft_edge.errors import ReftEdgeError
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from reft_edge.signing import TrustedKeys
 
 
 @contextmanager
@@ -89,6 +92,34 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     ]
+
+
+class _ToStderr(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        typer.echo(record.getMessage(), err=True)
+
+
+def provider_options(given: Sequence[str] | None) -> dict[str, str]:
+    """`NAME=VALUE` texts by name. Raises ReftEdgeError for one without a name or `=`."""
+    found = {}
+    for text in given or ():
+        name, equals, value = text.partition("=")
+        if not name or not equals:
+            raise ReftEdgeError(f"cannot read the provider option {text!r}; write NAME=VALUE")
+        found[name] = value
+    return found
+
+
+def trusted_keys(path: Path | None) -> "TrustedKeys | None":
+    """The keys of --require-signed; from then on it is printed who signed the adapters that are loaded."""
+    if path is None:
+        return None
+    from reft_edge.signing import load_trusted
+
+    log = logging.getLogger("reft_edge")
+    log.handlers, log.propagate = [_ToStderr()], False
+    log.setLevel(logging.INFO)
+    return load_trusted(path)
 
 
 def split_scale(text: str) -> tuple[Path, float]:

@@ -5,8 +5,16 @@ from typing import Annotated
 
 import typer
 
-from reft_edge.commands.console import extra, plain, plain_errors, print_json, progress_bar, split_scale
-from reft_edge.commands.options import Json, Threads
+from reft_edge.commands.console import (
+    extra,
+    plain,
+    plain_errors,
+    print_json,
+    progress_bar,
+    split_scale,
+    trusted_keys,
+)
+from reft_edge.commands.options import Json, RequireSigned, Threads
 from reft_edge.errors import ReftEdgeError
 
 
@@ -79,6 +87,7 @@ def evaluate_task(
         typer.Option(help="Write what became of every row, for `compare`.", show_default=False),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    require_signed: RequireSigned = None,
     device: Annotated[
         str | None, typer.Option(help="cpu or cuda.", show_default="cuda if there is one")
     ] = None,
@@ -114,6 +123,7 @@ def evaluate_task(
             device=device,
             dtype=dtype,
             threads=threads,
+            trusted=trusted_keys(require_signed),
         )
         if records is not None and not records.parent.is_dir():
             raise ReftEdgeError(f"the folder of {records} does not exist; make it first")

@@ -19,5 +19,33 @@ TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens up to this 
 RepetitionPenalty = Annotated[float, typer.Option(help="Above 1 discourages repeating tokens.")]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.", show_default=False)]
 Threads = Annotated[int | None, typer.Option(help="CPU threads.", show_default="one a core")]
+ProviderOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--provider-option",
+        metavar="NAME=VALUE",
+        help="An option of ONNX Runtime's CUDA provider, such as gpu_mem_limit=2147483648; repeatable.",
+        show_default=False,
+    ),
+]
+RequireSigned = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="KEYS",
+        help="Use only adapters that a key in this file of trusted keys signed.",
+        show_default="signatures are not looked at",
+    ),
+]
 PortLayers = Annotated[str, typer.Option(help="Layers that get a port: `all`, `3;9;18`, `0-5`, or a mix.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Repository = Annotated[
+    str,
+    typer.Argument(
+        metavar="REPOSITORY",
+        help="A folder, https://HOST/PATH/, hf://OWNER/REPO or oci://HOST/REPO[:TAG].",
+        show_default=False,
+    ),
+]
+PlainHttp = Annotated[
+    bool, typer.Option("--plain-http", help="Talk to other machines without encryption, too.")
+]

@@ -3,16 +3,18 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from reft_edge.commands.console import plain_errors, print_json, split_scale
+from reft_edge.commands.console import plain_errors, print_json, provider_options, split_scale, trusted_keys
 from reft_edge.commands.options import (
     Device,
     Folder,
     Json,
+    ProviderOptions,
     RepetitionPenalty,
+    RequireSigned,
     Seed,
     Temperature,
     Threads,
@@ -20,6 +22,9 @@ from reft_edge.commands.options import (
     TopP,
 )
 from reft_edge.errors import ReftEdgeError
+
+if TYPE_CHECKING:
+    from reft_edge.signing import TrustedKeys
 
 _GENERATION = (
     "raw",
@@ -32,6 +37,7 @@ _GENERATION = (
     "seed",
     "stop",
     "stats",
+    "provider_option",
 )
 
 
@@ -78,8 +84,10 @@ def run(
     text2: Annotated[
         str | None, typer.Option(help="The second text of a pair to classify.", show_default=False)
     ] = None,
+    require_signed: RequireSigned = None,
     device: Device = "auto",
     threads: Threads = None,
+    provider_option: ProviderOptions = None,
     stats: Annotated[
         bool, typer.Option("--stats", help="Print token counts and speed after the answer.")
     ] = False,
@@ -89,16 +97,17 @@ def run(
     with plain_errors():
         from reft_edge.manifest import load_manifest
 
+        trusted = trusted_keys(require_signed)
         if load_manifest(folder).kind == "encoder":
             _refuse(context, _GENERATION, "is for models that continue text; this folder holds an encoder")
-            _run_encoder(folder, prompt, text2, adapter or [], device, threads, as_json)
+            _run_encoder(folder, prompt, text2, adapter or [], trusted, device, threads, as_json)
             return
         if text2 is not None:
             raise ReftEdgeError("--text2 is for encoders; this model continues text")
         from reft_edge.runtime import Sampling, SteeredModel
 
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        model = SteeredModel(folder, device, threads)
+        model = SteeredModel(folder, device, threads, trusted, provider_options(provider_option))
         scales: dict[str, float] = {}
         for number, given in enumerate(adapter or []):
             path, factor = split_scale(given)
@@ -148,6 +157,7 @@ def _run_encoder(
     text: str,
     text2: str | None,
     adapters: list[str],
+    trusted: "TrustedKeys | None",
     device: str,
     threads: int | None,
     as_json: bool,
@@ -161,7 +171,7 @@ def _run_encoder(
         )
     if text == "-" and text2 is not None:
         raise ReftEdgeError("--text2 needs its first text as an argument, not from standard input")
-    model = SteeredEncoder(folder, device, threads)
+    model = SteeredEncoder(folder, device, threads, trusted)
     path, factor = split_scale(adapters[0])
     name = model.load_adapter(path)
     if text2 is not None:

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from reft_edge.commands.console import extra, plain_errors
-from reft_edge.commands.options import Device, Folder, Threads
+from reft_edge.commands.console import extra, plain_errors, provider_options, trusted_keys
+from reft_edge.commands.options import Device, Folder, ProviderOptions, RequireSigned, Threads
 from reft_edge.errors import ReftEdgeError
 
 
@@ -44,8 +44,10 @@ def serve(
     grace: Annotated[
         float, typer.Option(help="Seconds that running requests get when the server stops.")
     ] = 10.0,
+    require_signed: RequireSigned = None,
     device: Device = "auto",
     threads: Threads = None,
+    provider_option: ProviderOptions = None,
 ) -> None:
     """Serve an exported model, and each adapter as a model of its own, with OpenAI's API."""
     with plain_errors(), extra("serve"):
@@ -67,12 +69,13 @@ def serve(
             hosts=LOOPBACK if host in LOOPBACK else ("*",),
             cors_origins=tuple(cors_origin or ()),
             shutdown_seconds=grace,
+            trusted=trusted_keys(require_signed),
         )
         if ":" in settings.name:
             raise ReftEdgeError(
                 f"the name {settings.name!r} has a colon, which separates adapters; give a --name without"
             )
-        server = create_app(folder, adapters, settings, device, threads)
+        server = create_app(folder, adapters, settings, device, threads, provider_options(provider_option))
         shown = f"[{host}]" if ":" in host else host
         typer.echo(f"serving {settings.name} at http://{shown}:{port}/v1 (Ctrl-C stops); try")
         typer.echo(

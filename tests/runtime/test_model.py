@@ -305,6 +305,14 @@ def test_a_damaged_graph_is_a_plain_error(device_folder, tmp_path):
         SteeredModel(tmp_path)
 
 
+class FakeOptions:
+    def __init__(self) -> None:
+        self.entries = {}
+
+    def add_session_config_entry(self, name, value):
+        self.entries[name] = value
+
+
 class FakeRuntime:
     """As much of the onnxruntime module as opening a graph needs; its CUDA provider may fail to start."""
 
@@ -315,10 +323,10 @@ class FakeRuntime:
         return ["CUDAExecutionProvider", "CPUExecutionProvider"]
 
     def SessionOptions(self):  # noqa: N802
-        return type("Options", (), {})()
+        return FakeOptions()
 
     def InferenceSession(self, path, options, providers):  # noqa: N802
-        self.asked = providers
+        self.asked, self.options = providers, options
         names = [name if isinstance(name, str) else name[0] for name in providers]
         return type("Session", (), {"get_providers": lambda _: names if self.starts else names[-1:]})()
 
@@ -336,3 +344,29 @@ def test_cuda_is_asked_for_and_its_failure_is_told(monkeypatch):
     fake.starts = False
     with pytest.raises(ReftEdgeError, match="could not start its CUDA provider"):
         session.open_graph(Path("model.onnx"), "cuda")
+
+
+def test_provider_options_reach_cuda_and_are_refused_on_the_cpu(monkeypatch):
+    from reft_edge.runtime import session
+
+    fake = FakeRuntime(starts=True)
+    monkeypatch.setattr(session, "import_onnxruntime", lambda: fake)
+    session.open_graph(Path("model.onnx"), "cuda", provider_options={"gpu_mem_limit": "1", "use_tf32": "1"})
+    options = fake.asked[0][1]
+    assert (options["gpu_mem_limit"], options["use_tf32"]) == ("1", "1")
+    assert options["arena_extend_strategy"] == "kSameAsRequested"
+    with pytest.raises(ReftEdgeError, match=r"provider options \(gpu_mem_limit\) are for CUDA"):
+        session.open_graph(Path("model.onnx"), "cpu", provider_options={"gpu_mem_limit": "1"})
+
+
+def test_threads_spin_only_where_each_has_a_core(monkeypatch):
+    from reft_edge.runtime import session
+
+    fake = FakeRuntime(starts=True)
+    monkeypatch.setattr(session, "import_onnxruntime", lambda: fake)
+    monkeypatch.setattr(session, "_usable_cores", lambda: 2)
+    session.open_graph(Path("model.onnx"), "cpu")
+    assert (fake.options.intra_op_num_threads, fake.options.entries) == (2, {})
+    session.open_graph(Path("model.onnx"), "cpu", threads=3)
+    assert fake.options.intra_op_num_threads == 3
+    assert fake.options.entries == {"session.intra_op.allow_spinning": "0"}

@@ -1,0 +1,93 @@
+"""What is fuzzed of other libraries' formats and of repositories: pyreft's files, GGUF, .onnx_adapter, the index, OCI manifests."""
+
+from pathlib import Path
+
+from harness import Target
+from own_targets import make_adapter, make_manifest
+
+from reft_edge.adapter import INTERVENTIONS, fold
+from reft_edge.base import Base
+from reft_edge.errors import ReftEdgeError
+
+BASE = Base("base", "0" * 16, 8, 4)
+
+
+def pyreft_target(folder: Path) -> Target:
+    """A tensor file in a folder of pyreft that has no config.json."""
+    from reft_edge.convert.from_pyreft import Asked, from_pyreft
+    from reft_edge.convert.to_pyreft import to_pyreft
+
+    seeds = []
+    for kind in INTERVENTIONS[:-1]:
+        to_pyreft(make_adapter(kind, positions="f2", layers=(0,)), folder / kind)
+        seeds.append(next((folder / kind).glob("intkey_*.bin")).read_bytes())
+    unsafe = folder / "unsafe"
+    unsafe.mkdir()
+
+    def read(content: bytes) -> None:
+        (unsafe / "intkey_layer_0_comp_block_output_unit_pos_nunit_1#0.bin").write_bytes(content)
+        try:
+            adapter = from_pyreft(unsafe, lambda: BASE, Asked("f2", "linear", None, True))
+        except ReftEdgeError:  # ConsReFT and LoBiReFT have the same tensors; here the user says which
+            adapter = from_pyreft(unsafe, lambda: BASE, Asked("f2", None, "consreft", True))
+        fold(adapter)
+
+    return Target(read, seeds, len(seeds))
+
+
+def pyreft_config_target(folder: Path) -> Target:
+    """The config.json of a pyreft folder whose tensors are sound."""
+    from reft_edge.convert.from_pyreft import Asked, from_pyreft
+    from reft_edge.convert.to_pyreft import to_pyreft
+
+    saved = folder / "saved"
+    to_pyreft(make_adapter("loreft"), saved)
+    seed = (saved / "config.json").read_bytes()
+
+    def read(content: bytes) -> None:
+        (saved / "config.json").write_bytes(content)
+        fold(from_pyreft(saved, lambda: BASE, Asked("f2+l2", "linear", None, True)))
+
+    return Target(read, [seed], 1)
+
+
+def control_vector_target(folder: Path) -> Target:
+    """Control vectors in GGUF."""
+    from reft_edge.convert.control_vector import constant_edit, from_control_vector, write_control_vector
+
+    path = folder / "vector.gguf"
+    steering = make_adapter("steering", positions="all+gen", tied=True, layers=(1, 2))
+    write_control_vector(path, constant_edit(steering), "llama")
+    seeds = [path.read_bytes()]
+
+    def read(content: bytes) -> None:
+        path.write_bytes(content)
+        fold(from_control_vector(path, BASE, False))
+
+    return Target(read, seeds, 1)
+
+
+def onnx_adapter_target(folder: Path) -> Target:
+    """Packed adapters."""
+    import numpy as np
+
+    from reft_edge.convert.onnx_adapter import from_onnx_adapter
+    from reft_edge.runtime.binding import port_inputs
+    from reft_edge.runtime.session import import_onnxruntime, ort_value
+
+    ort, manifest, path = import_onnxruntime(), make_manifest(), folder / "packed.onnx_adapter"
+    seeds = []
+    for kind in ("loreft", "steering"):
+        packed = ort.AdapterFormat()
+        packed.set_adapter_version(1)
+        packed.set_model_version(1)
+        inputs = port_inputs(fold(make_adapter(kind)), manifest, np.dtype(np.float32))
+        packed.set_parameters({name: ort_value(array, False) for name, array in inputs.items()})
+        packed.export_adapter(str(path))
+        seeds.append(path.read_bytes())
+
+    def read(content: bytes) -> None:
+        path.write_bytes(content)
+        fold(from_onnx_adapter(path, manifest, False))
+
+    return Target(read, seeds, len(seeds))

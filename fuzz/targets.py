@@ -1,0 +1,31 @@
+"""What is fuzzed: readers of files that may come from strangers, each as a function of the file's bytes."""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from foreign_targets import control_vector_target, onnx_adapter_target, pyreft_config_target, pyreft_target
+from harness import Target
+from own_targets import adapter_target, manifest_target, signature_target, trusted_keys_target
+from repository_targets import index_target, oci_manifest_target
+
+TARGETS: dict[str, Callable[[Path], Target]] = {
+    "adapter": adapter_target,
+    "manifest": manifest_target,
+    "trusted-keys": trusted_keys_target,
+    "signature": signature_target,
+    "pyreft": pyreft_target,
+    "pyreft-config": pyreft_config_target,
+    "control-vector": control_vector_target,
+    "onnx-adapter": onnx_adapter_target,
+    "index": index_target,
+    "oci-manifest": oci_manifest_target,
+}
+
+
+def make_target(name: str) -> Target:
+    """A target with a scratch folder of its own, in memory where the machine has /dev/shm."""
+    memory = Path("/dev/shm")
+    return TARGETS[name](
+        Path(tempfile.mkdtemp(prefix="reft-edge-fuzz-", dir=memory if memory.is_dir() else None))
+    )

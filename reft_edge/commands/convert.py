@@ -1,0 +1,102 @@
+"""`reft-edge convert`: adapters of other libraries, read and written."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from reft_edge.commands.console import extra, plain, plain_errors, print_json
+from reft_edge.commands.options import Json
+
+
+def convert(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A folder that pyreft wrote, or its Hub id; a control vector (.gguf); an .onnx_adapter; or an adapter "
+            "file (.safetensors) to convert to one of these.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="What to write: .safetensors, .gguf, .onnx_adapter, or a folder for pyreft.",
+            show_default=False,
+        ),
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="The base model, as for train.", show_default=False),
+    ] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option(
+            "--for",
+            metavar="DIR",
+            help="An exported folder of the base, in place of --model.",
+            show_default=False,
+        ),
+    ] = None,
+    positions: Annotated[
+        str | None,
+        typer.Option(
+            help="pyreft: the positions that it was trained with, such as f7+l7.",
+            show_default="all+gen for control vectors",
+        ),
+    ] = None,
+    act_fn: Annotated[
+        str | None,
+        typer.Option(
+            help="pyreft: the act_fn that it was trained with; linear if none was chosen.", show_default=False
+        ),
+    ] = None,
+    intervention: Annotated[
+        str | None,
+        typer.Option(
+            help="pyreft without config.json: noreft or nodireft, consreft or lobireft, which look alike.",
+            show_default=False,
+        ),
+    ] = None,
+    raw: Annotated[
+        bool | None,
+        typer.Option(
+            "--raw/--chat",
+            help="How prompts are written: as they stand, or through the model's chat template.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Convert adapters from pyreft, control vectors or packed files, and to them."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with plain_errors(), extra("train"):
+        from reft_edge.convert.files import Given
+        from reft_edge.convert.files import convert as run_convert
+
+        given = Given(model, folder, positions, act_fn, intervention, raw)
+        done = run_convert(source, output, given, plain(console))
+    config = done.adapter.config
+    if as_json:
+        print_json(
+            {
+                "path": str(output),
+                "from": done.source,
+                "to": done.result,
+                "intervention": config.intervention,
+                "rank": config.rank,
+                "layers": config.layers,
+                "positions": config.positions,
+                "tied": config.tied,
+            }
+        )
+        return
+    typer.echo(
+        f"wrote {output} ({done.result}): {config.intervention} of rank {config.rank} at {len(config.layers)} layers, "
+        f"positions {config.positions}{', tied' if config.tied else ''}"
+    )

@@ -1,0 +1,87 @@
+"""`reft-edge pull`: adapters from a repository into a store."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from reft_edge.commands.console import extra, plain_errors, print_json
+from reft_edge.commands.options import Json, PlainHttp, Repository, RequireSigned
+
+
+def pull(
+    repository: Repository,
+    store: Annotated[
+        Path,
+        typer.Option(
+            "--store",
+            "-s",
+            metavar="STORE",
+            help="The folder of adapters to install into, as for `serve --adapters`; made if it is not there.",
+            show_default=False,
+        ),
+    ],
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME]...", help="Adapters; all where none is named.", show_default=False),
+    ] = None,
+    version: Annotated[
+        int | None,
+        typer.Option(
+            help="That version of one adapter, older or rolled back as it may be.", show_default="newest"
+        ),
+    ] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option(
+            "--for",
+            metavar="DIR",
+            help="Only adapters for the model in this exported folder.",
+            show_default=False,
+        ),
+    ] = None,
+    require_signed: RequireSigned = None,
+    plain_http: PlainHttp = False,
+    as_json: Json = False,
+) -> None:
+    """Install the newest version of adapters from a repository, checked and all at once."""
+    with plain_errors(), extra("ship"):
+        from reft_edge.manifest import load_manifest
+        from reft_edge.shipping.pull import pull as pull_adapters
+        from reft_edge.shipping.repository import open_repository
+        from reft_edge.shipping.store import DeviceStore
+        from reft_edge.signing import load_trusted
+
+        pulled = pull_adapters(
+            open_repository(repository, plain_http),
+            DeviceStore(store),
+            names or [],
+            version,
+            load_manifest(folder) if folder is not None else None,
+            load_trusted(require_signed) if require_signed is not None else None,
+            lambda message: typer.echo(message, err=True),
+        )
+    if as_json:
+        print_json([vars(one) for one in pulled])
+    for one in pulled:
+        if one.status == "failed":
+            typer.secho(f"error: {one.name}: {one.reason}", err=True, fg=typer.colors.RED)
+        elif not as_json:
+            typer.echo(
+                f"{one.name}: {_told(one.status, one.version, one.installed, one.previous, one.reason)}"
+            )
+    if not pulled and not as_json:
+        typer.echo("the repository has nothing for this store")
+    if any(one.status == "failed" for one in pulled):
+        raise typer.Exit(1)
+
+
+def _told(status: str, version: int, installed: int | None, previous: int | None, reason: str) -> str:
+    if status == "current":
+        return f"version {version} is installed"
+    if status == "kept":
+        return f"version {installed} stays: {reason}"
+    before = (
+        "" if previous is None else f" in place of {f'version {previous}' if previous else 'another file'}"
+    )
+    return f"installed version {version}{before}"

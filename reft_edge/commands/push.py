@@ -1,0 +1,49 @@
+"""`reft-edge push`: adapter files into a repository."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from reft_edge.commands.console import extra, plain_errors, print_json
+from reft_edge.commands.options import Json, PlainHttp
+from reft_edge.errors import ReftEdgeError
+
+
+def push(
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE...", help="Adapter files.", show_default=False)
+    ],
+    repository: Annotated[
+        str,
+        typer.Argument(
+            metavar="REPOSITORY",
+            help="A folder (made if it is not there), hf://OWNER/REPO or oci://HOST/REPO[:TAG].",
+            show_default=False,
+        ),
+    ],
+    name: Annotated[
+        str | None,
+        typer.Option(help="The adapter's name there; for one FILE.", show_default="FILE's without ending"),
+    ] = None,
+    plain_http: PlainHttp = False,
+    as_json: Json = False,
+) -> None:
+    """Add adapter files to a repository, each as the next version of its name."""
+    with plain_errors(), extra("ship"):
+        from reft_edge.shipping.release import read_goods
+        from reft_edge.shipping.repository import open_repository
+
+        if name is not None and len(files) > 1:
+            raise ReftEdgeError("--name is for one FILE")
+        target = open_repository(repository, plain_http)
+        goods = [read_goods(path, name) for path in files]
+        names = {item.name for item in goods}
+        if len(names) < len(goods):
+            raise ReftEdgeError("two files have the same name; push one of them with another --name")
+        made = target.publish(goods)
+    if as_json:
+        print_json([vars(release) for release in made])
+        return
+    for release in made:
+        typer.echo(f"{repository} has {release}: {release.size / 1000:,.1f} kB, {release.digest}")

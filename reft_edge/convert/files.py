@@ -1,0 +1,143 @@
+"""What a conversion's source and result are, and that all that it needs was given."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from reft_edge.adapter import Adapter, load_adapter, save_adapter
+from reft_edge.base import find_base
+from reft_edge.errors import ReftEdgeError
+
+OURS, GGUF, PACKED = ".safetensors", ".gguf", ".onnx_adapter"
+_HUB_FILES = ["config.json", "*intkey_*.bin", "*pytorch_model.bin"]
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the source's format may not say."""
+
+    model: str | None = None
+    folder: Path | None = None
+    """An exported folder of the base model."""
+    positions: str | None = None
+    act_fn: str | None = None
+    intervention: str | None = None
+    raw: bool | None = None
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What was read and what became of it."""
+
+    source: str
+    result: str
+    """Formats: `reft-edge`, `pyreft`, `control vector` or `onnx_adapter`."""
+    adapter: Adapter
+
+
+def convert(
+    source: str, output: Path, given: Given, report: Callable[[str], None] = lambda note: None
+) -> Converted:
+    """Convert between our adapter file and another library's format; formats are told from names.
+
+    `report` is told what a user must know, such as what the other library does not store. Raises
+    ReftEdgeError that names the option for what is missing, or what cannot be carried.
+    """
+    path = Path(source)
+    if path.suffix != OURS:
+        if output.suffix != OURS:
+            raise ReftEdgeError(f"{output} is no adapter file: other formats are converted to {OURS}")
+        kind, adapter = _read(source, given, report)
+        save_adapter(adapter, output)
+        return Converted(kind, "reft-edge", adapter)
+    if output.suffix == OURS:
+        raise ReftEdgeError(
+            f"{source} and {output} are both adapter files; give a {GGUF} or {PACKED} file, or a folder for pyreft"
+        )
+    adapter = load_adapter(path)
+    if output.suffix == GGUF:
+        from reft_edge.convert.control_vector import to_control_vector
+
+        to_control_vector(adapter, output)
+        return Converted("reft-edge", "control vector", adapter)
+    if output.suffix == PACKED:
+        from reft_edge.runtime.pack import pack_adapter
+
+        if given.folder is None:
+            raise ReftEdgeError(f"a {PACKED} file is for one exported folder: give it with --for DIR")
+        pack_adapter(path, given.folder, output)
+        return Converted("reft-edge", "onnx_adapter", adapter)
+    if output.suffix:
+        raise ReftEdgeError(
+            f"{output} has no ending that is known: {GGUF}, {PACKED}, or none, for a folder that pyreft loads"
+        )
+    from reft_edge.convert.to_pyreft import to_pyreft
+
+    for note in to_pyreft(adapter, output):
+        report(note)
+    return Converted("reft-edge", "pyreft", adapter)
+
+
+def _read(source: str, given: Given, report: Callable[[str], None]) -> tuple[str, Adapter]:
+    path = Path(source)
+    if path.suffix == PACKED:
+        from reft_edge.convert.onnx_adapter import from_onnx_adapter
+        from reft_edge.manifest import load_manifest
+
+        if given.folder is None:
+            raise ReftEdgeError(f"{source} is for one exported folder: give it with --for DIR")
+        _refuse(given, source, "positions", "act_fn", "intervention", "model")
+        return "onnx_adapter", from_onnx_adapter(path, load_manifest(given.folder), _raw(given, source))
+    if path.suffix == GGUF:
+        from reft_edge.convert.control_vector import EVERY_TOKEN, from_control_vector
+
+        _refuse(given, source, "act_fn", "intervention")
+        raw = _raw(given, source)
+        if not path.is_file():
+            raise ReftEdgeError(f"there is no file {source}")
+        base = find_base(given.model, given.folder, report)
+        if given.positions is None:
+            report(f"control vectors act on every token: positions {EVERY_TOKEN}")
+        return "control vector", from_control_vector(path, base, raw, given.positions or EVERY_TOKEN)
+    from reft_edge.convert.from_pyreft import Asked, from_pyreft
+
+    asked = Asked(given.positions, given.act_fn, given.intervention, given.raw)
+    folder = _pyreft_folder(source, report)
+    return "pyreft", from_pyreft(folder, lambda: find_base(given.model, given.folder, report), asked, report)
+
+
+def _raw(given: Given, source: str) -> bool:
+    if given.raw is None:
+        raise ReftEdgeError(
+            f"{source} does not say how prompts are written: give --chat (through the model's chat template) or --raw"
+        )
+    return given.raw
+
+
+def _refuse(given: Given, source: str, *options: str) -> None:
+    if needless := [name for name in options if getattr(given, name) is not None]:
+        raise ReftEdgeError(
+            f"{source} already says what --{needless[0].replace('_', '-')} would; leave the option out"
+        )
+
+
+def _pyreft_folder(source: str, report: Callable[[str], None]) -> Path:
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
+        raise ReftEdgeError(
+            f"cannot convert {source}; give a folder that pyreft wrote or its Hub id, or a file that ends in {GGUF}, "
+            f"{PACKED} or {OURS}"
+        )
+    from huggingface_hub import snapshot_download
+
+    report(f"looking up {source} on the Hugging Face Hub")
+    try:
+        return Path(snapshot_download(source, allow_patterns=_HUB_FILES))
+    except Exception as error:  # huggingface_hub and what it stands on raise many kinds
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ReftEdgeError(
+            f"there is no folder {source}, and it could not be had from the Hub: {reason}"
+        ) from error

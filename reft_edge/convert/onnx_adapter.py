@@ -1,0 +1,113 @@
+"""From `.onnx_adapter` files that `reft-edge pack` wrote: they hold folded edits, so the result is NoDiReFT."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from reft_edge.adapter import Adapter
+from reft_edge.algebra import Edit, Gate, LayerEdit
+from reft_edge.base import Base
+from reft_edge.errors import ReftEdgeError
+from reft_edge.folded import unfold
+from reft_edge.manifest import Manifest
+from reft_edge.positions import Span
+from reft_edge.runtime.session import import_onnxruntime
+
+_GATES = ("first", "last", "after", "scale")
+_MAX_SIZE = 1 << 30
+_BFLOAT16 = 16
+
+
+def from_onnx_adapter(path: Path, manifest: Manifest, raw: bool) -> Adapter:
+    """The adapter packed for the folder that `manifest` describes.
+
+    ONNX Runtime checks every tensor's size against the file. Raises ReftEdgeError for a malformed file, one
+    that is no packed ReFT adapter, or one for other ports.
+    """
+    inputs = _read(path)
+    gates = _gates(path, inputs)
+    places = {}
+    for place in manifest.places:
+        if f"{place.port}.A" in inputs:
+            size = inputs[f"{place.port}.A"].shape
+            rank = size[2] if len(size) == 3 else -1
+            a, b, back, columns = (
+                _take(path, inputs, f"{place.port}.{name}", shape)
+                for name, shape in (
+                    ("A", (1, manifest.hidden_size, rank)),
+                    ("b", (1, 1, rank)),
+                    ("B", (1, rank, manifest.hidden_size)),
+                    ("columns", (rank,)),
+                )
+            )
+            if columns.size and not 0 <= columns.min() <= columns.max() < len(gates):
+                raise ReftEdgeError(f"{path}: {place.port}.columns points beyond its {len(gates)} gates")
+            a, b, back = (part.astype(np.float32) for part in (a[0], b[0, 0], back[0]))
+            places[place] = LayerEdit(a, b, back, columns)
+    if inputs:
+        raise ReftEdgeError(
+            f"{path} has inputs that are no ports of this folder: {', '.join(sorted(inputs))[:200]}; "
+            "give the folder that it was packed for"
+        )
+    if not all(np.isfinite(array).all() for part in places.values() for array in (part.A, part.b, part.B)):
+        raise ReftEdgeError(f"{path} holds NaN or infinity")
+    base = Base(manifest.base_name, manifest.base_fingerprint, manifest.hidden_size, manifest.num_layers)
+    training = {"converted": {"from": "onnx_adapter", "name": path.name[:200]}}
+    return unfold(Edit(manifest.hidden_size, gates, places), base, "raw" if raw else "chat", training)
+
+
+def _read(path: Path) -> dict[str, NDArray[Any]]:
+    ort = import_onnxruntime()
+    try:
+        if path.stat().st_size > _MAX_SIZE:
+            raise ReftEdgeError(f"{path} has more than {_MAX_SIZE:,} bytes")
+        values = ort.AdapterFormat.read_adapter(str(path)).get_parameters()
+        return {name: _array(value) for name, value in values.items()}
+    except OSError as error:
+        raise ReftEdgeError(f"cannot read {path}: {error.strerror}") from error
+    except ReftEdgeError:
+        raise
+    except Exception as error:  # onnxruntime raises RuntimeError and classes of its own
+        raise ReftEdgeError(f"{path} is not a usable .onnx_adapter: {str(error)[-200:]}") from error
+
+
+def _array(value: Any) -> NDArray[Any]:
+    if value.element_type() != _BFLOAT16:
+        array: NDArray[Any] = np.array(value.numpy())
+        return array
+    import ctypes
+
+    count = int(np.prod(value.shape()))
+    bits = np.ctypeslib.as_array((ctypes.c_uint16 * count).from_address(value.data_ptr()))
+    widened: NDArray[Any] = (bits.astype(np.uint32) << 16).view(np.float32).reshape(value.shape())
+    return widened
+
+
+def _gates(path: Path, inputs: dict[str, NDArray[Any]]) -> tuple[Gate, ...]:
+    if missing := [name for name in _GATES if f"reft.{name}" not in inputs]:
+        raise ReftEdgeError(
+            f"{path} has no reft.{missing[0]}: it is not a ReFT adapter that `reft-edge pack` wrote"
+        )
+    count = inputs["reft.first"].size
+    first, last, after, factor = (
+        _take(path, inputs, f"reft.{name}", (1, 1, count)).ravel().tolist() for name in _GATES
+    )
+    if not np.isfinite(factor).all():
+        raise ReftEdgeError(f"{path}: reft.scale holds NaN or infinity")
+    if min([*first, *last, *after], default=0) < 0:
+        raise ReftEdgeError(f"{path}: its gates count below zero")
+    return tuple(
+        Gate(Span(int(a), int(b), int(c)), float(d))
+        for a, b, c, d in zip(first, last, after, factor, strict=True)
+    )
+
+
+def _take(path: Path, inputs: dict[str, NDArray[Any]], name: str, shape: tuple[int, ...]) -> NDArray[Any]:
+    if name not in inputs:
+        raise ReftEdgeError(f"{path} lacks {name}")
+    array = inputs.pop(name)
+    if array.shape != shape:
+        raise ReftEdgeError(f"{path}: {name} is {list(array.shape)}; expected {list(shape)}")
+    return array

@@ -1,0 +1,89 @@
+"""Linear edits as adapters: every edit h + (hA + b)B is NoDiReFT, h + W2ᵀ(W1h + b), with W1 = Aᵀ and W2 = B.
+
+An `Edit` has a gate a column, an adapter a rank a position group. Columns whose gates open at the same tokens
+become one group, their scales go into B, and ranks are padded with zeros to the largest of any place and
+group.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from reft_edge.adapter import Adapter, AdapterConfig
+from reft_edge.algebra import Array, Edit, Gate, LayerEdit
+from reft_edge.base import Base
+from reft_edge.errors import ReftEdgeError
+from reft_edge.places import Place
+from reft_edge.positions import UNLIMITED, Span, describe_spans
+
+
+def grouped(edit: Edit) -> Edit:
+    """The same edit with one gate of scale 1 for each span, in the order in which spans first appear.
+
+    Columns that never act are left out, and so are places that have no others.
+    """
+    spans = list(dict.fromkeys(_canonical(gate.span) for gate in edit.gates if _acts(gate)))
+    scales = np.array([gate.scale for gate in edit.gates], np.float32)
+    group_of = np.array([spans.index(_canonical(gate.span)) if _acts(gate) else -1 for gate in edit.gates])
+    places: dict[Place, LayerEdit] = {}
+    for place, part in edit.places.items():
+        groups = group_of[part.gates]
+        columns = np.argsort(groups, kind="stable")
+        columns = columns[groups[columns] >= 0]
+        if columns.size:
+            back = part.B[columns] * scales[part.gates[columns], None]
+            places[place] = LayerEdit(part.A[:, columns], part.b[columns], back, groups[columns])
+    return Edit(edit.hidden_size, tuple(Gate(span) for span in spans), places)
+
+
+def unfold(edit: Edit, base: Base, prompt_format: str, training: dict[str, Any]) -> Adapter:
+    """The edit as a NoDiReFT adapter.
+
+    Raises ReftEdgeError for an edit that never acts, one that acts on unlike components, and a span that no position
+    spec says.
+    """
+    edit = grouped(edit)
+    if not edit.places:
+        raise ReftEdgeError("the edit is empty: no column of it ever acts")
+    components = sorted({place.component for place in edit.places})
+    if len(components) > 1:
+        raise ReftEdgeError(
+            f"the edit acts on the {' and the '.join(components)} of layers; an adapter file holds one of them"
+        )
+    counts = {
+        place: np.bincount(part.gates, minlength=len(edit.gates)) for place, part in edit.places.items()
+    }
+    positions, tied = describe_spans([gate.span for gate in edit.gates])
+    config = AdapterConfig(
+        "nodireft",
+        base.name,
+        base.fingerprint,
+        base.hidden_size,
+        base.num_layers,
+        tuple(sorted(place.layer for place in edit.places)),
+        int(max(count.max() for count in counts.values())),
+        positions,
+        tied,
+        prompt_format=prompt_format,
+        training=training,
+        component=components[0],
+    )
+    tensors: dict[str, Array] = {name: np.zeros(shape, np.float32) for name, shape in config.shapes().items()}
+    for index, place in enumerate(config.places):
+        part = edit.places[place]
+        for group in range(len(edit.gates)):
+            columns = np.flatnonzero(part.gates == group)
+            used = slice(0, len(columns))
+            tensors["W1"][index, group, used] = part.A[:, columns].T
+            tensors["b"][index, group, used] = part.b[columns]
+            tensors["W2"][index, group, used] = part.B[columns]
+    return Adapter(config, tensors)
+
+
+def _acts(gate: Gate) -> bool:
+    return gate.scale != 0 and (gate.span.on_prompt or gate.span.on_generated)
+
+
+def _canonical(span: Span) -> Span:
+    return replace(span, first=0) if span.last == UNLIMITED else span

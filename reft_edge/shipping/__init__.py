@@ -1,0 +1,5 @@
+"""Adapters as goods: push them to a repository, pull them into a store, roll back. Needs no torch.
+
+`release` says what a repository offers, `folder`, `http`, `hub` and `oci` are the kinds of repositories, `store` is the
+folder of adapters on a device, and `pull` brings one to the other.
+"""

@@ -1,0 +1,217 @@
+"""A folder of adapters on a device, with the versions that each had: installed, rolled back, never half.
+
+    STORE/NAME.safetensors                                 what the runtime loads
+    STORE/.reft-edge/NAME/ORDER-VERSION-HEX.safetensors    what was installed, oldest first, HEX being the SHA-256
+    STORE/.reft-edge/NAME/HEX.part                         a download under way
+    STORE/.reft-edge/NAME/new                              a file about to get its name
+    STORE/.reft-edge/.lock                                 held by whoever changes the store
+
+Which version is installed is not written anywhere: it is the one whose content NAME.safetensors has. So one rename decides,
+and a device that loses power at any moment has the old file or the new one. What comes after the installed version in that
+order was rolled back.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from reft_edge.adapter import parse_stored
+from reft_edge.errors import ReftEdgeError
+from reft_edge.files import make_folder, replace_file, sha256_of
+from reft_edge.shipping.release import MAX_FILE, SUFFIX, Release, check_name, digest_of
+
+KEEP = 3
+"""Versions of an adapter that a store keeps, the installed one among them."""
+HIDDEN = ".reft-edge"
+
+_KEPT = re.compile(r"(\d{6,12})-(\d{1,10})-([0-9a-f]{64})\.safetensors", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A version that is or was installed."""
+
+    order: int
+    version: int
+    """0 for a file that was put there by hand."""
+    digest: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class State:
+    """One adapter in a store."""
+
+    name: str
+    digest: str | None
+    """Of the file that the runtime loads; None if there is none."""
+    history: tuple[Kept, ...]
+    """In the order in which they were installed."""
+
+    @property
+    def installed(self) -> Kept | None:
+        """The history's entry of the file that the runtime loads; None if it was put there by hand."""
+        return next((kept for kept in reversed(self.history) if kept.digest == self.digest), None)
+
+    @property
+    def version(self) -> int | None:
+        return self.installed.version if self.installed else None
+
+    @property
+    def earlier(self) -> list[Kept]:
+        """What was installed before, the latest first."""
+        order = self.installed.order if self.installed else None
+        before = [kept for kept in self.history if order is None or kept.order < order]
+        return [kept for kept in reversed(before) if kept.digest != self.digest]
+
+    @property
+    def undone(self) -> list[Kept]:
+        """What was rolled back."""
+        order = self.installed.order if self.installed else None
+        return [kept for kept in self.history if order is not None and kept.order > order]
+
+
+class DeviceStore:
+    """The folder that the runtime's AdapterStore reads, which never sees what this keeps beside the files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._hidden = folder / HIDDEN
+
+    def names(self) -> list[str]:
+        """Names of all adapter files, sorted. Raises ReftEdgeError if there is no such folder."""
+        if not self.folder.is_dir():
+            raise ReftEdgeError(f"there is no folder {self.folder}")
+        found = (path.name for path in self.folder.iterdir() if path.name.endswith(SUFFIX) and path.is_file())
+        return sorted(name.removesuffix(SUFFIX) for name in found if name != SUFFIX)
+
+    def path(self, name: str) -> Path:
+        return self.folder / (name + SUFFIX)
+
+    def state(self, name: str) -> State:
+        """What is installed of a name, and what was. Raises ReftEdgeError if it cannot be read."""
+        path = self.path(name)
+        try:
+            digest = f"sha256:{sha256_of(path)}" if path.is_file() else None
+        except OSError as error:
+            raise ReftEdgeError(f"cannot read {path}: {error.strerror}") from error
+        kept = [
+            Kept(int(found[1]), int(found[2]), f"sha256:{found[3]}", file)
+            for file in self._files(name)
+            if (found := _KEPT.fullmatch(file.name))
+        ]
+        return State(name, digest, tuple(sorted(kept, key=lambda entry: entry.order)))
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Hold the store's lock; made if it is not there. Raises ReftEdgeError if the folder cannot be written."""
+        from reft_edge.shipping.locking import locked
+
+        try:
+            make_folder(self._hidden)
+        except OSError as error:
+            raise ReftEdgeError(f"cannot write to {self.folder}: {error.strerror}") from error
+        with locked(self._hidden):
+            yield
+
+    def part(self, release: Release) -> Path:
+        """Where a release is downloaded to. Downloads of other releases of its name are dropped; hold the lock."""
+        check_name(release.name)
+        folder = self._hidden / release.name
+        make_folder(folder)
+        path = folder / f"{release.hex_digest}.part"
+        for other in folder.glob("*.part"):
+            if other != path:
+                other.unlink()
+        return path
+
+    def install(self, release: Release, content: bytes) -> None:
+        """Make a release's file the installed one; hold the lock, and have its content checked.
+
+        Raises ReftEdgeError if it is not the release's, or cannot be written: what was installed stays.
+        """
+        if digest_of(content) != release.digest:
+            raise ReftEdgeError(f"{release} has another digest than {release.digest}")
+        state = self.state(release.name)
+        if (state.digest, state.version) != (release.digest, release.version):
+            self._keep_foreign(state)
+            for kept in state.undone:
+                kept.path.unlink()
+            if state.digest != release.digest:
+                replace_file(self.path(release.name), content, self._new(release.name))
+            self._keep(release.name, release.version, content)
+        self.tidy(release.name)
+
+    def rollback(self, name: str, version: int | None = None) -> tuple[State, Kept]:
+        """Install the version before the installed one, or another that is kept; gives what was, and what is now.
+
+        Raises ReftEdgeError if there is none, or its file was damaged.
+        """
+        check_name(name)
+        with self.changing():
+            before = self.state(name)
+            if not before.history:
+                raise ReftEdgeError(f"{self.folder} keeps no earlier version of {name}")
+            self._keep_foreign(before)
+            target = self._target(before, version)
+            content = target.path.read_bytes()
+            if digest_of(content) != target.digest:
+                raise ReftEdgeError(f"{target.path} was damaged; version {target.version} cannot be restored")
+            parse_stored(content, str(target.path)).adapter()
+            replace_file(self.path(name), content, self._new(name))
+            self.tidy(name)
+        return before, target
+
+    def tidy(self, name: str) -> None:
+        """Remove what an interrupted change left, repeated versions, and the oldest beyond KEEP; hold the lock."""
+        state = self.state(name)
+        for file in self._files(name):
+            if file.name == "new" or file.suffix == ".part":
+                file.unlink()
+        last = {kept.digest: kept for kept in state.history}
+        for kept in state.history:
+            if last[kept.digest] != kept:
+                kept.path.unlink()
+        for kept in sorted(last.values(), key=lambda entry: entry.order)[:-KEEP]:
+            if kept != state.installed:
+                kept.path.unlink()
+
+    def _target(self, state: State, version: int | None) -> Kept:
+        if version is None:
+            if not state.earlier:
+                raise ReftEdgeError(
+                    f"{self.folder} keeps no version of {state.name} from before the installed one"
+                )
+            return state.earlier[0]
+        for kept in reversed(state.history):
+            if kept.version == version:
+                return kept
+        known = ", ".join(str(kept.version) for kept in state.history)
+        raise ReftEdgeError(
+            f"{self.folder} does not keep version {version} of {state.name}; it keeps {known}"
+        )
+
+    def _keep_foreign(self, state: State) -> None:
+        """A file that was put there by hand becomes version 0, so that it can be had again."""
+        path = self.path(state.name)
+        if state.digest is not None and state.installed is None and path.stat().st_size <= MAX_FILE:
+            self._keep(state.name, 0, path.read_bytes())
+
+    def _keep(self, name: str, version: int, content: bytes) -> None:
+        history = self.state(name).history
+        order = history[-1].order + 1 if history else 1
+        digest = digest_of(content).removeprefix("sha256:")
+        path = self._hidden / name / f"{order:06}-{version}-{digest}{SUFFIX}"
+        replace_file(path, content, self._new(name))
+
+    def _new(self, name: str) -> Path:
+        folder = self._hidden / name
+        make_folder(folder)
+        return folder / "new"
+
+    def _files(self, name: str) -> list[Path]:
+        folder = self._hidden / name
+        return [Path(entry.path) for entry in os.scandir(folder)] if folder.is_dir() else []

@@ -1,0 +1,110 @@
+"""How an adapter's tensors are stored: whole, in half precision, or in eight bits.
+
+    fp32   every tensor as F32
+    fp16   rows of hidden size (the tensors R, W, W1, W2, v and head.weight) as F16, rounded to nearest; the rest as F32
+    int8   the same rows as I8, with a tensor NAME.scale of F32, a scale a row: value = scale * integer from -127 to 127,
+           where scale is the row's largest magnitude / 127; the rest as F32
+
+Read back, all are float32. R keeps what rounding leaves of its orthonormality: it is used as stored, since the nearest
+orthonormal rows are as far from those that were trained.
+"""
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from reft_edge.algebra import Array, Edit
+from reft_edge.errors import AdapterFileError, ReftEdgeError
+
+STORES = ("fp32", "fp16", "int8")
+ROWS = ("R", "W", "W1", "W2", "v", "head.weight")
+SCALE = ".scale"
+_DTYPES = {"F32": 4, "F16": 2, "I8": 1}
+Declared = dict[str, tuple[str, tuple[int, ...]]]
+"""Name to safetensors' dtype and shape."""
+
+
+def declared(shapes: Mapping[str, tuple[int, ...]], store: str) -> Declared:
+    """What a file that holds tensors of these shapes declares."""
+    found: Declared = {}
+    for name, shape in shapes.items():
+        if store == "fp32" or name not in ROWS:
+            found[name] = ("F32", shape)
+        elif store == "fp16":
+            found[name] = ("F16", shape)
+        else:
+            found[name] = ("I8", shape)
+            found[name + SCALE] = ("F32", shape[:-1])
+    return found
+
+
+def data_bytes(tensors: Declared) -> int:
+    """Bytes of tensor data."""
+    return sum(_DTYPES[dtype] * math.prod(shape) for dtype, shape in tensors.values())
+
+
+def encode(tensors: Mapping[str, Array], store: str) -> dict[str, NDArray[np.generic]]:
+    """Tensors as they are stored. Raises ReftEdgeError for values that fp16 cannot hold."""
+    found: dict[str, NDArray[np.generic]] = {}
+    for name, tensor in tensors.items():
+        if store == "fp32" or name not in ROWS:
+            found[name] = np.ascontiguousarray(tensor)
+        elif store == "fp16":
+            with np.errstate(over="ignore"):
+                found[name] = half = tensor.astype(np.float16)
+            if not np.isfinite(half).all():
+                raise ReftEdgeError(
+                    f"tensor {name} holds values up to {np.abs(tensor).max():.3g}, and fp16 ends at 65,504; "
+                    "store it as int8 or fp32"
+                )
+        else:
+            scale = (np.abs(tensor).max(axis=-1) / 127).astype(np.float32)
+            steps = tensor / np.where(scale > 0, scale, 1)[..., None]
+            found[name] = np.clip(np.rint(steps), -127, 127).astype(np.int8)
+            found[name + SCALE] = scale
+    return found
+
+
+def decode(stored: Mapping[str, NDArray[np.generic]]) -> dict[str, Array]:
+    """Tensors in float32. Raises AdapterFileError for a scale that is negative or not finite."""
+    found: dict[str, Array] = {}
+    for name, tensor in stored.items():
+        if name.endswith(SCALE):
+            continue
+        if tensor.dtype == np.int8:
+            scale = np.asarray(stored[name + SCALE], np.float32)
+            if not np.isfinite(scale).all() or (scale < 0).any():
+                raise AdapterFileError(
+                    f"tensor {name}{SCALE} holds what is no scale: NaN, infinity or less than 0"
+                )
+            with np.errstate(over="ignore"):
+                found[name] = np.multiply(tensor, scale[..., None], dtype=np.float32)
+        else:
+            found[name] = tensor.astype(np.float32, copy=False)
+    return found
+
+
+def edit_error(exact: Edit, rounded: Edit) -> float:
+    """How far the rounded edit is off: its root mean square difference over the edit's own, for hidden states that are
+    standard normal, the worst of all places.
+
+    For h ~ N(0, I) the mean square of (hA + b)B is |AB|² + |bB|² (Frobenius).
+    """
+    worst = 0.0
+    for place, part in exact.places.items():
+        other = rounded.places[place]
+        rows = np.concatenate([part.A, part.b[None]]).astype(np.float64)
+        off = np.concatenate([other.A, other.b[None]]).astype(np.float64)
+        back, back_off = part.B.astype(np.float64), other.B.astype(np.float64)
+        # with A' = A + E and B' = B + F: A'B' − AB = EB' + AF
+        error = _norm(np.hstack([off - rows, rows]), np.vstack([back_off, back_off - back]))
+        whole = _norm(rows, back)
+        worst = max(worst, error / whole if whole else float(error > 0))
+    return worst
+
+
+def _norm(left: NDArray[np.float64], right: NDArray[np.float64]) -> float:
+    """The Frobenius norm of left @ right, `[d, r]` by `[r, d]`, by way of `[r, r]`."""
+    return math.sqrt(max(float(np.sum((left.T @ left) * (right @ right.T))), 0.0))

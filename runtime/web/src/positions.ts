@@ -1,0 +1,50 @@
+import { ReftEdgeError } from "./errors";
+
+/** Every prompt token (as `last`), or every generated one (as `after`). */
+export const UNLIMITED = 2 ** 31 - 1;
+
+/** One gate: the first `first` and last `last` prompt tokens, and `after` generated tokens. */
+export interface Span {
+  first: number;
+  last: number;
+  after: number;
+}
+
+/**
+ * The gates of a position spec such as `f7+l7`: one a part if untied, one for all parts if tied. The language is
+ * that of `reft_edge/positions.py`.
+ *
+ * Raises ReftEdgeError for an unknown, repeated or overlapping part.
+ */
+export function parsePositions(spec: string, tied: boolean): Span[] {
+  const parts = new Map<string, Span>();
+  for (const part of spec.trim().split("+")) {
+    const [name, span] = parsePart(spec, part.trim());
+    if (parts.has(name)) {
+      throw new ReftEdgeError(`positions '${spec}': '${name}' is given twice; name each part once`);
+    }
+    parts.set(name, span);
+  }
+  if (parts.has("all") && (parts.has("f") || parts.has("l"))) {
+    throw new ReftEdgeError(
+      `positions '${spec}': 'all' already covers every prompt token; drop the f and l parts`,
+    );
+  }
+  const spans = [...parts.values()];
+  if (!tied) return spans;
+  const largest = (key: keyof Span) => Math.max(...spans.map((span) => span[key]));
+  return [{ first: largest("first"), last: largest("last"), after: largest("after") }];
+}
+
+function parsePart(spec: string, part: string): [string, Span] {
+  const none = { first: 0, last: 0, after: 0 };
+  if (part === "all") return ["all", { ...none, last: UNLIMITED }];
+  if (part === "gen") return ["gen", { ...none, after: UNLIMITED }];
+  const [, kind, digits] = /^([fl])([1-9][0-9]{0,6})$/.exec(part) ?? [];
+  if (kind === undefined) {
+    throw new ReftEdgeError(
+      `positions '${spec}': cannot read '${part}'; join parts like f7, l7, all, gen with '+'`,
+    );
+  }
+  return [kind, { ...none, [kind === "f" ? "first" : "last"]: Number(digits) }];
+}

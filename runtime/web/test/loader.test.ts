@@ -1,0 +1,151 @@
+import { readFileSync } from "node:fs";
+import { join } from "node:path";
+
+import * as ort from "onnxruntime-web";
+import { beforeAll, describe, expect, test } from "vitest";
+
+import { readAdapter } from "../src/adapter";
+import { fold } from "../src/algebra";
+import { ReftEdgeError } from "../src/errors";
+import type { Folder } from "../src/folder";
+import { openPorts } from "../src/graph";
+import { toFloat16, toFloat32 } from "../src/half";
+import { loadManifest, type Manifest } from "../src/manifest";
+import { SteeredModel } from "../src/model";
+import { parseStrictly } from "../src/json";
+import { portInputs } from "../src/ports";
+import { parsePositions } from "../src/positions";
+import { EXPORT, folderOnDisk, readJson, VECTORS, type Vectors } from "./vectors";
+
+const vectors = readJson<Vectors>(join(VECTORS, "vectors.json"));
+const folder = folderOnDisk(EXPORT);
+const file = (name: string) => new Uint8Array(readFileSync(join(VECTORS, `${name}.safetensors`)));
+
+describe("adapter files", () => {
+  let manifest: Manifest;
+  let model: SteeredModel;
+  beforeAll(async () => {
+    ort.env.wasm.numThreads = 1;
+    manifest = await loadManifest(folder);
+    model = await SteeredModel.open(ort, folder);
+  });
+
+  test.each(Object.keys(vectors.adapters))("%s gives reft_edge's port inputs, bit for bit", (name) => {
+    const inputs = portInputs(fold(readAdapter(file(name), name)), manifest);
+    for (const [port, { shape, data }] of Object.entries(vectors.adapters[name]!)) {
+      expect(inputs.get(port)?.shape).toEqual(shape);
+      expect(Array.from(inputs.get(port)!.data, Number)).toEqual(data.map((value) => value + 0));
+    }
+  });
+
+  test.each(Object.entries(vectors.refused))("%s is refused: %s", (name, because) => {
+    const error = refusal(() => model.loadAdapter(file(name), `${name}.safetensors`));
+    expect(error).toContain(because);
+    expect(error.length).toBeLessThan(600);
+    expect(model.adapters.has(`${name}.safetensors`)).toBe(false);
+  });
+
+  test("a refused file leaves the adapter of its name as it was", () => {
+    const config = model.loadAdapter(file("loreft"), "task");
+    refusal(() => model.loadAdapter(file("bad-relu"), "task"));
+    expect(model.adapters.get("task")).toEqual(config);
+  });
+
+  test("tensor bytes need no alignment", () => {
+    const shifted = new Uint8Array(file("direft").byteLength + 1);
+    shifted.set(file("direft"), 1);
+    expect(readAdapter(shifted.subarray(1), "a").tensors).toEqual(readAdapter(file("direft"), "b").tensors);
+  });
+});
+
+test.each(vectors.positions)("positions '$spec', tied: $tied", ({ spec, tied, spans, error }) => {
+  if (error === undefined) expect(parsePositions(spec, tied)).toEqual(spans);
+  else expect(refusal(() => parsePositions(spec, tied))).toContain("positions");
+});
+
+test("half precision", () => {
+  const numbers = Float32Array.from(vectors.halves, ([number]) => number);
+  const halves = vectors.halves.map(([, half]) => half);
+  expect([...toFloat16(numbers)]).toEqual(halves);
+  const all = Uint16Array.from({ length: 2 ** 16 }, (_, bits) => bits);
+  const numeric = all.filter((bits) => ((bits >> 10) & 31) !== 31);
+  expect(toFloat16(toFloat32(numeric))).toEqual(numeric);
+});
+
+test("JSON with names that repeat in other objects is fine", () => {
+  expect(parseStrictly('{"a": {"b": 1, "a": [{"b": 2}, {"b": 3}]}, "b": 1e3}', "text")).toEqual({
+    a: { b: 1, a: [{ b: 2 }, { b: 3 }] },
+    b: 1000,
+  });
+});
+
+describe("the graph", () => {
+  const model = new Uint8Array(readFileSync(join(EXPORT, "model.onnx")));
+
+  test("without ports stays as it is", () => {
+    const opened = openPorts(model, []);
+    expect(Buffer.compare(opened.model, model)).toBe(0);
+    expect(opened.externalFiles).toEqual(["model.onnx.data"]);
+  });
+
+  test("loses the defaults of its ports, and nothing else", async () => {
+    const names = Object.keys((await loadManifest(folder)).ports);
+    const opened = openPorts(model, names).model;
+    expect(openPorts(opened, names).model).toEqual(opened);
+    expect(model.byteLength - opened.byteLength).toBeGreaterThan(20 * names.length);
+    expect(model.byteLength - opened.byteLength).toBeLessThan(100 * names.length);
+  });
+
+  test.each([0, 1, 100, model.byteLength - 1])("cut off after %i bytes is refused or empty", (size) => {
+    if (size === 0) expect(openPorts(model.subarray(0, 0), []).externalFiles).toEqual([]);
+    else expect(refusal(() => openPorts(model.subarray(0, size), []))).toContain("not an ONNX model");
+  });
+});
+
+describe("a folder is refused", () => {
+  const changed = (changes: Record<string, unknown>): Folder =>
+    withFile("reft_edge.json", async () => ({
+      ...JSON.parse(readFileSync(join(EXPORT, "reft_edge.json"), "utf-8")),
+      ...changes,
+    }));
+  const withFile = (name: string, content: () => Promise<unknown>): Folder => ({
+    name: "folder",
+    read: async (asked) =>
+      asked === name ? new TextEncoder().encode(JSON.stringify(await content())) : folder.read(asked),
+  });
+
+  test.each([
+    ["a later version", changed({ version: 2 }), "version 2"],
+    ["an encoder", changed({ kind: "encoder" }), "continues text"],
+    ["no cache", changed({ cache: "none" }), "no KV cache"],
+    ["bf16", changed({ float_type: "bf16" }), "bf16"],
+    ["a graph elsewhere", changed({ graph: "../model.onnx" }), "outside itself"],
+    ["no graph", changed({ graph: "other.onnx" }), "has no other.onnx"],
+    ["malformed ports", changed({ ports: { "reft.first": 3 } }), "malformed"],
+    ["malformed ends", changed({ eos_token_ids: ["2"] }), "malformed"],
+    ["no manifest", { name: "folder", read: async () => undefined }, "not an exported model"],
+    ["a list as tokenizer", withFile("tokenizer.json", async () => []), "not a JSON object"],
+    ["an empty tokenizer", withFile("tokenizer.json", async () => ({})), "cannot read the tokenizer"],
+  ] satisfies [string, Folder, string][])("with %s", async (_, refused, because) => {
+    await expect(SteeredModel.open(ort, refused)).rejects.toThrow(because);
+    await expect(SteeredModel.open(ort, refused)).rejects.toBeInstanceOf(ReftEdgeError);
+  });
+
+  test("with weights cut off", async () => {
+    const cut: Folder = {
+      name: "folder",
+      read: async (name) => (await folder.read(name))?.slice(0, name.endsWith(".data") ? 100 : undefined),
+    };
+    await expect(SteeredModel.open(ort, cut)).rejects.toThrow("ONNX Runtime cannot load folder");
+  });
+});
+
+function refusal(action: () => unknown): string {
+  try {
+    action();
+  } catch (error) {
+    expect(error).toBeInstanceOf(ReftEdgeError);
+    return (error as Error).message;
+  }
+  throw new Error("it was not refused");
+}

@@ -1,0 +1,228 @@
+"""Vectors for the loader's tests: what reft_edge makes of adapter files, position specs and numbers.
+
+    python runtime/web/test/vectors.py EXPORT OUT
+
+writes OUT/vectors.json and adapter files, good and bad, for the exported folder EXPORT.
+"""
+
+import dataclasses
+import json
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from reft_edge.adapter import INTERVENTIONS, Adapter, AdapterConfig, fold, save_adapter
+from reft_edge.errors import ReftEdgeError
+from reft_edge.manifest import Manifest, load_manifest
+from reft_edge.positions import parse_positions
+from reft_edge.runtime.binding import port_inputs
+from reft_edge.runtime.model import SteeredModel
+
+SPECS = (
+    "f7+l7", "l3", "f1", "all", "gen", "all+gen", "f2+gen", " f3 + l4 ", "f9999999",
+    "", "f0", "l", "f7+f8", "all+f1", "gen+gen", "f12345678", "x3", "F7", "f7+", "f٣",
+)  # fmt: skip
+NUMBERS = (
+    0,
+    1,
+    -1,
+    0.1,
+    -0.1,
+    65504,
+    65519.99,
+    65520,
+    1e9,
+    6.1e-5,
+    6.0e-5,
+    5.96e-8,
+    2.9e-8,
+    1 / 3,
+    2049,
+    2051,
+    -1e-9,
+)
+
+
+def config(manifest: Manifest, **changes: Any) -> AdapterConfig:
+    """Of a small adapter that fits the folder."""
+    fields: dict[str, Any] = {
+        "intervention": "loreft",
+        "base_name": manifest.base_name,
+        "base_fingerprint": manifest.base_fingerprint,
+        "hidden_size": manifest.hidden_size,
+        "num_layers": manifest.num_layers,
+        "layers": (0, manifest.num_layers - 1),
+        "rank": 2,
+    }
+    return AdapterConfig(**{**fields, **changes})
+
+
+def adapter(described: AdapterConfig, seed: int) -> Adapter:
+    random = np.random.default_rng(seed)
+    return Adapter(
+        described,
+        {
+            name: random.standard_normal(shape).astype(np.float32)
+            for name, shape in described.shapes().items()
+        },
+    )
+
+
+def good_adapters(manifest: Manifest) -> dict[str, AdapterConfig]:
+    found = {
+        name: config(manifest, intervention=name, rank=1 if name == "steering" else 2)
+        for name in INTERVENTIONS
+    }
+    found["tied"] = config(manifest, tied=True, positions="f3+l2")
+    found["bias"] = config(manifest, intervention="noreft", add_bias=True, positions="all+gen")
+    found["one-layer"] = config(manifest, layers=(1,), rank=3, positions="l4", base_name="Ein Modell, größer")
+    return found
+
+
+def bad_adapters(manifest: Manifest, folder: Path) -> dict[str, tuple[str, bytes]]:
+    """Files that must be refused, by name, and what the refusal has to say."""
+    plain = adapter(config(manifest), 0)
+
+    def saved(changed: AdapterConfig) -> bytes:
+        save_adapter(adapter(changed, 0), folder / "good.safetensors")
+        return (folder / "good.safetensors").read_bytes()
+
+    content = saved(plain.config)
+    length = int.from_bytes(content[:8], "little")
+    header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
+
+    def with_header(change: Callable[[dict[str, Any]], None]) -> bytes:
+        changed = json.loads(json.dumps(header))
+        change(changed)
+        text = json.dumps(changed).encode()
+        return struct.pack("<Q", len(text)) + text + data
+
+    def described(**changes: Any) -> bytes:
+        fields = {**dataclasses.asdict(plain.config), **changes}
+        return with_header(lambda h: h["__metadata__"].update(adapter=json.dumps(fields)))
+
+    def described_as(text: str) -> bytes:
+        return with_header(lambda h: h["__metadata__"].update(adapter=text))
+
+    def tensor(name: str, **changes: Any) -> bytes:
+        return with_header(lambda h: h[name].update(changes))
+
+    raw = json.dumps(header)
+    doubled = (raw[:-1] + ', "b": ' + json.dumps(header["b"]) + "}").encode()
+    twice = json.dumps(dataclasses.asdict(plain.config))[:-1] + ', "rank": 2}'
+    not_finite = bytearray(content)
+    not_finite[-4:] = struct.pack("<f", float("nan"))
+    offsets = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
+    return {
+        "empty": ("shorter than a safetensors header", b""),
+        "seven-bytes": ("shorter than a safetensors header", content[:7]),
+        "truncated-header": ("its header claims", content[: 8 + length // 2]),
+        "truncated-data": ("bytes of tensors", content[:-4]),
+        "longer": ("bytes of tensors", content + bytes(4)),
+        "huge-header": ("its header claims", struct.pack("<Q", 2**63) + content[8:]),
+        "header-over-limit": ("its header claims", struct.pack("<Q", 2**20 + 1) + bytes(2**20 + 1)),
+        "not-json": ("not valid JSON", struct.pack("<Q", 4) + b"abcd" + data),
+        "deep-json": ("not valid JSON", struct.pack("<Q", 2**20) + b"[" * 2**20 + data),
+        "list-header": ("not a JSON object", struct.pack("<Q", 2) + b"[]" + data),
+        "not-utf8": ("its header is not", struct.pack("<Q", 4) + b'{"\xff' + data),
+        "not-finite": ("NaN or infinity", bytes(not_finite)),
+        "doubled-name": ("twice", struct.pack("<Q", len(doubled)) + doubled + data),
+        "doubled-field": ("twice", described_as(twice)),
+        "no-metadata": ("its metadata", with_header(lambda h: h.pop("__metadata__"))),
+        "other-format": ("its metadata", with_header(lambda h: h["__metadata__"].update(format="pt"))),
+        "later-version": ("version '2'", with_header(lambda h: h["__metadata__"].update(version="2"))),
+        "no-description": ("no `adapter` description", with_header(lambda h: h["__metadata__"].pop("adapter"))),
+        "unknown-tensor": ("unexpected: ", with_header(lambda h: h.update(Q=h.pop("R")))),
+        "missing-tensor": ("missing: ", with_header(lambda h: h.pop("R"))),
+        "half-precision": ("declared as F16", tensor("R", dtype="F16")),
+        "other-shape": ("declared as F32", tensor("R", shape=[2, 2, manifest.hidden_size, 2])),
+        "overlap": ("", tensor("R", data_offsets=offsets["W"])),
+        "offsets-beyond": ("", tensor("R", data_offsets=[offset + 4 for offset in offsets["R"]])),
+        "unknown-field": ("unknown fields", described(surprise=1)),
+        "prototype-field": ("unknown fields", described(constructor=1)),
+        "missing-field": ("lacks", described_as(json.dumps({"intervention": "loreft"}))),
+        "infinite-number": ("adapter description", described_as(json.dumps({**dataclasses.asdict(plain.config), "training": {"loss": float("inf")}}))),
+        "overflowing-number": ("not a finite number", described(training={"loss": "X"}).replace(b'\\"X\\"', b"1e999")),
+        "unknown-intervention": ("intervention", described(intervention="hyperreft")),
+        "rank-zero": ("rank is", described(rank=0)),
+        "rank-true": ("rank is", described(rank=True)),
+        "rank-text": ("rank is", described(rank="2")),
+        "rank-wrong": ("bytes of tensors", described(rank=3)),
+        "rank-over-limit": ("rank is", described(rank=5000, hidden_size=9000)),
+        "rank-over-hidden": ("hidden size", described(rank=manifest.hidden_size + 1)),
+        "steering-rank": ("steering vector", described(intervention="steering")),
+        "no-layers": ("layers", described(layers=[])),
+        "layers-twice": ("without repeats", described(layers=[1, 1])),
+        "layers-descending": ("without repeats", described(layers=[1, 0])),
+        "layers-beyond": ("layers", described(layers=[0, manifest.num_layers])),
+        "layers-negative": ("layers", described(layers=[-1, 0])),
+        "bad-positions": ("given twice", described(positions="f7+f8")),
+        "positions-number": ("positions is 7", described(positions=7)),
+        "tied-number": ("tied is 1", described(tied=1)),
+        "bad-component": ("component is", described(component="norm")),
+        "bad-format": ("prompt_format is", described(prompt_format="markdown")),
+        "bias-for-loreft": ("add_bias", described(add_bias=True)),
+        "act-fn-with-steering": ("act_fn", described(intervention="lobireft", act_fn="relu")),
+        "act-fn-name": ("act_fn", described(act_fn="import os")),
+        "one-label": ("labels", described(labels=["yes"], pooling="cls")),
+        "pooling-without-labels": ("pooling is", described(pooling="cls")),
+        "control-characters": ("plain text", described(base_name="a\u202eb")),
+        "training-list": ("training", described(training=[])),
+        "other-base": ("another base model", saved(dataclasses.replace(plain.config, base_fingerprint="0" * 16))),
+        "other-hidden-size": ("hidden states of size", saved(dataclasses.replace(plain.config, hidden_size=manifest.hidden_size + 8))),
+        "no-port": ("have no port", saved(dataclasses.replace(plain.config, num_layers=99, layers=(50,)))),
+        "no-attention-port": ("have no port", saved(dataclasses.replace(plain.config, component="attention"))),
+        "relu": ("no linear port can carry", saved(dataclasses.replace(plain.config, act_fn="relu"))),
+        "classifier": ("classifies texts", saved(dataclasses.replace(plain.config, labels=("no", "yes"), pooling="cls"))),
+    }  # fmt: skip
+
+
+def refusal(model: SteeredModel, path: Path) -> str:
+    try:
+        model.load_adapter(path)
+    except ReftEdgeError as error:
+        return str(error)
+    raise AssertionError(f"reft_edge accepts {path}")
+
+
+def spans(spec: str, tied: bool) -> dict[str, Any]:
+    try:
+        return {"spec": spec, "tied": tied, "spans": [vars(span) for span in parse_positions(spec, tied)]}
+    except ReftEdgeError as error:
+        return {"spec": spec, "tied": tied, "error": str(error)}
+
+
+def main(export: Path, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    manifest = load_manifest(export)
+    model = SteeredModel(export, device="cpu")
+    vectors: dict[str, Any] = {"adapters": {}, "refused": {}}
+    for seed, (name, described) in enumerate(good_adapters(manifest).items()):
+        good = adapter(described, seed)
+        save_adapter(good, out / f"{name}.safetensors")
+        vectors["adapters"][name] = {
+            port: {"shape": list(value.shape), "data": value.ravel().tolist()}
+            for port, value in port_inputs(fold(good), manifest, np.dtype(np.float32)).items()
+        }
+    for name, (because, content) in bad_adapters(manifest, out).items():
+        path = out / f"bad-{name}.safetensors"
+        path.write_bytes(content)
+        said = refusal(model, path)
+        assert because in said, said
+        vectors["refused"][path.stem] = because
+    vectors["positions"] = [spans(spec, tied) for spec in SPECS for tied in (False, True)]
+    halves = np.array(NUMBERS, np.float32)
+    with np.errstate(over="ignore"):
+        vectors["halves"] = [
+            [float(number), int(half)]
+            for number, half in zip(halves, halves.astype(np.float16).view(np.uint16), strict=True)
+        ]
+    (out / "vectors.json").write_text(json.dumps(vectors))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
