@@ -73,7 +73,7 @@ def lora(rank: int) -> dict[str, Any]:
     }
 
 
-LOREFT_RATES = (2e-3, 4e-3)
+LOREFT_RATES = (2e-3,)
 LORA_RATES = (3e-4, 1e-3)
 METHODS = {
     method.name: method
