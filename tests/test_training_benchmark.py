@@ -152,6 +152,18 @@ def test_what_is_there_is_not_done_again(table, data, device_folder, tmp_path, c
         table.run(table.dataclasses.replace(places, seed=1), prepared, table.METHODS["loreft"])
 
 
+def test_the_table_goes_between_its_marks(table, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"above\n{table.MARK}\nold\n{table.MARK}\nbelow\n")
+    table.fill(readme, "| new |\n")
+    table.fill(readme, "| newer |\n")
+    assert readme.read_text() == f"above\n{table.MARK}\n\n| newer |\n\n{table.MARK}\nbelow\n"
+    readme.write_text("no marks\n")
+    with pytest.raises(SystemExit, match="must have two lines"):
+        table.fill(readme, "| new |\n")
+    assert readme.read_text() == "no marks\n"
+
+
 def test_the_workers_need_nothing_of_ours():
     """Peers' environments hold torch, transformers and the peer."""
     blocked = "import sys; sys.modules['reft_edge'] = None; import worker"

@@ -42,6 +42,7 @@ from reft_edge.prompts import Prompts
 from reft_edge.training import TrainSettings, rate
 
 HERE = Path(__file__).parent
+MARK = "<!-- trainings -->"
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def lora(rank: int) -> dict[str, Any]:
     }
 
 
-LOREFT_RATES = (2e-3, 4e-3)
+LOREFT_RATES = (2e-3,)
 LORA_RATES = (3e-4, 1e-3)
 METHODS = {
     method.name: method
@@ -394,6 +395,14 @@ def differences(answered: dict[tuple[str, str], list[Record]]) -> str:
     return "\n".join(lines)
 
 
+def fill(readme: Path, table: str) -> None:
+    """Put the table between the two marks of a file."""
+    parts = readme.read_text(encoding="utf-8").split(f"{MARK}\n")
+    if len(parts) != 3:
+        raise SystemExit(f"{readme} must have two lines {MARK}, found {len(parts) - 1}")
+    readme.write_text(f"{MARK}\n".join([parts[0], f"\n{table}\n", parts[2]]), encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -408,8 +417,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", default="bf16", choices=("fp32", "bf16"), help="of the trainings")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rounds", type=int, default=20, help="timed steps of every method; 0: none")
+    parser.add_argument("--rounds", type=int, default=12, help="timed steps of every method; 0: none")
     parser.add_argument("--speed-only", action="store_true", help="only measure steps/s and memory")
+    parser.add_argument("--readme", type=Path, help=f"a file to put the table into, between two lines {MARK}")
     parser.add_argument("--smoke", action="store_true", help="a few steps and rows of everything")
     options = parser.parse_args()
 
@@ -453,8 +463,9 @@ def main() -> None:
     (options.results / "summary.json").write_text(json.dumps(written) + "\n", encoding="utf-8")
     base_parameters = parameters_of(folder.path)
     table = markdown(cells, speeds, base_parameters) + "\n\n" + differences(answered) + "\n"
-    (options.results / "table.md").write_text(table, encoding="utf-8")
     print(table)
+    if options.readme:
+        fill(options.readme, table)
     subprocess.run([bench.python("peft"), str(HERE / "plots.py"), str(options.results)], check=True)
 
 

@@ -300,6 +300,8 @@ def run(job: Job) -> dict[str, Any]:
         nonlocal started
         losses.append(loss)
         seconds.append(time.perf_counter() - started)
+        if len(losses) % 10 == 0:
+            print(f"step {len(losses)}: loss {loss:.4f}, {seconds[-1]:.2f} s", file=sys.stderr, flush=True)
         if job["paced"]:  # one step for each line of standard input
             print(seconds[-1], flush=True)
             sys.stdin.readline()
