@@ -63,12 +63,12 @@ class Sampler:
 
 def distribution(
     logits: NDArray[np.float32], sampling: Sampling
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """The tokens that can be drawn from `logits [vocabulary]` at a temperature above 0, ascending, and their probabilities,
     which sum to 1. Raises ValueError if logits are not numbers."""
-    tokens = np.arange(len(logits))
+    tokens = np.arange(len(logits), dtype=np.int32)
     if 0 < sampling.top_k < len(logits):
-        tokens = np.sort(np.argpartition(logits, -sampling.top_k)[-sampling.top_k :])
+        tokens = np.sort(np.argpartition(logits, -sampling.top_k)[-sampling.top_k :]).astype(np.int32)
         logits = logits[tokens]
     p = np.exp((logits - logits.max()) / np.float32(sampling.temperature))
     total = p.sum(dtype=np.float64)
@@ -84,19 +84,19 @@ def distribution(
     if sampling.min_p > 0:
         likely = p >= sampling.min_p * p.max()
         tokens, p = tokens[likely], p[likely]
-    exact = p.astype(np.float64)
-    return tokens, exact / exact.sum()
+    p /= np.float32(p.sum(dtype=np.float64))
+    return tokens, p
 
 
-def _place(p: NDArray[np.float64], share: float) -> int:
+def _place(p: NDArray[np.float32], share: float) -> int:
     """The first place up to which the sum of `p` is above `share` of the whole. Sums of runs are looked at first, since a
     running sum over a whole vocabulary takes longer than all else of a draw."""
     starts = np.arange(0, len(p), 256)
-    reached = np.cumsum(np.add.reduceat(p, starts))
+    reached = np.cumsum(np.add.reduceat(p, starts, dtype=np.float64))
     wanted = share * reached[-1]
     run = min(int(np.searchsorted(reached, wanted, side="right")), len(starts) - 1)
     before = reached[run - 1] if run else 0.0
-    inside = before + np.cumsum(p[starts[run] : starts[run] + 256])
+    inside = before + np.cumsum(p[starts[run] : starts[run] + 256], dtype=np.float64)
     return int(starts[run]) + min(int(np.searchsorted(inside, wanted, side="right")), len(inside) - 1)
 
 
