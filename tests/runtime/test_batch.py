@@ -323,3 +323,16 @@ def fold_of(path):
     from reft_edge.adapter import fold
 
     return fold(load_adapter(path))
+
+
+def test_prefixes_of_an_edit_that_is_gone_go_with_the_next():
+    cache = PrefixCache(10_000)
+    ids = tuple(range(20))
+    values = {"k": np.zeros((1, 20, 1), np.float32)}
+    edit = edit_of(Span())
+    cache.add(Prefix(ids, edit, values))
+    assert cache.find([*ids, 1], edit)[0] == 20
+    del edit
+    cache.add(Prefix(ids, None, values))
+    assert cache.size == values["k"].nbytes
+    assert cache.find([*ids, 1], None)[0] == 20
