@@ -26,7 +26,7 @@ from tests.tiny import LAYERS
 from tests.tiny_gguf import write_gguf
 from tests.torch_reference import logits, random_adapter
 
-pytestmark = pytest.mark.real
+pytestmark = pytest.mark.peers
 ROOT = Path(__file__).parent.parent
 TOLERANCE = 1e-4
 SPEC = "f3+l2"

@@ -24,7 +24,7 @@ def pyreft(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.real
+@pytest.mark.peers
 def test_loss_curves_equal_pyrefts(pyreft, device_folder):
     """LoReFT and DiReFT, tied and untied, 50 steps, prompts shorter than the 14 edited tokens: within 1e-3, or it exits with 1."""
     script = ROOT / "benchmarks/training/exactness.py"
