@@ -1,5 +1,6 @@
 """The prefix cache: keys and values of prompts that ran before, for later prompts that begin alike."""
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,12 +28,28 @@ class Prefix:
         return sum(values.nbytes for values in self.content.values())
 
 
+class _Kept:
+    """A prefix, which does not keep its edit alive: prompts under an edit that nobody holds any more never come again."""
+
+    def __init__(self, prefix: Prefix) -> None:
+        self.ids, self.content, self.size = prefix.ids, prefix.content, prefix.size
+        self._edit = None if prefix.edit is None else weakref.ref(prefix.edit)
+
+    @property
+    def gone(self) -> bool:
+        return self._edit is not None and self._edit() is None
+
+    def under(self, edit: Edit | None) -> bool:
+        """Whether its prompt ran with this edit."""
+        return not self.gone and (self._edit() if self._edit is not None else None) is edit
+
+
 class PrefixCache:
     """Prompts by recent use, under a budget of bytes."""
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
-        self._entries: list[Prefix] = []
+        self._entries: list[_Kept] = []
         self.hits = 0
         """Tokens that did not have to be prefilled."""
 
@@ -47,7 +64,7 @@ class PrefixCache:
         """
         best, found = 0, None
         for entry in self._entries:
-            if entry.edit is edit:
+            if entry.under(edit):
                 count = usable(entry.ids, ids, edit)
                 if count > best:
                     best, found = count, entry
@@ -59,15 +76,17 @@ class PrefixCache:
         return best, found.content
 
     def add(self, entry: Prefix) -> None:
-        """Remember a prompt; those it makes needless, and the least recently used beyond the budget, are forgotten."""
+        """Remember a prompt; those it makes needless, those of edits that are gone, and the least recently used beyond the
+        budget are forgotten."""
         if entry.size > self.budget or len(entry.ids) < LEAST:
             return
         self._entries = [
             other
             for other in self._entries
-            if other.edit is not entry.edit or usable(entry.ids, other.ids, entry.edit) < len(other.ids) - 1
+            if not other.gone
+            and (not other.under(entry.edit) or usable(entry.ids, other.ids, entry.edit) < len(other.ids) - 1)
         ]
-        self._entries.append(entry)
+        self._entries.append(_Kept(entry))
         while self.size > self.budget:
             self._entries.pop(0)
 

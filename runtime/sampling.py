@@ -57,26 +57,47 @@ class Sampler:
         return token
 
     def _draw(self, logits: NDArray[np.float32]) -> int:
-        p = probabilities(logits, self._sampling)
-        return int(self._random.choice(len(p), p=p))
+        tokens, p = distribution(logits, self._sampling)
+        return int(tokens[_place(p, self._random.random())])
 
 
-def probabilities(logits: NDArray[np.float32], sampling: Sampling) -> NDArray[np.float64]:
-    """What tokens are drawn from at a temperature above 0: `[vocabulary]`, sums to 1."""
-    scaled = logits.astype(np.float64) / sampling.temperature
-    p = np.exp(scaled - scaled.max())
-    p /= p.sum()
-    if 0 < sampling.top_k < len(p):
-        p[np.argpartition(p, -sampling.top_k)[: -sampling.top_k]] = 0
-        p /= p.sum()
+def distribution(
+    logits: NDArray[np.float32], sampling: Sampling
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """The tokens that can be drawn from `logits [vocabulary]` at a temperature above 0, ascending, and their probabilities,
+    which sum to 1. Raises ValueError if logits are not numbers."""
+    tokens = np.arange(len(logits), dtype=np.int32)
+    if 0 < sampling.top_k < len(logits):
+        tokens = np.sort(np.argpartition(logits, -sampling.top_k)[-sampling.top_k :]).astype(np.int32)
+        logits = logits[tokens]
+    p = np.exp((logits - logits.max()) / np.float32(sampling.temperature))
+    total = p.sum(dtype=np.float64)
+    if not np.isfinite(total):
+        raise ValueError("the model's logits are not all finite")
     if sampling.top_p < 1:
-        order = np.argsort(-p, kind="stable")
-        before = np.cumsum(p[order]) - p[order]
-        p[order[before >= sampling.top_p]] = 0
+        # Tokens below this share have less than 1 - top_p in all, so that the likelier ones reach top_p without them.
+        near = np.flatnonzero(p > 0.999 * (1 - sampling.top_p) / len(p) * total)
+        order = near[np.argsort(-p[near], kind="stable")]
+        before = np.cumsum(p[order], dtype=np.float64) - p[order]
+        kept = np.sort(order[before < sampling.top_p * total])
+        tokens, p = tokens[kept], p[kept]
     if sampling.min_p > 0:
-        p[p < sampling.min_p * p.max()] = 0
-    kept: NDArray[np.float64] = p / p.sum()
-    return kept
+        likely = p >= sampling.min_p * p.max()
+        tokens, p = tokens[likely], p[likely]
+    p /= np.float32(p.sum(dtype=np.float64))
+    return tokens, p
+
+
+def _place(p: NDArray[np.float32], share: float) -> int:
+    """The first place up to which the sum of `p` is above `share` of the whole. Sums of runs are looked at first, since a
+    running sum over a whole vocabulary takes longer than all else of a draw."""
+    starts = np.arange(0, len(p), 256)
+    reached = np.cumsum(np.add.reduceat(p, starts, dtype=np.float64))
+    wanted = share * reached[-1]
+    run = min(int(np.searchsorted(reached, wanted, side="right")), len(starts) - 1)
+    before = reached[run - 1] if run else 0.0
+    inside = before + np.cumsum(p[starts[run] : starts[run] + 256], dtype=np.float64)
+    return int(starts[run]) + min(int(np.searchsorted(inside, wanted, side="right")), len(inside) - 1)
 
 
 def _penalise(logits: NDArray[np.float32], seen: NDArray[np.int64], penalty: float) -> NDArray[np.float32]:

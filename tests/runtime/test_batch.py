@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reft_edge.adapter import load_adapter
-from reft_edge.algebra import concat, scale
+from reft_edge.algebra import Edit, Gate, concat, scale
 from reft_edge.errors import ReftEdgeError
 from reft_edge.positions import Span
 from reft_edge.runtime import Engine, QueueFullError, Request, Sampling, SteeredModel
@@ -323,3 +323,16 @@ def fold_of(path):
     from reft_edge.adapter import fold
 
     return fold(load_adapter(path))
+
+
+def test_prefixes_of_an_edit_that_is_gone_go_with_the_next():
+    cache = PrefixCache(10_000)
+    ids = tuple(range(20))
+    values = {"k": np.zeros((1, 20, 1), np.float32)}
+    edit = Edit(8, (Gate(Span()),), {})
+    cache.add(Prefix(ids, edit, values))
+    assert cache.find([*ids, 1], edit)[0] == 20
+    del edit
+    cache.add(Prefix(ids, None, values))
+    assert cache.size == values["k"].nbytes
+    assert cache.find([*ids, 1], None)[0] == 20

@@ -4,9 +4,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reft_edge.errors import ReftEdgeError
-from reft_edge.runtime.sampling import Sampler, Sampling, probabilities
+from reft_edge.runtime.sampling import Sampler, Sampling, distribution
 
 LOGITS = np.array([2.0, 1.0, 0.0, -1.0, 1.5], np.float32)
+
+
+def probabilities(logits, sampling):
+    tokens, p = distribution(logits, sampling)
+    assert (np.diff(tokens) > 0).all()
+    dense = np.zeros(len(logits))
+    dense[tokens] = p
+    return dense
 
 
 def softmax(x):
@@ -21,8 +29,30 @@ def test_greedy_is_the_default():
 @given(st.floats(0.2, 5))
 def test_temperature(temperature):
     np.testing.assert_allclose(
-        probabilities(LOGITS, Sampling(temperature)), softmax(LOGITS.astype(float) / temperature)
+        probabilities(LOGITS, Sampling(temperature)),
+        softmax(LOGITS.astype(float) / temperature),
+        rtol=1e-5,
     )
+
+
+@given(
+    seed=st.integers(0, 999), size=st.integers(2, 400), spread=st.floats(0.1, 20), top_p=st.floats(0.01, 0.99)
+)
+def test_top_p_keeps_what_a_full_sort_keeps(seed, size, spread, top_p):
+    logits = np.random.default_rng(seed).normal(scale=spread, size=size).astype(np.float32)
+    share = softmax(logits)
+    order = np.argsort(-share, kind="stable")
+    before = np.cumsum(share[order], dtype=np.float64) - share[order]
+    if np.abs(before - top_p).min() < 1e-5:
+        return  # rounding decides
+    assert np.flatnonzero(probabilities(logits, Sampling(1.0, top_p=top_p))).tolist() == sorted(
+        order[before < top_p].tolist()
+    )
+
+
+def test_logits_that_are_no_numbers_are_refused():
+    with pytest.raises(ValueError, match="not all finite"):
+        Sampler(Sampling(1.0), []).choose(np.array([1.0, np.nan, 0.0], np.float32))
 
 
 def test_filters():
@@ -42,7 +72,7 @@ def test_filters():
 def test_what_is_drawn_was_kept(seed, top_k, top_p, min_p):
     sampling = Sampling(0.8, top_k, top_p, min_p, seed=seed)
     p = probabilities(LOGITS, sampling)
-    assert p.sum() == pytest.approx(1)
+    assert p.sum() == pytest.approx(1, abs=1e-5)
     assert p[0] > 0
     assert p[Sampler(sampling, []).choose(LOGITS)] > 0
 
@@ -51,6 +81,18 @@ def test_draws_follow_the_probabilities():
     sampler = Sampler(Sampling(1.0, seed=0), [])
     counts = np.bincount([sampler.choose(LOGITS) for _ in range(4000)], minlength=5) / 4000
     np.testing.assert_allclose(counts, softmax(LOGITS), atol=0.03)
+
+
+def test_draws_from_a_long_vocabulary_follow_the_probabilities():
+    logits = np.random.default_rng(0).normal(size=1000).astype(np.float32)
+    sampler = Sampler(Sampling(1.0, seed=0), [])
+    drawn = np.array([sampler.choose(logits) for _ in range(20000)])
+    share, expected = (
+        np.histogram(drawn, bins=10, range=(0, 1000))[0] / 20000,
+        softmax(logits).reshape(10, 100).sum(1),
+    )
+    np.testing.assert_allclose(share, expected, atol=0.015)
+    assert softmax(logits)[drawn].mean() == pytest.approx((softmax(logits) ** 2).sum(), rel=0.05)
 
 
 def test_repetition_penalty_counts_prompt_and_answer():
