@@ -58,6 +58,8 @@ class Method:
     """Another method of the same formula, whose chosen learning rate is used."""
     only: tuple[str, ...] = tuple(TASKS)
     """Tasks it is tried on."""
+    dtype: str = ""
+    """In place of --dtype."""
 
 
 def loreft(rank: int, tied: bool = True) -> dict[str, Any]:
@@ -83,6 +85,15 @@ METHODS = {
         Method("loreft", "LoReFT, rank 4, reft-edge", "reft-edge", loreft(4), LOREFT_RATES),
         Method("lora", "LoRA, rank 8, PEFT", "peft", lora(8), LORA_RATES),
         Method("pyreft", "LoReFT, rank 4, pyreft", "pyreft", loreft(4), follows="loreft"),
+        Method(
+            "pyreft-fp32",
+            "LoReFT, rank 4, pyreft, fp32",
+            "pyreft",
+            loreft(4),
+            follows="loreft",
+            only=("sst2",),
+            dtype="fp32",
+        ),
         Method(
             "loreft-r1",
             "LoReFT, rank 1, reft-edge",
@@ -142,7 +153,7 @@ class Bench:
             "model": str(self.model),
             "adapter": str(adapter),
             "threads": self.threads,
-            "dtype": self.dtype,
+            "dtype": method.dtype or self.dtype,
             "seed": self.seed,
             "lr": lr,
             "train": None,
@@ -386,7 +397,7 @@ def markdown(cells: list[dict[str, Any]], speeds: dict[str, dict[str, Any]], bas
 def differences(answered: dict[tuple[str, str], list[Record]]) -> str:
     """LoReFT's accuracy less that of the others, question by question."""
     lines = ["| LoReFT of reft-edge less | task | difference | p (McNemar) |", "|---|---|---:|---:|"]
-    for other in ("lora", "pyreft"):
+    for other in ("lora", "pyreft", "pyreft-fp32"):
         for task in (task.title for task in TASKS.values()):
             if ("loreft", task) in answered and (other, task) in answered:
                 pair = compare(answered[other, task], answered["loreft", task])
@@ -415,7 +426,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--dtype", default="bf16", choices=("fp32", "bf16"), help="of the trainings")
+    parser.add_argument("--dtype", default="bf16", choices=("fp32", "bf16"), help="of the trainings' base")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=12, help="timed steps of every method; 0: none")
     parser.add_argument("--speed-only", action="store_true", help="only measure steps/s and memory")
