@@ -11,12 +11,22 @@ export interface Span {
 }
 
 /**
- * The gates of a position spec such as `f7+l7`: one a part if untied, one for all parts if tied. The language is
- * that of `reft_edge/positions.py`.
+ * The gates of a position spec such as `f7+l7`: one a part if untied, one for all parts if tied, one a group where
+ * groups are set apart by `|`. The language is that of `reft_edge/positions.py`.
  *
- * Raises ReftEdgeError for an unknown, repeated or overlapping part.
+ * Raises ReftEdgeError for an unknown, repeated or overlapping part, and for a repeated group.
  */
 export function parsePositions(spec: string, tied: boolean): Span[] {
+  if (spec.includes("|")) {
+    if (tied) {
+      throw new ReftEdgeError(`positions '${spec}': '|' already says which parts share weights; drop tied`);
+    }
+    const groups = spec.split("|").flatMap((group) => parsePositions(group, true));
+    if (new Set(groups.map((span) => JSON.stringify(span))).size < groups.length) {
+      throw new ReftEdgeError(`positions '${spec}': a group is given twice; name each group once`);
+    }
+    return groups;
+  }
   const parts = new Map<string, Span>();
   for (const part of spec.trim().split("+")) {
     const [name, span] = parsePart(spec, part.trim());

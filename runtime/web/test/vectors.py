@@ -24,6 +24,7 @@ from reft_edge.runtime.model import SteeredModel
 
 SPECS = (
     "f7+l7", "l3", "f1", "all", "gen", "all+gen", "f2+gen", " f3 + l4 ", "f9999999",
+    "f7+l7|all+gen", "all|f1", "f3 | l2", "f1|f1", "f1||l1",
     "", "f0", "l", "f7+f8", "all+f1", "gen+gen", "f12345678", "x3", "F7", "f7+", "f٣",
 )  # fmt: skip
 NUMBERS = (
@@ -125,8 +126,8 @@ def bad_adapters(manifest: Manifest, folder: Path) -> dict[str, tuple[str, bytes
         "longer": ("bytes of tensors", content + bytes(4)),
         "huge-header": ("its header claims", struct.pack("<Q", 2**63) + content[8:]),
         "header-over-limit": ("its header claims", struct.pack("<Q", 2**20 + 1) + bytes(2**20 + 1)),
-        "not-json": ("not valid JSON", struct.pack("<Q", 4) + b"abcd" + data),
-        "deep-json": ("not valid JSON", struct.pack("<Q", 2**20) + b"[" * 2**20 + data),
+        "not-json": ("JSON", struct.pack("<Q", 4) + b"abcd" + data),
+        "deep-json": ("JSON", struct.pack("<Q", 2**20) + b"[" * 2**20 + data),
         "list-header": ("not a JSON object", struct.pack("<Q", 2) + b"[]" + data),
         "not-utf8": ("its header is not", struct.pack("<Q", 4) + b'{"\xff' + data),
         "not-finite": ("NaN or infinity", bytes(not_finite)),
@@ -134,12 +135,12 @@ def bad_adapters(manifest: Manifest, folder: Path) -> dict[str, tuple[str, bytes
         "doubled-field": ("twice", described_as(twice)),
         "no-metadata": ("its metadata", with_header(lambda h: h.pop("__metadata__"))),
         "other-format": ("its metadata", with_header(lambda h: h["__metadata__"].update(format="pt"))),
-        "later-version": ("version '2'", with_header(lambda h: h["__metadata__"].update(version="2"))),
+        "later-version": ("version '3'", with_header(lambda h: h["__metadata__"].update(version="3"))),
         "no-description": ("no `adapter` description", with_header(lambda h: h["__metadata__"].pop("adapter"))),
         "unknown-tensor": ("unexpected: ", with_header(lambda h: h.update(Q=h.pop("R")))),
         "missing-tensor": ("missing: ", with_header(lambda h: h.pop("R"))),
-        "half-precision": ("declared as F16", tensor("R", dtype="F16")),
-        "other-shape": ("declared as F32", tensor("R", shape=[2, 2, manifest.hidden_size, 2])),
+        "half-precision": ("is declared as", tensor("R", dtype="F16")),
+        "other-shape": ("is declared as", tensor("R", shape=[2, 2, manifest.hidden_size, 2])),
         "overlap": ("", tensor("R", data_offsets=offsets["W"])),
         "offsets-beyond": ("", tensor("R", data_offsets=[offset + 4 for offset in offsets["R"]])),
         "unknown-field": ("unknown fields", described(surprise=1)),
