@@ -9,6 +9,7 @@ import typer
 
 from reft_edge.commands.console import plain_errors, provider_options, split_scale, trusted_keys
 from reft_edge.commands.options import (
+    Adapters,
     Device,
     Folder,
     ProviderOptions,
@@ -27,16 +28,7 @@ def chat(
     adapters: Annotated[
         Path | None, typer.Option(help="A folder of adapter files to switch among.", show_default=False)
     ] = None,
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--adapter",
-            "-a",
-            metavar="FILE[:SCALE]",
-            help="An adapter file to begin with; repeatable.",
-            show_default=False,
-        ),
-    ] = None,
+    adapter: Adapters = None,
     system: Annotated[
         str | None, typer.Option(help="The system prompt.", show_default="the chat template's own")
     ] = None,

@@ -14,7 +14,7 @@ from reft_edge.commands.console import (
     split_scale,
     trusted_keys,
 )
-from reft_edge.commands.options import Json, RequireSigned, Threads
+from reft_edge.commands.options import Adapters, Json, RequireSigned, Threads
 from reft_edge.errors import ReftEdgeError
 
 
@@ -35,16 +35,7 @@ def evaluate_task(
             help='Rows like {"prompt": ..., "answer": ...}, with "choices": [...] too, or {"text": ..., "label": ...}.',
         ),
     ],
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--adapter",
-            "-a",
-            metavar="FILE[:SCALE]",
-            show_default=False,
-            help="An adapter file, scaled if you say so; repeatable.",
-        ),
-    ] = None,
+    adapter: Adapters = None,
     task: Annotated[
         str | None,
         typer.Option(

@@ -12,6 +12,16 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP, show_de
 Folder = Annotated[
     Path, typer.Argument(metavar="DIR", help="A folder that `reft-edge export` wrote.", show_default=False)
 ]
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter",
+        "-a",
+        metavar="FILE[:SCALE]",
+        help="An adapter file, scaled if you say so; repeat it to use several at once.",
+        show_default=False,
+    ),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
 TopK = Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")]

@@ -9,6 +9,7 @@ import typer
 
 from reft_edge.commands.console import plain_errors, print_json, provider_options, split_scale, trusted_keys
 from reft_edge.commands.options import (
+    Adapters,
     Device,
     Folder,
     Json,
@@ -51,16 +52,7 @@ def run(
             show_default=False,
         ),
     ],
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--adapter",
-            "-a",
-            metavar="FILE[:SCALE]",
-            show_default=False,
-            help=("An adapter file, scaled if you say so; repeat it to use several at once."),
-        ),
-    ] = None,
+    adapter: Adapters = None,
     raw: Annotated[
         bool | None,
         typer.Option(

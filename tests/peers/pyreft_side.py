@@ -131,7 +131,7 @@ def load(model_folder, folder):
                 low_rank_dimension=loaded.rotate_layer.weight.shape[1],
                 dtype=torch.float32,
             )
-            exact.load_state_dict(torch.load(path / f"intkey_{key}.bin"))
+            exact.load_state_dict(torch.load(path / f"intkey_{key}.bin", weights_only=True))
             reft_model.interventions[key] = exact
         np.savez(folder / f"{path.name}-fp32.npz", *logits(reft_model, model, tied, count))
 
