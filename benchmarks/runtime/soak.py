@@ -155,6 +155,19 @@ class Soak:
         self.outcomes["refused" if answer.status_code == expected else f"lost: {answer.status_code}"] += 1
 
 
+def wait_for(url: str, seconds: float = 120) -> None:
+    """Until the server answers."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            httpx.get(f"{url}/health").raise_for_status()
+            return
+        except httpx.HTTPError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.1)
+
+
 def growth(samples: list[tuple[int, int]]) -> tuple[int, int]:
     """Resident bytes after the first fifth of the requests, and at most after that."""
     warm = next(size for done, size in samples if done >= samples[-1][0] / 5)
@@ -201,6 +214,7 @@ def main() -> None:
             with console.status("what each request gives alone"):
                 soak.prepare(work)
                 (adapters / "swapped.safetensors").write_bytes(soak.variants[0].read_bytes())
+                wait_for(soak.url)
             started = time.perf_counter()
             with Progress(console=console) as progress:
                 asyncio.run(soak.run(progress))
@@ -215,6 +229,7 @@ def main() -> None:
         "outcomes": dict(sorted(soak.outcomes.items())),
         "memory after a fifth, MB": round(warm / 1e6, 1),
         "most after that, MB": round(most / 1e6, 1),
+        "memory after each tenth, MB": [round(size / 1e6, 1) for _, size in soak.memory[4::5]],
     }
     print(json.dumps(figures, indent=1))
     wrong = [name for name in soak.outcomes if name.startswith("lost") or name == "differs"]
