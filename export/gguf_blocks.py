@@ -1,4 +1,4 @@
-"""Carrying a GGUF's own quantised blocks into the graph, without rounding its weights a second time.
+"""Carrying a GGUF's own quantised blocks into the graph; of its weights only Q4_1's offsets are rounded a second time.
 
 GGUF quantises rows in blocks of 32: Q4_0 as d·(q − 8), Q4_1 as d·q + m, Q8_0 as d·q with signed q (ggml's
 `block_q4_0`, `block_q4_1`, `block_q8_0`). ONNX Runtime's MatMulNBits holds d·(q − z) with a whole zero point z, so the first

@@ -128,9 +128,10 @@ def _assign_in_block(block: nn.Module, name: str, weight: Tensor) -> None:
 def _without_means(weight: Tensor, columns: int) -> Tensor:
     """`[out, columns]` of a matrix that also multiplies the mean of each 32 activations, with further columns
     (`reft_edge.export.gguf_blocks`)."""
-    if weight.shape[1] <= columns:
+    means = columns // 32
+    if weight.shape[1] not in (columns + means, columns + means + -means % 32):
         return weight
-    of_means = weight[:, columns : columns + columns // 32]
+    of_means = weight[:, columns : columns + means]
     return weight[:, :columns] + of_means.repeat_interleave(32, dim=1) / 32
 
 
