@@ -1,16 +1,21 @@
 """The errors that a user can cause and act on."""
 
+LONGEST = 4000
+"""Characters of an error's text."""
+
 
 class ReftEdgeError(Exception):
     """What was wrong, what was expected and what to do; the command line prints it without a traceback.
 
-    As text it has no control characters: errors quote strangers' files, and a terminal would obey what stands there.
+    As text it has no control characters and an end: errors quote strangers' files, and a terminal would obey what stands
+    there. Of one that is longer than LONGEST, the beginning and the end are left.
     """
 
     def __str__(self) -> str:
-        return "".join(
+        text = "".join(
             mark if mark.isprintable() or mark == "\n" else ascii(mark)[1:-1] for mark in super().__str__()
         )
+        return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
 
 
 class AdapterFileError(ReftEdgeError):

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from reft_edge.adapter import Adapter, AdapterConfig
+from reft_edge.adapter import Adapter, AdapterConfig, check_size
 from reft_edge.algebra import Array, Edit, Gate, LayerEdit
 from reft_edge.base import Base
 from reft_edge.errors import ReftEdgeError
@@ -24,8 +24,9 @@ def grouped(edit: Edit) -> Edit:
     Columns that never act are left out, and so are places that have no others.
     """
     spans = list(dict.fromkeys(_canonical(gate.span) for gate in edit.gates if _acts(gate)))
+    number = {span: index for index, span in enumerate(spans)}
     scales = np.array([gate.scale for gate in edit.gates], np.float32)
-    group_of = np.array([spans.index(_canonical(gate.span)) if _acts(gate) else -1 for gate in edit.gates])
+    group_of = np.array([number[_canonical(gate.span)] if _acts(gate) else -1 for gate in edit.gates])
     places: dict[Place, LayerEdit] = {}
     for place, part in edit.places.items():
         groups = group_of[part.gates]
@@ -40,8 +41,9 @@ def grouped(edit: Edit) -> Edit:
 def unfold(edit: Edit, base: Base, prompt_format: str, training: dict[str, Any]) -> Adapter:
     """The edit as a NoDiReFT adapter.
 
-    Raises ReftEdgeError for an edit that never acts, one that acts on unlike components, and a span that no position
-    spec says.
+    Raises ReftEdgeError for an edit that never acts, one that acts on unlike components, a span that no position
+    spec says, a rank beyond the hidden size, and one that padded to its
+    largest rank is too large for a file.
     """
     edit = grouped(edit)
     if not edit.places:
@@ -54,6 +56,12 @@ def unfold(edit: Edit, base: Base, prompt_format: str, training: dict[str, Any])
     counts = {
         place: np.bincount(part.gates, minlength=len(edit.gates)) for place, part in edit.places.items()
     }
+    rank = int(max(count.max() for count in counts.values()))
+    if rank > base.hidden_size:
+        raise ReftEdgeError(
+            f"together they have rank {rank} in one position group, more than the hidden size {base.hidden_size}; merge to "
+            "a smaller one with --rank"
+        )
     positions, tied = describe_spans([gate.span for gate in edit.gates])
     config = AdapterConfig(
         "nodireft",
@@ -62,13 +70,14 @@ def unfold(edit: Edit, base: Base, prompt_format: str, training: dict[str, Any])
         base.hidden_size,
         base.num_layers,
         tuple(sorted(place.layer for place in edit.places)),
-        int(max(count.max() for count in counts.values())),
+        rank,
         positions,
         tied,
         prompt_format=prompt_format,
         training=training,
         component=components[0],
     )
+    check_size(config)
     tensors: dict[str, Array] = {name: np.zeros(shape, np.float32) for name, shape in config.shapes().items()}
     for index, place in enumerate(config.places):
         part = edit.places[place]

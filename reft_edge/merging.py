@@ -126,7 +126,8 @@ def compress(edit: Edit, rank: int) -> tuple[Edit, tuple[Loss, ...], float]:
             q_left, r_left = np.linalg.qr(left)
             q_right, r_right = np.linalg.qr(part.B[columns].T.astype(np.float64))
             u, values, v = np.linalg.svd(r_left @ r_right.T)
-            root = np.sqrt(values[:rank])
+            kept = min(rank, len(values))
+            root = np.sqrt(values[:kept])
             cut, total = float((values[rank:] ** 2).sum()), float((values**2).sum())
             lost, whole = lost + cut, whole + total
             losses.append(
@@ -137,9 +138,9 @@ def compress(edit: Edit, rank: int) -> tuple[Edit, tuple[Loss, ...], float]:
                     LayerEdit(part.A[:, columns], part.b[columns], part.B[columns], part.gates[columns])
                 )
                 continue
-            left = (q_left @ u[:, :rank] * root).astype(np.float32)
-            back = (root[:, None] * v[:rank] @ q_right.T).astype(np.float32)
-            pieces.append(LayerEdit(left[:-1], left[-1], back, np.full(rank, group, np.int64)))
+            left = (q_left @ u[:, :kept] * root).astype(np.float32)
+            back = (root[:, None] * v[:kept] @ q_right.T).astype(np.float32)
+            pieces.append(LayerEdit(left[:-1], left[-1], back, np.full(kept, group, np.int64)))
         places[place] = LayerEdit(
             np.concatenate([piece.A for piece in pieces], axis=1),
             np.concatenate([piece.b for piece in pieces]),

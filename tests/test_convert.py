@@ -316,6 +316,19 @@ BAD_PYREFT = {
         ),
         "ranks",
     ),
+    "rank 0": (
+        lambda f: [
+            torch.save(
+                {"weight": torch.zeros(0, D), "bias": torch.zeros(0), "rotate_layer": torch.zeros(D, 0)}, path
+            )
+            for path in f.glob("*.bin")
+        ],
+        "rank 0",
+    ),
+    "negated": (
+        lambda f: change(first(f), bias=torch.imag(torch.ones(RANK, dtype=torch.cfloat).conj())),
+        "negative bit",
+    ),
     "missing": (lambda f: change(first(f), bias=None), "lacks bias"),
     "unexpected": (lambda f: change(first(f), other=torch.zeros(1)), "unexpected tensors"),
     "nan": (lambda f: change(first(f), bias=torch.full((RANK,), float("nan"))), "NaN"),
@@ -379,6 +392,13 @@ def test_a_bad_folder_is_refused_by_name(tmp_path, monkeypatch, damage):
     with pytest.raises(ReftEdgeError, match=message):
         read(tmp_path / "saved")
     assert not Path("harmed").exists()
+
+
+def test_a_small_tensor_file_cannot_claim_much(tmp_path):
+    """One stored number, spread over a shape that the adapter's may be."""
+    torch.save({"weight": torch.zeros(1, dtype=torch.int8).expand(4096, 4096)}, tmp_path / "x.bin")
+    with pytest.raises(ReftEdgeError, match="more than the file holds"):
+        read_tensors(tmp_path / "x.bin", 1 << 30)
 
 
 def test_an_unlike_option_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 """A merged adapter does what its sources do at once; compression is the best there is and says what it lost."""
 
 import itertools
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from reft_edge.folded import grouped, unfold
 from reft_edge.merging import Source, compress, merge, parse_columns, parse_source, select
 from reft_edge.places import Place
 from reft_edge.positions import Span, describe_spans, parse_positions
-from tests.test_algebra import LAYERS, formula, hidden, make_adapter
+from tests.test_algebra import LAYERS, D, formula, hidden, make_adapter
 
 SPECS = ["f2+l2", "l3", "all", "gen", "all+gen", "f3+l3+gen", "f7|all", "f2+l2|f3|gen"]
 LAYER_SETS = [(0, 2), (1, 2), (2,), (0, 1, 3)]
@@ -69,11 +70,22 @@ def test_a_merged_file_is_its_sources_at_once(tmp_path_factory, sources, seed, n
         with pytest.raises(ReftEdgeError, match="empty"):
             merge([Source(path, 0.0) for path in paths])
         return
-    merged = merge([Source(path, factor) for path, (_, factor) in zip(paths, sources, strict=True)])
+    scaled = [Source(path, factor) for path, (_, factor) in zip(paths, sources, strict=True)]
+    columns = Counter(
+        (place, group) for place, part in grouped(together).places.items() for group in part.gates.tolist()
+    )
+    if len(sources) > 1 and max(columns.values()) > D:
+        with pytest.raises(
+            ReftEdgeError, match="more than the hidden size 12; merge to a smaller one with --rank"
+        ):
+            merge(scaled)
+        merged = merge(scaled, rank=D)
+    else:
+        merged = merge(scaled)
     output = paths[0].parent / "merged.safetensors"
     save_adapter(merged.adapter, output)
     same_edit(fold(load_adapter(output)), together, seed, n)
-    assert merged.error == 0
+    assert merged.error < 1e-6
 
 
 @given(adapter=adapters, seed=st.integers(0, 99), n=st.integers(0, 18))
@@ -186,6 +198,15 @@ def test_an_adapter_merged_with_itself_compresses_without_loss(tmp_path):
     assert merged.adapter.config.rank == 3
     assert merged.error < 1e-6
     same_edit(fold(merged.adapter), fold(load_adapter(paths[0])), 0, 10)
+
+
+def test_more_columns_than_the_hidden_size_compress_to_any_rank(tmp_path):
+    """The map [h, 1] to the edit has at most `hidden_size` singular values, however many columns and whatever --rank."""
+    paths = write(tmp_path, *(make_adapter("nodireft", seed, rank=4) for seed in range(5)))
+    merged = merge([Source(path) for path in paths], rank=15)
+    assert merged.adapter.config.rank == D
+    assert merged.error < 1e-6
+    same_edit(fold(merged.adapter), concat([fold(load_adapter(path)) for path in paths]), 0, 10)
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,8 @@ def from_pyreft(
     ranks = sorted({part["b"].shape[0] for part in parts})
     if len(ranks) > 1:
         raise ReftEdgeError(f"{folder} has interventions of ranks {ranks}; an adapter file has one rank")
+    if ranks == [0]:
+        raise ReftEdgeError(f"{folder} has interventions of rank 0, which change nothing")
     add_bias = intervention == "noreft" and "b2" in parts[0]
     if any(part.keys() != parts[0].keys() for part in parts):
         raise ReftEdgeError(f"{folder} has some interventions with add_bias and some without")

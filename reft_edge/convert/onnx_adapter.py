@@ -17,7 +17,10 @@ from reft_edge.runtime.session import import_onnxruntime
 
 _GATES = ("first", "last", "after", "scale")
 _MAX_SIZE = 1 << 30
+_MAX_GATES = 1 << 12
 _BFLOAT16 = 16
+_WHOLE = (".first", ".last", ".after", ".columns")
+"""Inputs that count tokens or gates."""
 
 
 def from_onnx_adapter(path: Path, manifest: Manifest, raw: bool) -> Adapter:
@@ -91,6 +94,8 @@ def _gates(path: Path, inputs: dict[str, NDArray[Any]]) -> tuple[Gate, ...]:
             f"{path} has no reft.{missing[0]}: it is not a ReFT adapter that `reft-edge pack` wrote"
         )
     count = inputs["reft.first"].size
+    if count > _MAX_GATES:
+        raise ReftEdgeError(f"{path} has {count:,} gates; at most {_MAX_GATES:,} are accepted")
     first, last, after, factor = (
         _take(path, inputs, f"reft.{name}", (1, 1, count)).ravel().tolist() for name in _GATES
     )
@@ -108,6 +113,8 @@ def _take(path: Path, inputs: dict[str, NDArray[Any]], name: str, shape: tuple[i
     if name not in inputs:
         raise ReftEdgeError(f"{path} lacks {name}")
     array = inputs.pop(name)
+    if name.endswith(_WHOLE) and array.dtype.kind not in "iu":
+        raise ReftEdgeError(f"{path}: {name} is {array.dtype}; expected whole numbers")
     if array.shape != shape:
         raise ReftEdgeError(f"{path}: {name} is {list(array.shape)}; expected {list(shape)}")
     return array

@@ -2,6 +2,7 @@
 
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,12 +20,12 @@ def read_tensors(path: Path, limit: int) -> dict[str, Array]:
     """The tensors of a state dict, as float32; whole numbers, which describe, as float32 too.
 
     `limit`: bytes of tensor data that the caller expects at most. Raises ReftEdgeError for a file that is
-    larger, compressed, of torch's old format, or holds anything but dense tensors of numbers; it is loaded
-    with `weights_only=True`.
+    larger, compressed, of torch's old format, or holds anything but dense tensors of numbers, each with bytes of
+    its own in the file; it is loaded with `weights_only=True`.
     """
     try:
-        _check_zip(path, limit)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        limit = min(limit, _check_zip(path, limit))
+        return _arrays(path, torch.load(path, map_location="cpu", weights_only=True), limit)
     except OSError as error:
         raise ReftEdgeError(f"cannot read {path}: {error.strerror or error}") from error
     except zipfile.BadZipFile as error:
@@ -38,6 +39,9 @@ def read_tensors(path: Path, limit: int) -> dict[str, Array]:
     ) as error:  # torch raises RuntimeError, UnpicklingError, KeyError, AttributeError and more
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ReftEdgeError(f"{path} cannot be loaded with weights_only=True: {reason:.200}") from error
+
+
+def _arrays(path: Path, state: Any, limit: int) -> dict[str, Array]:
     if not isinstance(state, dict):
         raise ReftEdgeError(f"{path} holds a {type(state).__name__}; expected a dictionary of tensors")
     tensors: dict[str, Array] = {}
@@ -50,13 +54,14 @@ def read_tensors(path: Path, limit: int) -> dict[str, Array]:
         taken += tensor.numel() * tensor.element_size()
         if taken > limit:
             raise ReftEdgeError(
-                f"{path}: {name:.80} claims {list(tensor.shape)} numbers, more than the file's shapes allow"
+                f"{path}: {name:.80} claims {list(tensor.shape)} numbers, more than the file holds or its shapes allow"
             )
         tensors[name] = np.ascontiguousarray(tensor.detach().to(torch.float32).numpy())
     return tensors
 
 
-def _check_zip(path: Path, limit: int) -> None:
+def _check_zip(path: Path, limit: int) -> int:
+    """The file's size in bytes, once that and its layout are plausible."""
     size = path.stat().st_size
     if size > limit + _SLACK:
         raise ReftEdgeError(
@@ -71,3 +76,4 @@ def _check_zip(path: Path, limit: int) -> None:
         pickles = [entry.file_size for entry in entries if entry.filename.endswith(".pkl")]
         if len(pickles) != 1 or pickles[0] > _MAX_PICKLE or sum(entry.file_size for entry in entries) > size:
             raise ReftEdgeError(f"{path} is not laid out as torch.save writes a few tensors; not unpacked")
+    return size
