@@ -122,6 +122,11 @@ def _remove_leftovers(target: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def name_to_store(path: Path) -> str:
+    """A file's name for an adapter's description: at most 200 characters, and UTF-8 whatever bytes the name has."""
+    return path.name[:200].encode(errors="replace").decode()
+
+
 def sha256_of(path: Path) -> str:
     """Hex SHA-256 of a file's content, read in pieces."""
     digest = hashlib.sha256()

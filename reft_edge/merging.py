@@ -16,6 +16,7 @@ from reft_edge.adapter import HEAD, Adapter, fold, load_adapter, save_adapter
 from reft_edge.algebra import Edit, LayerEdit, concat, scale
 from reft_edge.base import Base
 from reft_edge.errors import BaseMismatchError, ReftEdgeError
+from reft_edge.files import name_to_store
 from reft_edge.folded import grouped, unfold
 from reft_edge.places import Place
 from reft_edge.positions import group_names
@@ -178,7 +179,7 @@ def merge(sources: Sequence[Source], rank: int | None = None, raw: bool | None =
     training: dict[str, Any] = {
         "merged": [
             {
-                "name": source.path.name[:200],
+                "name": name_to_store(source.path),
                 "intervention": adapter.config.intervention,
                 "scale": source.scale,
                 "columns": source.columns,

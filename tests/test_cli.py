@@ -239,6 +239,9 @@ def test_split_scale(tmp_path):
     assert split_scale(str(odd)) == (odd, 1.0)
     with pytest.raises(ReftEdgeError, match="cannot read the scale"):
         split_scale("a.safetensors:half")
+    for scale in ("nan", "inf", "1e999"):
+        with pytest.raises(ReftEdgeError, match="not a finite number"):
+            split_scale(f"a.safetensors:{scale}")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

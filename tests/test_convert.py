@@ -21,13 +21,14 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from reft_edge.adapter import Adapter, fold, load_adapter, save_adapter
-from reft_edge.algebra import concat, scale
+from reft_edge.algebra import Edit, Gate, LayerEdit, concat, scale
 from reft_edge.base import Base
 from reft_edge.cli import app
 from reft_edge.convert.control_vector import (
     constant_edit,
     from_control_vector,
     read_control_vector,
+    to_control_vector,
     write_control_vector,
 )
 from reft_edge.convert.files import Given, convert
@@ -39,6 +40,7 @@ from reft_edge.errors import ReftEdgeError
 from reft_edge.folded import unfold
 from reft_edge.interventions import Interventions
 from reft_edge.manifest import load_manifest, save_manifest
+from reft_edge.places import Place
 from reft_edge.positions import Span, active
 from reft_edge.runtime import SteeredModel
 from reft_edge.runtime.pack import pack_adapter
@@ -497,6 +499,14 @@ def random_directions(layers=(3, 1), seed=0) -> dict[int, np.ndarray]:
     return {layer: random.normal(size=D).astype(np.float32) for layer in layers}
 
 
+def test_an_adapter_without_any_direction_is_refused(tmp_path):
+    adapter = make_adapter("steering", positions="all+gen", tied=True, layers=(0,))
+    adapter.tensors["v"][:] = 0
+    with pytest.raises(ReftEdgeError, match="adds nothing"):
+        to_control_vector(adapter, tmp_path / "v.gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_direction_n_is_the_output_of_block_n(tmp_path):
     directions = random_directions()
     write_theirs(tmp_path / "v.gguf", directions)
@@ -691,6 +701,24 @@ BAD_PACKED = {
     ),
     "another size": (lambda p: packed_parameters(p, **{A: np.zeros((1, 65, 3), np.float32)}), "0.A is"),
     "columns": (lambda p: packed_parameters(p, **{COLUMNS: np.full(6, 7)}), "points beyond"),
+    "columns in halves": (
+        lambda p: packed_parameters(p, **{COLUMNS: np.full(6, 0.5, np.float32)}),
+        "expected whole numbers",
+    ),
+    "no number of tokens": (
+        lambda p: packed_parameters(p, reft__first=np.full((1, 1, 2), np.nan, np.float32)),
+        "expected whole numbers",
+    ),
+    "many gates": (
+        lambda p: packed_parameters(
+            p,
+            reft__first=np.arange(1, 5001).reshape(1, 1, -1),
+            reft__last=np.zeros((1, 1, 5000), np.int64),
+            reft__after=np.zeros((1, 1, 5000), np.int64),
+            reft__scale=np.ones((1, 1, 5000), np.float32),
+        ),
+        "5,000 gates",
+    ),
     "a part gone": (lambda p: packed_parameters(p, reft__layers__0__b=None), "lacks reft.layers.0.b"),
     "other ports": (lambda p: packed_parameters(p, lora__A=np.zeros(1, np.float32)), "lora.A"),
     "nan": (lambda p: packed_parameters(p, **{A: np.full((1, 64, 6), np.nan, np.float32)}), "NaN"),
@@ -705,6 +733,24 @@ def test_a_bad_packed_adapter_is_refused_by_name(device_folder, tmp_path, damage
     spoil(path)
     with pytest.raises(ReftEdgeError, match=message):
         from_onnx_adapter(path, load_manifest(device_folder / "export"), raw=True)
+
+
+def test_what_padding_would_blow_up_is_refused():
+    """4,096 groups at one place and 500 columns in one group at another: 10 MB of numbers, 8 GB in a file."""
+    gates = tuple(Gate(Span(first=number)) for number in range(1, 4097))
+    ones = np.ones((500, 500), np.float32)
+    many = np.arange(4096)
+    places = {
+        Place(0): LayerEdit(
+            np.ones((500, 4096), np.float32),
+            np.ones(4096, np.float32),
+            np.ones((4096, 500), np.float32),
+            many,
+        ),
+        Place(1): LayerEdit(ones, ones[0], ones, np.zeros(500, np.int64)),
+    }
+    with pytest.raises(ReftEdgeError, match=r"takes .* bytes as float32; at most"):
+        unfold(Edit(500, gates, places), Base("b", "0", 500, 2), "raw", {})
 
 
 # ---- the command ----
@@ -753,6 +799,9 @@ def test_the_command_with_control_vectors_and_packed_files(device_folder, tmp_pa
     assert "control vectors act on every token" in out
     assert "steering of rank 1 at 1 layers, positions all+gen, tied" in out
     call("convert", "v.safetensors", "-o", "w.gguf")
+    for needless in (("--positions", "l3"), ("--act-fn", "relu"), ("--raw",), ("--chat",), ("--for", folder)):
+        assert needless[0] in call("convert", "v.safetensors", "-o", "x.gguf", *needless, code=1)
+    assert not Path("x.gguf").exists()
     assert np.array_equal(read_control_vector(Path("w.gguf"), base.hidden_size, base.num_layers)[1], vector)
     assert "--for DIR" in call("convert", "v.safetensors", "-o", "v.onnx_adapter", code=1)
     call("convert", "v.safetensors", "-o", "v.onnx_adapter", "--for", folder)

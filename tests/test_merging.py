@@ -1,6 +1,7 @@
 """A merged adapter does what its sources do at once; compression is the best there is and says what it lost."""
 
 import itertools
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -190,6 +191,17 @@ def test_compression_is_the_best_of_its_rank_and_says_what_it_lost(seed, rank, n
     np.testing.assert_allclose(error, np.sqrt(lost / whole), atol=1e-6)
     if rank >= 9:
         same_edit(small, edit, seed, n)
+
+
+def test_a_source_whose_name_is_no_utf8(tmp_path):
+    path = tmp_path / os.fsdecode(b"caf\xe9.safetensors")
+    try:
+        save_adapter(make_adapter("loreft"), path)
+    except ReftEdgeError:
+        pytest.skip("this file system has no such names")
+    save_adapter(merge([Source(path, 0.5)]).adapter, tmp_path / "merged.safetensors")
+    merged = load_adapter(tmp_path / "merged.safetensors").config.training["merged"]
+    assert merged[0]["name"] == "caf?.safetensors"
 
 
 def test_an_adapter_merged_with_itself_compresses_without_loss(tmp_path):

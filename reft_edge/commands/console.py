@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -123,11 +124,17 @@ def trusted_keys(path: Path | None) -> "TrustedKeys | None":
 
 
 def split_scale(text: str) -> tuple[Path, float]:
-    """`task.safetensors:0.5` as path and scale; 1 if there is none. Raises ReftEdgeError for a scale that is no number."""
+    """`task.safetensors:0.5` as path and scale; 1 if there is none.
+
+    Raises ReftEdgeError for a scale that is no finite number.
+    """
     path, colon, factor = text.rpartition(":")
     if not colon or Path(text).exists() or "/" in factor or "\\" in factor:
         return Path(text), 1.0
     try:
-        return Path(path), float(factor)
+        scale = float(factor)
     except ValueError as error:
         raise ReftEdgeError(f"cannot read the scale {factor!r} of {text}; write FILE or FILE:0.5") from error
+    if not math.isfinite(scale):
+        raise ReftEdgeError(f"the scale of {text} is not a finite number")
+    return Path(path), scale

@@ -20,7 +20,7 @@ from reft_edge.adapter import Adapter, AdapterConfig, fold
 from reft_edge.algebra import Array
 from reft_edge.base import Base
 from reft_edge.errors import ReftEdgeError
-from reft_edge.files import write_atomically
+from reft_edge.files import name_to_store, write_atomically
 from reft_edge.folded import grouped
 from reft_edge.places import Place
 from reft_edge.positions import UNLIMITED
@@ -51,7 +51,7 @@ def from_control_vector(path: Path, base: Base, raw: bool, positions: str = EVER
         positions,
         tied="+" in positions and "|" not in positions,
         prompt_format="raw" if raw else "chat",
-        training={"converted": {"from": "gguf", "name": path.name[:200]}},
+        training={"converted": {"from": "gguf", "name": name_to_store(path)}},
     )
     groups = len(config.spans)
     vectors = np.stack([directions[layer] for layer in config.layers])[:, None, None]
@@ -111,6 +111,8 @@ def constant_edit(adapter: Adapter) -> dict[int, Array]:
             "the adapter edits layer 0, which no control vector can: llama.cpp refuses direction.0"
         )
     vectors.pop(0, None)
+    if not vectors:
+        raise ReftEdgeError("the adapter adds nothing at any layer that a control vector can steer")
     return vectors
 
 

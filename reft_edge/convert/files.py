@@ -55,6 +55,9 @@ def convert(
         raise ReftEdgeError(
             f"{source} and {output} are both adapter files; give a {GGUF} or {PACKED} file, or a folder for pyreft"
         )
+    _refuse(given, source, "positions", "act_fn", "intervention", "raw", "model")
+    if output.suffix != PACKED and given.folder is not None:
+        raise ReftEdgeError(f"{source} says which base it is for; --for DIR is for {PACKED} files")
     adapter = load_adapter(path)
     if output.suffix == GGUF:
         from reft_edge.convert.control_vector import to_control_vector
@@ -117,9 +120,8 @@ def _raw(given: Given, source: str) -> bool:
 
 def _refuse(given: Given, source: str, *options: str) -> None:
     if needless := [name for name in options if getattr(given, name) is not None]:
-        raise ReftEdgeError(
-            f"{source} already says what --{needless[0].replace('_', '-')} would; leave the option out"
-        )
+        option = "raw/--chat" if needless[0] == "raw" else needless[0].replace("_", "-")
+        raise ReftEdgeError(f"{source} already says what --{option} would; leave the option out")
 
 
 def _pyreft_folder(source: str, report: Callable[[str], None]) -> Path:

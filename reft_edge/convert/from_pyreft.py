@@ -23,6 +23,7 @@ from reft_edge.algebra import Array
 from reft_edge.base import Base
 from reft_edge.convert.tensor_file import read_tensors
 from reft_edge.errors import ReftEdgeError
+from reft_edge.files import name_to_store
 from reft_edge.interventions import activation
 from reft_edge.positions import UNLIMITED, parse_positions
 
@@ -152,7 +153,7 @@ def from_pyreft(
         act_fn,
         add_bias,
         "raw" if asked.raw else "chat",
-        {"converted": {"from": "pyreft", "name": folder.name[:200], "intervention": intervention}},
+        {"converted": {"from": "pyreft", "name": name_to_store(folder), "intervention": intervention}},
         component=component,
     )
     if any(span.first > 0 or 0 < span.last < UNLIMITED for span in config.spans):

@@ -10,6 +10,7 @@ from reft_edge.adapter import Adapter
 from reft_edge.algebra import Edit, Gate, LayerEdit
 from reft_edge.base import Base
 from reft_edge.errors import ReftEdgeError
+from reft_edge.files import name_to_store
 from reft_edge.folded import unfold
 from reft_edge.manifest import Manifest
 from reft_edge.positions import Span
@@ -57,7 +58,7 @@ def from_onnx_adapter(path: Path, manifest: Manifest, raw: bool) -> Adapter:
     if not all(np.isfinite(array).all() for part in places.values() for array in (part.A, part.b, part.B)):
         raise ReftEdgeError(f"{path} holds NaN or infinity")
     base = Base(manifest.base_name, manifest.base_fingerprint, manifest.hidden_size, manifest.num_layers)
-    training = {"converted": {"from": "onnx_adapter", "name": path.name[:200]}}
+    training = {"converted": {"from": "onnx_adapter", "name": name_to_store(path)}}
     return unfold(Edit(manifest.hidden_size, gates, places), base, "raw" if raw else "chat", training)
 
 
