@@ -49,7 +49,10 @@ def replace_file(path: Path, content: bytes, temporary: Path) -> None:
     """
     try:
         make_folder(path.parent)
-        with temporary.open("wb") as file:
+        temporary.unlink(
+            missing_ok=True
+        )  # never written through: it may be a link, or another name of `path`
+        with temporary.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

@@ -142,6 +142,8 @@ def generate_key(
         from cryptography.hazmat.primitives import serialization
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     _check_name(name)
+    if not path.name:
+        raise ReftEdgeError(f"{path} is a folder; give the name of the private key's file")
     public_path = path.with_suffix(".pub")
     if path == public_path:
         raise ReftEdgeError(
@@ -156,7 +158,11 @@ def generate_key(
     content = private.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
     _write_private(path, content)
     key = TrustedKey(name, PrivateKey(private).public, expires)
-    write_atomically(public_path, f"{key.line}\n".encode())
+    try:
+        write_atomically(public_path, f"{key.line}\n".encode())
+    except BaseException:
+        path.unlink()  # nobody has the key yet, and half a pair would stand in the way of the next attempt
+        raise
     return key
 
 

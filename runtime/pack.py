@@ -3,13 +3,13 @@
 Such a runtime sets no prompt length: a position spec is right for the first prompt of a conversation, given in one run.
 """
 
-import os
 import tempfile
 from pathlib import Path
 
 from reft_edge.adapter import fold, load_adapter
 from reft_edge.algebra import scale
 from reft_edge.errors import ReftEdgeError
+from reft_edge.files import write_atomically
 from reft_edge.manifest import load_manifest
 from reft_edge.runtime.binding import port_inputs
 from reft_edge.runtime.session import HOST_TYPES, import_onnxruntime, ort_value
@@ -35,14 +35,9 @@ def pack_adapter(adapter_path: Path, folder: Path, output: Path, factor: float =
     packed.set_model_version(1)
     bf16 = manifest.float_type == "bf16"
     packed.set_parameters({name: ort_value(array, bf16) for name, array in inputs.items()})
-    try:
-        handle, temporary = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}.")
-        os.close(handle)
-    except OSError as error:
-        raise ReftEdgeError(f"cannot write {output}: {error.strerror}") from error
-    try:
-        packed.export_adapter(temporary)
-        os.replace(temporary, output)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-    return output.stat().st_size
+    with tempfile.TemporaryDirectory() as folder_of_one:
+        temporary = Path(folder_of_one) / "packed"
+        packed.export_adapter(str(temporary))
+        content = temporary.read_bytes()
+    write_atomically(output, content)
+    return len(content)

@@ -99,9 +99,11 @@ def test_mistakes_are_told_and_a_failed_adapter_fails_the_command(task, tmp_path
         (("push", task, task, repository), "same name"),
         (("push", task, repository, "--name", "../x"), "cannot be an adapter's name"),
         (("push", task, "http://example.com/"), "push to a folder"),
-        (("rollback", store, "task"), "keeps no earlier version"),
+        (("rollback", store, "task"), "there is no folder"),
     ):
         assert message in call(*arguments, ok=False).stderr.replace("\n", " ")
+    store.mkdir()
+    assert "keeps no earlier version" in call("rollback", store, "task", ok=False).stderr
     task_content = task.read_bytes()
     task.write_bytes(b"torn")
     assert "not a usable adapter" in call("push", task, repository, ok=False).stderr
@@ -113,6 +115,9 @@ def test_mistakes_are_told_and_a_failed_adapter_fails_the_command(task, tmp_path
     assert "has another content" in failed.stderr
     assert call("list", store).stdout == f"there are no adapters in {store}\n"
     call("push", task, repository, "--name", "other")
+    assert "--trusted is for a store" in call("list", repository, "--trusted", "x", ok=False).stderr.replace(
+        "\n", " "
+    )
     for version, message in ((1, "2 adapters have a version 1; name one"), (7, "no adapter has a version 7")):
         assert message in call("pull", repository, "--version", version, "-s", store, ok=False).stderr
     assert (

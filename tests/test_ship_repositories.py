@@ -35,7 +35,16 @@ from reft_edge.signing import generate_key, load_private_key, load_trusted, sign
 from tests.servers import Answer, Hub, Registry, Server, StaticServer
 from tests.test_algebra import make_adapter
 
-NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", fullmatch=True)
+
+def is_name(name: object) -> bool:
+    try:
+        check_name(name)
+    except ReftEdgeError:
+        return False
+    return True
+
+
+NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", fullmatch=True).filter(is_name)
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=200).filter(str.isprintable)
 RELEASES = st.builds(
     Release,
@@ -106,11 +115,34 @@ def test_names_are_one_plain_part_of_a_path(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["", ".", "..", "../x", "a/b", "a\\b", "/etc/passwd", ".hidden", "a\n", "a:b", "é", "a" * 101, 7, None],
+    [
+        *[
+            "",
+            ".",
+            "..",
+            "../x",
+            "a/b",
+            "a\\b",
+            "/etc/passwd",
+            ".hidden",
+            "a\n",
+            "a:b",
+            "é",
+            "a" * 101,
+            7,
+            None,
+        ],
+        *["a.", "index.json", "Index.JSON", "nul", "CON.x", "com1"],
+    ],
 )
 def test_names_that_are_refused(name: object) -> None:
     with pytest.raises(ReftEdgeError, match="cannot be an adapter's name"):
         check_name(name)
+
+
+@pytest.mark.parametrize("name", ["a", "7", "a" * 100, "a.b-c_d", "index", "null", "console.x", "a_", "a-"])
+def test_names_that_are_taken(name: str) -> None:
+    check_name(name)
 
 
 ENTRY = {
@@ -338,6 +370,10 @@ def test_unencrypted_connections_to_others_are_refused(store):
         "oci://Host/Upper",
         "oci://h/a:b:c",
         "oci://h/../a",
+        "oci://[::::]/a",
+        "https://[bad",
+        "https://h:abc/",
+        "https://h\x07/",
     ],
 )
 def test_addresses_that_are_refused(address: str) -> None:
@@ -364,6 +400,21 @@ def test_redirects_are_followed_without_the_token(site, store, adapters, monkeyp
         assert pull(open_repository(site.url), store)[0].status == "installed"
         assert all(headers["authorization"] == "Bearer secret" for _, _, headers in site.requests)
         assert [headers.get("authorization") for _, _, headers in other.requests] == [None]
+
+
+def test_one_refusal_does_not_cost_the_token(site, store, adapters, monkeypatch):
+    monkeypatch.setenv("REFT_EDGE_TOKEN", " secret\n")
+    push(FolderRepository(site.folder), adapters[1], "another")
+    site.failures = [Answer(401)]
+    assert [one.status for one in pull(open_repository(site.url), store)] == ["failed", "installed"]
+    assert {headers.get("authorization") for _, _, headers in site.requests} == {"Bearer secret"}
+
+
+@pytest.mark.parametrize("token", ["tök", "a\nb"])
+def test_a_token_that_no_header_can_carry(site, monkeypatch, token):
+    monkeypatch.setenv("REFT_EDGE_TOKEN", token)
+    with pytest.raises(ReftEdgeError, match="REFT_EDGE_TOKEN is no bearer token"):
+        open_repository(site.url)
 
 
 def test_redirects_are_bounded_and_stay_encrypted(site):

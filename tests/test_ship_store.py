@@ -128,6 +128,49 @@ def test_the_newest_is_installed_only_where_it_is_newer(repository, store, conte
     assert statuses(repository, store, "task", version=1) == [("installed", 1, 2)]
 
 
+def test_what_is_older_than_what_was_rolled_back_is_not_installed(repository, store, contents):
+    """The version between is no newer one, and it was never here."""
+    push(repository, contents[0])
+    pull(repository, store)
+    push(repository, contents[1])
+    index = (repository.folder / "index.json").read_bytes()
+    push(repository, contents[2])
+    pull(repository, store)
+    assert store.rollback("task")[1].version == 1
+    (repository.folder / "index.json").write_bytes(index)
+    kept = pull(repository, store)[0]
+    assert (kept.status, kept.version, kept.installed) == ("kept", 2, 1)
+    assert "version 3 was rolled back here" in kept.reason
+    assert statuses(repository, store, "task", version=2) == [("installed", 2, 1)]
+
+
+def test_a_leftover_is_never_written_through(repository, store, contents, tmp_path):
+    """What stands where a new file is made may be a link, or the same file as the installed one."""
+    push(repository, contents[0])
+    pull(repository, store)
+    push(repository, contents[1])
+    new, other = store.folder / HIDDEN / "task" / "new", tmp_path / "other"
+    other.write_bytes(b"another's")
+    new.symlink_to(other)
+    assert statuses(repository, store) == [("installed", 2, 1)]
+    assert other.read_bytes() == b"another's"
+
+
+def test_links_out_of_the_store_are_not_its_adapters(store, contents, tmp_path):
+    store.folder.mkdir()
+    (tmp_path / "elsewhere.safetensors").write_bytes(contents[0])
+    store.path("inside").write_bytes(contents[0])
+    store.path("link").symlink_to(store.path("inside"))
+    store.path("evil").symlink_to(tmp_path / "elsewhere.safetensors")
+    assert store.names() == ["inside", "link"]
+
+
+def test_rollback_makes_no_store(store):
+    with pytest.raises(ReftEdgeError, match="there is no folder"):
+        store.rollback("task")
+    assert not store.folder.exists()
+
+
 def test_a_file_put_there_by_hand_can_be_had_again(repository, store, contents):
     store.folder.mkdir()
     store.path("task").write_bytes(contents[5])

@@ -328,8 +328,21 @@ def test_private_keys_are_kept_private(tmp_path: Path) -> None:
         load_private_key(path)
     with pytest.raises(ReftEdgeError, match="another ending"):
         generate_key(tmp_path / "other.pub", "me")
+    for folder in (Path(), Path("/")):
+        with pytest.raises(ReftEdgeError, match="is a folder"):
+            generate_key(folder, "me")
     with pytest.raises(ReftEdgeError, match="cannot write the private key"):
         generate_key(tmp_path / "none" / "other.key", "me")
+
+
+def test_half_a_pair_does_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise ReftEdgeError("the disk is full")
+
+    monkeypatch.setattr("reft_edge.signing.write_atomically", fail)
+    with pytest.raises(ReftEdgeError, match="the disk is full"):
+        generate_key(tmp_path / "my.key", "me")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_passphrases(tmp_path: Path) -> None:

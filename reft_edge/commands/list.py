@@ -7,6 +7,7 @@ import typer
 
 from reft_edge.commands.console import extra, plain_errors, print_json, table
 from reft_edge.commands.options import Json, PlainHttp
+from reft_edge.errors import ReftEdgeError
 
 
 def list_adapters(
@@ -32,6 +33,11 @@ def list_adapters(
         from reft_edge.shipping.release import INDEX
 
         if "://" in place or (Path(place) / INDEX).is_file():
+            if trusted is not None:
+                raise ReftEdgeError(
+                    f"{place} is a repository, and its index says nothing of signatures; `pull --require-signed` "
+                    "verifies them, and --trusted is for a store"
+                )
             rows, shown = _offered(place, plain_http)
         else:
             rows, shown = _installed(Path(place), trusted)
@@ -40,6 +46,9 @@ def list_adapters(
     elif rows:
         for line in table(shown):
             typer.echo(line)
+        for row in rows:
+            if row.get("problem"):
+                typer.echo(row["problem"])
     else:
         typer.echo(f"there are no adapters in {place}")
 
@@ -71,9 +80,7 @@ def _installed(folder: Path, trusted: Path | None) -> tuple[list[dict[str, objec
                 str(entry.version or "-"),
                 _size(entry.size),
                 _digest(entry.digest),
-                f"{entry.base_name} {entry.base_fingerprint[:16]}"
-                if entry.base_name
-                else f"! {entry.problem}",
+                "unusable" if entry.problem else f"{entry.base_name} {entry.base_fingerprint[:16]}",
                 entry.signature,
                 _trained(entry.accuracy, entry.loss),
                 ", ".join(str(version or "by hand") for version in entry.earlier) or "-",

@@ -37,8 +37,14 @@ class Web:
         challenged: Callable[[str], str | None] = lambda challenge: None,
     ) -> None:
         """`home`: a URL of the repository's server. Headers (lower-case names) named `authorization` go to it alone; where
-        it answers 401, `challenged` may make another of its WWW-Authenticate header."""
-        self.home = httpx.URL(home)
+        it answers 401, `challenged` may make another of its WWW-Authenticate header.
+
+        Raises ReftEdgeError for what is no URL.
+        """
+        try:
+            self.home = httpx.URL(home)
+        except httpx.InvalidURL as error:
+            raise ReftEdgeError(f"{home} is not an address: {error}; give https://HOST/PATH/") from error
         self._plain_http = plain_http
         self._challenged = challenged
         sent = dict(headers or {})
@@ -62,9 +68,10 @@ class Web:
             request = self._client.build_request(method, url, headers=dict(headers or {}), content=content)
             response = self._follow(request)
             if response.status_code == 401 and _origin(response.url) == _origin(self.home):
-                response.close()
-                self._authorization = self._challenged(response.headers.get("www-authenticate", ""))
-                if self._authorization is not None:
+                authorization = self._challenged(response.headers.get("www-authenticate", ""))
+                if authorization is not None:
+                    response.close()
+                    self._authorization = authorization
                     response = self._follow(request)
             try:
                 if response.status_code not in accept:
@@ -128,7 +135,10 @@ class HttpRepository:
     def __init__(
         self, address: str, plain_http: bool = False, headers: Mapping[str, str] | None = None
     ) -> None:
-        parts = urlsplit(address)
+        try:
+            parts = urlsplit(address)
+        except ValueError as error:
+            raise ReftEdgeError(f"{address} is not an address: {error}; give https://HOST/PATH/") from error
         if not parts.hostname or parts.query or parts.fragment or "@" in parts.netloc:
             raise ReftEdgeError(
                 f"{address} is not a repository's address; give https://HOST/PATH/ without a user, ? or #, and a token, "
@@ -137,7 +147,11 @@ class HttpRepository:
         self.address = address
         self._base = address.removesuffix(INDEX).rstrip("/") + "/"
         if headers is None:
-            token = os.environ.get(TOKEN)
+            token = os.environ.get(TOKEN, "").strip()
+            if not token.isascii() or not token.isprintable():
+                raise ReftEdgeError(
+                    f"${TOKEN} is no bearer token: it has other characters than printable ASCII"
+                )
             headers = {"authorization": f"Bearer {token}"} if token else {}
         self._web = Web(self._base, plain_http, headers)
 

@@ -180,6 +180,8 @@ def _reason_to_keep(release: Release, undone: Sequence[Kept], installed: int | N
     install = f"`--version {release.version}` installs it all the same"
     if any(kept.digest == release.digest for kept in undone):
         return f"version {release.version} was rolled back here; {install}"
+    if (latest := max((kept.version for kept in undone), default=0)) >= release.version:
+        return f"the repository's newest is version {release.version}, and version {latest} was rolled back here; {install}"
     if installed is not None and installed == release.version:
         return f"the repository has other content as version {release.version}; {install}"
     if installed is not None and installed > release.version:

@@ -29,7 +29,9 @@ MAX_FILE = (1 << 30) + (2 << 20)
 """Bytes; no adapter file that can be loaded is larger."""
 MAX_VERSION = 10**9
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,98}[A-Za-z0-9_-])?")
+_TAKEN = re.compile(r"index\.json|(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+"""The index's own name, and what Windows takes for devices."""
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
@@ -38,7 +40,7 @@ class Release:
     """One version of one adapter. Raises ReftEdgeError for fields that are not what they should be."""
 
     name: str
-    """Letters, digits, `.`, `_` and `-`, not beginning with one of the last three: it becomes a file's name."""
+    """Letters, digits, `.`, `_` and `-`, beginning with a letter or digit and not ending in `.`: it becomes a file's name."""
     version: int
     """From 1, one more with every release of that name."""
     digest: str
@@ -114,10 +116,10 @@ def read_goods(path: Path, name: str | None = None) -> Goods:
 
 def check_name(name: object) -> None:
     """Raise ReftEdgeError unless `name` can be an adapter's: text that is safe as a file's name everywhere."""
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or _TAKEN.fullmatch(name):
         raise ReftEdgeError(
             f"{name!r:.110} cannot be an adapter's name; expected at most 100 letters, digits, `.`, `_` and `-`, "
-            "the first a letter or digit"
+            f"the first a letter or digit and the last no dot, and neither {INDEX} nor a device's name"
         )
 
 

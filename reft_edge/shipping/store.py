@@ -82,10 +82,17 @@ class DeviceStore:
         self._hidden = folder / HIDDEN
 
     def names(self) -> list[str]:
-        """Names of all adapter files, sorted. Raises ReftEdgeError if there is no such folder."""
-        if not self.folder.is_dir():
-            raise ReftEdgeError(f"there is no folder {self.folder}")
-        found = (path.name for path in self.folder.iterdir() if path.name.endswith(SUFFIX) and path.is_file())
+        """Names of all adapter files, sorted, as the runtime sees them: links out of the folder are none.
+
+        Raises ReftEdgeError if there is no such folder.
+        """
+        self._check_folder()
+        root = self.folder.resolve()
+        found = (
+            path.name
+            for path in self.folder.iterdir()
+            if path.name.endswith(SUFFIX) and path.is_file() and path.resolve().parent == root
+        )
         return sorted(name.removesuffix(SUFFIX) for name in found if name != SUFFIX)
 
     def path(self, name: str) -> Path:
@@ -148,9 +155,10 @@ class DeviceStore:
     def rollback(self, name: str, version: int | None = None) -> tuple[State, Kept]:
         """Install the version before the installed one, or another that is kept; gives what was, and what is now.
 
-        Raises ReftEdgeError if there is none, or its file was damaged.
+        Raises ReftEdgeError if there is none, its file was damaged, or there is no such folder.
         """
         check_name(name)
+        self._check_folder()
         with self.changing():
             before = self.state(name)
             if not before.history:
@@ -178,6 +186,10 @@ class DeviceStore:
         for kept in sorted(last.values(), key=lambda entry: entry.order)[:-KEEP]:
             if kept != state.installed:
                 kept.path.unlink()
+
+    def _check_folder(self) -> None:
+        if not self.folder.is_dir():
+            raise ReftEdgeError(f"there is no folder {self.folder}")
 
     def _target(self, state: State, version: int | None) -> Kept:
         if version is None:
