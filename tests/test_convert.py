@@ -11,6 +11,7 @@ import zipfile
 from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
@@ -836,11 +837,27 @@ def test_an_adapter_on_the_hub(tmp_path, monkeypatch):
             raise OSError("no such repository")
         return str(tmp_path / "saved")
 
+    class Api:
+        def model_info(self, name, files_metadata):
+            if "huge" not in name and "model" not in name:
+                raise ConnectionError("offline, but there may be a copy")
+            files = {"config.json": 10, "pytorch_model.bin": 1 << 40, "notes.txt": None}
+            if "huge" in name:
+                files[f"intkey_{key(0, 0)}.bin"] = 1000
+            listed = [SimpleNamespace(rfilename=name, size=size) for name, size in files.items()]
+            return SimpleNamespace(siblings=listed)
+
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     monkeypatch.setattr("reft_edge.convert.files.find_base", lambda *given: BASE)
     done = convert("someone/steers", tmp_path / "a.safetensors", Given("m", positions="f3+l2", raw=True))
     assert done.adapter.config.intervention == "consreft"
     assert set(asked_for_files) == {"config.json", "*intkey_*.bin", "*pytorch_model.bin"}
+    for name, message in (("some/model", "holds no intkey"), ("some/huge", "bytes to download")):
+        asked_for_files.clear()
+        with pytest.raises(ReftEdgeError, match=message):
+            convert(name, tmp_path / "a.safetensors", Given("m", positions="f3+l2", raw=True))
+        assert not asked_for_files
     with pytest.raises(ReftEdgeError, match="no such repository"):
         convert("someone/else", tmp_path / "a.safetensors", Given("m", positions="f3+l2", raw=True))
 

@@ -1,8 +1,9 @@
 """What a conversion's source and result are, and that all that it needs was given."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 from reft_edge.adapter import Adapter, load_adapter, save_adapter
@@ -10,6 +11,8 @@ from reft_edge.base import find_base
 from reft_edge.errors import ReftEdgeError
 
 OURS, GGUF, PACKED = ".safetensors", ".gguf", ".onnx_adapter"
+_MAX_HUB = 8 << 30
+"""Bytes; DiReFT of a model with 7 billion parameters, untied at every layer, has 4.5 GB, since pyreft stores [d, d] for each."""
 _HUB_FILES = ["config.json", "*intkey_*.bin", "*pytorch_model.bin"]
 
 
@@ -133,9 +136,18 @@ def _pyreft_folder(source: str, report: Callable[[str], None]) -> Path:
             f"cannot convert {source}; give a folder that pyreft wrote or its Hub id, or a file that ends in {GGUF}, "
             f"{PACKED} or {OURS}"
         )
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
 
     report(f"looking up {source} on the Hugging Face Hub")
+    try:
+        sizes = {
+            file.rfilename: file.size or 0
+            for file in HfApi().model_info(source, files_metadata=True).siblings or []
+        }
+    except Exception:  # offline, there may be a copy; else snapshot_download says why
+        sizes = None
+    if sizes is not None:
+        _check_listing(source, sizes)
     try:
         return Path(snapshot_download(source, allow_patterns=_HUB_FILES))
     except Exception as error:  # huggingface_hub and what it stands on raise many kinds
@@ -143,3 +155,16 @@ def _pyreft_folder(source: str, report: Callable[[str], None]) -> Path:
         raise ReftEdgeError(
             f"there is no folder {source}, and it could not be had from the Hub: {reason}"
         ) from error
+
+
+def _check_listing(source: str, sizes: Mapping[str, int]) -> None:
+    """Raise ReftEdgeError, before anything is downloaded, for a repository that is none of pyreft's or a huge one."""
+    wanted = {name: size for name, size in sizes.items() if any(fnmatch(name, glob) for glob in _HUB_FILES)}
+    if not any(fnmatch(name, "*intkey_*.bin") for name in wanted):
+        raise ReftEdgeError(
+            f"{source} on the Hub holds no intkey_*.bin; expected what pyreft's ReftModel.save writes"
+        )
+    if (total := sum(wanted.values())) > _MAX_HUB:
+        raise ReftEdgeError(
+            f"{source} on the Hub has {total:,} bytes to download, more than {_MAX_HUB:,}; look at it first, then give its folder"
+        )

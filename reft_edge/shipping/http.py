@@ -68,9 +68,9 @@ class Web:
             request = self._client.build_request(method, url, headers=dict(headers or {}), content=content)
             response = self._follow(request)
             if response.status_code == 401 and _origin(response.url) == _origin(self.home):
+                response.close()
                 authorization = self._challenged(response.headers.get("www-authenticate", ""))
                 if authorization is not None:
-                    response.close()
                     self._authorization = authorization
                     response = self._follow(request)
             try:

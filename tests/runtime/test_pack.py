@@ -36,6 +36,25 @@ def test_stock_onnxruntime_gives_the_same_logits(device_folder, tmp_path, name):
     assert np.array_equal(found, model.logits(ids.tolist(), name)[0])
 
 
+def test_a_packed_file_has_the_mode_of_any_new_file_and_an_old_one_survives(
+    device_folder, tmp_path, monkeypatch
+):
+    packed, plain = tmp_path / "task.onnx_adapter", tmp_path / "plain"
+    plain.touch()
+    pack_adapter(device_folder / "first.safetensors", device_folder / "export", packed)
+    assert packed.stat().st_mode == plain.stat().st_mode
+    before = packed.read_bytes()
+
+    def fail(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(ReftEdgeError, match="No space left"):
+        pack_adapter(device_folder / "everywhere.safetensors", device_folder / "export", packed)
+    assert packed.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plain", "task.onnx_adapter"]
+
+
 def test_refusals(device_folder, tmp_path):
     with pytest.raises(ReftEdgeError, match="not an exported model"):
         pack_adapter(device_folder / "first.safetensors", tmp_path, tmp_path / "a.onnx_adapter")
