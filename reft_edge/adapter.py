@@ -355,6 +355,8 @@ def _check_layout(header: dict[str, Any], config: AdapterConfig, version: str, d
             raise AdapterFileError(
                 f"tensor {name} is declared as {found:.200}; expected {dtype} {list(shape)}"
             )
+        if unknown := sorted(entry.keys() - {"dtype", "shape", "data_offsets"}):
+            raise AdapterFileError(f"tensor {name} is declared with unknown fields {unknown}")
 
 
 def check_size(config: AdapterConfig) -> None:

@@ -22,6 +22,7 @@ from reft_edge.shipping.oci import parse_manifest, render_manifest
 from reft_edge.shipping.pull import pull
 from reft_edge.shipping.release import (
     MAX_INDEX,
+    MAX_VERSION,
     Release,
     check_name,
     digest_of,
@@ -49,7 +50,7 @@ TEXTS = st.text(st.characters(codec="utf-8"), max_size=200).filter(str.isprintab
 RELEASES = st.builds(
     Release,
     name=NAMES,
-    version=st.integers(1, 10**9),
+    version=st.integers(1, MAX_VERSION),
     digest=st.binary(max_size=9).map(digest_of),
     size=st.integers(1, 1 << 30),
     base_name=TEXTS,

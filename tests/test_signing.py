@@ -188,6 +188,16 @@ def test_changed_descriptions_and_other_metadata(signed: Path, trusted: TrustedK
     refused(signed, trusted, "was changed after fleet signed it")
 
 
+def test_a_tensor_s_declaration_has_no_room_for_what_is_not_signed(
+    signed: Path, trusted: TrustedKeys
+) -> None:
+    header, data = parts(signed)
+    header["R"]["note"] = "added"
+    rewrite(signed, header, data)
+    with pytest.raises(AdapterFileError, match=r"tensor R is declared with unknown fields \['note'\]"):
+        verify(signed, trusted, NOW)
+
+
 @pytest.mark.parametrize(
     "entry",
     [

@@ -27,7 +27,7 @@ MAX_INDEX = 3 << 19
 """Bytes; room for about 7,000 releases; a hostile one of that size takes under 64 MB to refuse."""
 MAX_FILE = (1 << 30) + (2 << 20)
 """Bytes; no adapter file that can be loaded is larger."""
-MAX_VERSION = 10**9
+MAX_VERSION = 10**9 - 1
 
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,98}[A-Za-z0-9_-])?")
 _TAKEN = re.compile(r"index\.json|(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
