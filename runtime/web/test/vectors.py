@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime
+from onnx import helper, numpy_helper
 
 from reft_edge.adapter import INTERVENTIONS, Adapter, AdapterConfig, fold, load_adapter, save_adapter
 from reft_edge.errors import ReftEdgeError
@@ -231,6 +234,49 @@ def spans(spec: str, tied: bool) -> dict[str, Any]:
         return {"spec": spec, "tied": tied, "error": str(error)}
 
 
+PRODUCTS = {
+    # name: depth, width, bits, block size, whether zero points are given
+    "whole-blocks": (64, 24, 4, 32, True),
+    "odd-blocks": (96, 24, 4, 32, True),
+    "part-block": (75, 17, 4, 32, True),
+    "no-zero-points": (64, 24, 4, 16, False),
+    "eight-bits": (80, 19, 8, 32, True),
+    "eight-bits-no-zero-points": (64, 24, 8, 32, False),
+}
+
+
+def products(path: Path) -> dict[str, Any]:
+    """A model of products with packed weights, an input `NAME.x` and an output `NAME.y` each, and what they give."""
+    random = np.random.default_rng(0)
+    nodes, values, inputs, outputs, feeds = [], [], [], [], {}
+    for name, (depth, width, bits, block, zero_points) in PRODUCTS.items():
+        blocks = -(-depth // block)
+        packed = {
+            "q": random.integers(0, 256, (width, blocks, block * bits // 8), np.uint8),
+            "s": random.uniform(0.01, 0.1, (width, blocks)).astype(np.float32),
+        }
+        if zero_points:
+            packed["z"] = random.integers(0, 256, (width, -(-blocks * bits // 8)), np.uint8)
+        values += [numpy_helper.from_array(value, f"{name}.{part}") for part, value in packed.items()]
+        nodes.append(
+            helper.make_node(
+                "MatMulNBits", [f"{name}.x", *(f"{name}.{part}" for part in packed)], [f"{name}.y"],
+                name, domain="com.microsoft", K=depth, N=width, bits=bits, block_size=block, accuracy_level=1,
+            )
+        )  # fmt: skip
+        feeds[f"{name}.x"] = random.standard_normal((1, 3, depth)).astype(np.float32)
+        inputs.append(helper.make_tensor_value_info(f"{name}.x", onnx.TensorProto.FLOAT, [1, 3, depth]))
+        outputs.append(helper.make_tensor_value_info(f"{name}.y", onnx.TensorProto.FLOAT, [1, 3, width]))
+    graph = helper.make_graph(nodes, "products", inputs, outputs, values)
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
+    given = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, feeds)
+    return {
+        name: {"x": feeds[f"{name}.x"].ravel().tolist(), "y": y.ravel().tolist()}
+        for name, y in zip(PRODUCTS, given, strict=True)
+    }
+
+
 def main(export: Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     manifest = load_manifest(export)
@@ -260,6 +306,7 @@ def main(export: Path, out: Path) -> None:
             [float(number), int(half)]
             for number, half in zip(halves, halves.astype(np.float16).view(np.uint16), strict=True)
         ]
+    vectors["products"] = products(out / "products.onnx")
     (out / "vectors.json").write_text(json.dumps(vectors))
 
 
