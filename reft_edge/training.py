@@ -1,6 +1,7 @@
 """Training an adapter: the base stays frozen, the loss is taken on completions only."""
 
 import dataclasses
+import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -174,6 +175,8 @@ class Trainer:
     processes: Processes = ALONE
     profile: Profile | None = None
     step: int = 0
+    between_steps: bool = True
+    """Whether parameters, moments, losses and `step` belong together: not while the optimiser moves them."""
 
     def __post_init__(self) -> None:
         self.objective = objective_of(self.data, self.settings.beta)
@@ -214,12 +217,14 @@ class Trainer:
                     f"the loss is {loss} at step {self.step + 1}; lower the learning rate (--lr)"
                 )
             self._enter("optimiser")
+            self.between_steps = False
             nn.utils.clip_grad_norm_(self.interventions.parameters(), self.settings.clip)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             self._enter("other")
             self.step += 1
             self.losses.append(loss)
+            self.between_steps = True
             if self.step % CHECK_EVERY == 0 or self.step == self.steps:
                 self.interventions.check_sound()
             tokens = self.objective.tokens(rows)
@@ -304,14 +309,15 @@ def train(
     With `base_weights`, a folder that this model was exported to, the model is given that folder's 16-bit or quantised
     weights first, so that the adapter is trained on what it will meet on the device.
 
-    A checkpoint beside `output` is written every `save_every` steps and when interrupted, and removed at the end;
-    `resume` continues from it. Raises ReftEdgeError for settings the model cannot follow, a checkpoint of another
+    A checkpoint beside `output` is written every `save_every` steps, after the last one and when interrupted, and removed
+    once `output` is written; `resume` continues from it. Raises ReftEdgeError for settings the model cannot follow, a checkpoint of another
     training, or a loss that is not finite.
     """
     started = time.perf_counter()
-    if not output.parent.is_dir():
-        raise ReftEdgeError(f"the folder of {output} does not exist; make it first")
+    if save_every < 1:
+        raise ReftEdgeError(f"save_every is {save_every}; expected 1 or more")
     processes = execution.processes
+    processes.from_main(lambda: _check_place(output))
     place = execution.place()
     labels = data.labels if isinstance(data, LabelledTexts) else ()
     config = adapter_config(model, base_name, settings, labels)
@@ -337,6 +343,7 @@ def train(
             "settings": dataclasses.asdict(settings),
             "data": data.digest,
             "base": config.base_fingerprint,
+            "rows": _digest(data.examples),
             "weights": weights,
         },
     )
@@ -351,8 +358,10 @@ def train(
         )
 
     def after_step(step: StepReport) -> None:
-        if processes.main and step.step % save_every == 0 and step.step < step.steps:
-            checkpoint.save(trainer.state(), trainer.step)
+        if step.step % save_every == 0 or step.step == step.steps:
+            trainer.interventions.check_sound()
+            if processes.main:
+                checkpoint.save(trainer.state(), trainer.step)
         on_step(step)
 
     with (
@@ -365,7 +374,7 @@ def train(
             with watched(model, steering, trainer.profile) if trainer.profile else nullcontext():
                 trainer.run(steering, after_step)
         except KeyboardInterrupt:
-            if trainer.step and processes.main:
+            if trainer.step and trainer.between_steps and processes.main:
                 checkpoint.save(trainer.state(), trainer.step)
                 report(f"saved a checkpoint after step {trainer.step}; --resume continues from it")
             raise
@@ -402,12 +411,15 @@ def train(
     if weights:
         provenance["base_weights"] = weights
     adapter = trainer.interventions.to_adapter(dataclasses.replace(config, training=provenance))
-    processes.from_main(lambda: save_adapter(adapter, output))
-    if processes.main:
+
+    def save() -> int:
+        save_adapter(adapter, output)
         checkpoint.path.unlink(missing_ok=True)
+        return output.stat().st_size
+
     return TrainResult(
         output,
-        output.stat().st_size,
+        processes.from_main(save),
         adapter.num_parameters,
         base_parameters,
         trainer.steps,
@@ -417,6 +429,21 @@ def train(
         accuracy,
         trainer.profile.a_step() if trainer.profile else None,
     )
+
+
+def _check_place(output: Path) -> None:
+    if not output.parent.is_dir():
+        raise ReftEdgeError(f"the folder of {output} does not exist; make it first")
+    if output.is_dir():
+        raise ReftEdgeError(f"{output} is a folder; give the adapter file a name of its own")
+
+
+def _digest(rows: Sequence[Any]) -> str:
+    """Of the rows as they are trained on: tokenised, cut or left out."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr(row).encode())
+    return digest.hexdigest()
 
 
 def adapter_config(
@@ -596,7 +623,7 @@ def torch_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ReftEdgeError(
-            f"cannot train on device {name!r}: {reason}; leave --device out to choose"
+            f"cannot compute on device {name!r}: {reason}; leave --device out to choose"
         ) from error
     return device
 

@@ -1,5 +1,6 @@
 """Training on a tiny model: what is learnt, what stays frozen, and what a kill cannot lose."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -185,6 +186,61 @@ def test_an_interrupt_saves_the_last_step(model, data, tmp_path):
     assert steps == [5, 6]
 
 
+def test_an_interrupt_inside_the_optimiser_saves_nothing_that_is_half_a_step(
+    model, data, tmp_path, monkeypatch
+):
+    """The parameters have moved, the step is not counted yet: the checkpoint before it is what goes on."""
+    run(model, data, tmp_path / "whole")
+    move, moves = torch.optim.AdamW.step, []
+
+    def interrupted(optimizer):
+        move(optimizer)
+        moves.append(optimizer)
+        if len(moves) == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(model, data, tmp_path / "a", save_every=2)
+    steps = []
+    run(model, data, tmp_path / "a", resume=True, on_step=lambda step: steps.append(step.step))
+    assert steps == [5, 6]
+    for name, tensor in load_adapter(tmp_path / "whole").tensors.items():
+        np.testing.assert_allclose(load_adapter(tmp_path / "a").tensors[name], tensor, atol=1e-6)
+
+
+@pytest.mark.parametrize("failing", ["evaluate", "save_adapter"])
+def test_a_finished_training_is_not_lost_by_what_comes_after_it(model, data, tmp_path, monkeypatch, failing):
+    def fail(*given):
+        raise ReftEdgeError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"reft_edge.training.{failing}", fail)
+        with pytest.raises(ReftEdgeError, match="no space left"):
+            run(model, data, tmp_path / "a", evaluation=data)
+    steps = []
+    result = run(model, data, tmp_path / "a", evaluation=data, resume=True, on_step=steps.append)
+    assert steps == []
+    run(model, data, tmp_path / "whole", evaluation=data)
+    whole = load_adapter(tmp_path / "whole")
+    assert result.evaluation == pytest.approx(whole.config.training["evaluation_loss"], abs=1e-5)
+    for name, tensor in whole.tensors.items():
+        np.testing.assert_allclose(load_adapter(tmp_path / "a").tensors[name], tensor, atol=1e-6)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a", "whole"]
+
+
+def test_a_checkpoint_of_the_same_file_cut_elsewhere_is_refused(model, data, tmp_path):
+    def interrupt(step):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(model, data, tmp_path / "a", on_step=interrupt)
+    shorter = dataclasses.replace(data, examples=data.examples[:-1], left_out=1)
+    with pytest.raises(ReftEdgeError, match="of another training; these differ: rows"):
+        run(model, shorter, tmp_path / "a", resume=True)
+
+
 def test_a_checkpoint_of_another_training_is_refused(model, data, tmp_path):
     def interrupt(step):
         raise KeyboardInterrupt
@@ -310,6 +366,7 @@ def test_weight_decay_leaves_the_rotation_orthonormal(model, data, tmp_path):
     [
         ({"load_in": "2bit"}, "load_in is '2bit'; expected 4bit or 8bit"),
         ({"load_in": "4bit"}, "load_in is for a model that load_quantised gave"),
+        ({"save_every": 0}, "save_every is 0; expected 1 or more"),
         ({"lr": 0}, "lr is 0"),
         ({"epochs": -1}, "epochs is -1"),
         ({"max_steps": 0}, "max_steps is 0"),
@@ -332,13 +389,16 @@ def test_bad_settings(model, data, tmp_path, changes, message):
 
 @pytest.mark.parametrize("device", ["tpu9", "cuda:77"])
 def test_bad_devices(model, data, tmp_path, device):
-    with pytest.raises(ReftEdgeError, match=f"cannot train on device '{device}'"):
+    with pytest.raises(ReftEdgeError, match=f"cannot compute on device '{device}'"):
         train(model, "tiny", data, tmp_path / "a", settings(), execution=Execution(device=device))
 
 
-def test_a_missing_folder_is_found_before_training(model, data, tmp_path):
-    with pytest.raises(ReftEdgeError, match="does not exist"):
-        run(model, data, tmp_path / "none" / "a.safetensors")
+def test_a_bad_place_is_found_before_training(model, data, tmp_path):
+    for path, message in ((tmp_path / "none" / "a.safetensors", "does not exist"), (tmp_path, "is a folder")):
+        steps = []
+        with pytest.raises(ReftEdgeError, match=message):
+            run(model, data, path, on_step=steps.append)
+        assert steps == []
 
 
 def test_loss_is_taken_on_completions_only(model):
