@@ -103,7 +103,10 @@ def inspect_adapter(
 ) -> Inspection:
     """Read all that the file alone tells, beside an `effect` that was measured. Raises ReftEdgeError for an `other` adapter of another base or other layers."""
     config = adapter.config
-    rows_a, bias, rows_b = folded_rows(config.intervention, adapter.tensors)
+    wide = {
+        name: tensor.astype(np.float64) for name, tensor in adapter.tensors.items()
+    }  # sums cannot overflow
+    rows_a, bias, rows_b = folded_rows(config.intervention, wide)
     names = group_names(config.positions, config.tied)
     strengths = []
     if config.act_fn == "linear":
@@ -147,7 +150,7 @@ def kept_curve(training: dict[str, Any]) -> list[tuple[int, float]]:
 def orthonormal(rows: Array) -> Floats:
     """An orthonormal basis, `[rank, d]`, of the space that the rows span; directions of no weight are left out."""
     _, singular, basis = np.linalg.svd(rows.astype(np.float64), full_matrices=False)
-    kept = singular > _NEGLIGIBLE * max(float(singular.max(initial=0)), np.finfo(np.float32).tiny)
+    kept = singular > _NEGLIGIBLE * max(float(singular.max(initial=0)), float(np.finfo(np.float32).tiny))
     found: Floats = basis[kept]
     return found
 
@@ -331,7 +334,8 @@ def _token(prompts: Prompts, token: int) -> str:
 
 
 def _between(adapter: Adapter, other: Adapter) -> Overlap:
-    if adapter.config.base_fingerprint != other.config.base_fingerprint:
+    bases = {(config.base_fingerprint, config.hidden_size) for config in (adapter.config, other.config)}
+    if len(bases) > 1:
         raise ReftEdgeError(
             f"the two adapters have other base models, {adapter.config.base_name} and {other.config.base_name}; "
             "subspaces of unlike models cannot be compared"

@@ -22,6 +22,7 @@ from reft_edge.classification import LabelledText, LabelledTexts, class_scores
 from reft_edge.data import Dataset, Example
 from reft_edge.distributed import ALONE, Processes
 from reft_edge.errors import ReftEdgeError
+from reft_edge.files import check_place
 from reft_edge.fingerprint import fingerprint
 from reft_edge.graph_weights import use_exported_weights
 from reft_edge.interventions import Interventions
@@ -317,7 +318,7 @@ def train(
     if save_every < 1:
         raise ReftEdgeError(f"save_every is {save_every}; expected 1 or more")
     processes = execution.processes
-    processes.from_main(lambda: _check_place(output))
+    processes.from_main(lambda: check_place(output))
     place = execution.place()
     labels = data.labels if isinstance(data, LabelledTexts) else ()
     config = adapter_config(model, base_name, settings, labels)
@@ -429,13 +430,6 @@ def train(
         accuracy,
         trainer.profile.a_step() if trainer.profile else None,
     )
-
-
-def _check_place(output: Path) -> None:
-    if not output.parent.is_dir():
-        raise ReftEdgeError(f"the folder of {output} does not exist; make it first")
-    if output.is_dir():
-        raise ReftEdgeError(f"{output} is a folder; give the adapter file a name of its own")
 
 
 def _digest(rows: Sequence[Any]) -> str:
@@ -629,7 +623,9 @@ def torch_device(name: str | None) -> torch.device:
 
 
 def chosen_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """float32 or bfloat16; `auto` is bfloat16 where the device has instructions for it."""
+    """float32 or bfloat16; `auto` is bfloat16 where the device has instructions for it. Raises ReftEdgeError for others."""
+    if dtype not in DTYPES:
+        raise ReftEdgeError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
     if dtype != "auto":
         return torch.bfloat16 if dtype == "bf16" else torch.float32
     if device.type == "cuda":
