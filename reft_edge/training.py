@@ -7,12 +7,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from reft_edge.adapter import AdapterConfig, save_adapter
@@ -37,6 +39,8 @@ DTYPES = ("auto", "fp32", "bf16")
 LOAD_IN = ("", "4bit", "8bit")
 CURVE_POINTS = 64
 """Most points of the loss curve that an adapter file keeps."""
+GROUPED = 50
+"""Most batches among whose rows those of like length are brought together."""
 CHECK_EVERY = 10
 """Steps between checks that the parameters are sound."""
 
@@ -82,6 +86,8 @@ class TrainSettings:
     """Of preference training: how firmly it holds on to the base's own preferences."""
     load_in: str = ""
     """`4bit` or `8bit` where the frozen base was quantised as it was loaded."""
+    group_by_length: bool = False
+    """Rows of like length share a forward pass, so that less is padding."""
 
     def __post_init__(self) -> None:
         checks = {
@@ -277,13 +283,20 @@ class Trainer:
         self.losses = tensors["losses"].tolist()
         self.step = step
 
+    @cached_property
+    def _lengths(self) -> NDArray[np.int64]:
+        return np.array([self.objective.tokens([row]) for row in self.data.examples], dtype=np.int64)
+
     def _steps_an_epoch(self) -> int:
         return math.ceil(len(self.data.examples) / (self.settings.batch_size * self.settings.accumulate))
 
     def rows(self, step: int) -> list[Any]:
         """The rows of a step: every epoch has its own order, drawn from the seed, so that a resumed run sees the same."""
         epoch, index = divmod(step, self._steps_an_epoch())
-        order = np.random.default_rng([self.settings.seed, epoch]).permutation(len(self.data.examples))
+        random = np.random.default_rng([self.settings.seed, epoch])
+        order = random.permutation(len(self.data.examples))
+        if self.settings.group_by_length:
+            order = grouped(order, self._lengths, self.settings.batch_size, random)
         size = self.settings.batch_size * self.settings.accumulate
         return [self.data.examples[i] for i in order[index * size : (index + 1) * size]]
 
@@ -607,6 +620,22 @@ def rate(settings: TrainSettings, step: int, steps: int) -> float:
         return 1.0
     done = (step - warm) / max(1, steps - warm)
     return 0.5 * (1 + math.cos(math.pi * done)) if settings.schedule == "cosine" else 1 - done
+
+
+def grouped(
+    order: NDArray[np.int64], lengths: NDArray[np.int64], batch_size: int, random: np.random.Generator
+) -> NDArray[np.int64]:
+    """The same rows in an order in which every `batch_size` of them are of like `lengths` (by row).
+
+    Rows are sorted within parts of the given order, two parts or more and at most GROUPED batches each, so that every epoch
+    has batches of its own; these are then shuffled. A last batch that is not full stays last.
+    """
+    size = batch_size * max(1, min(GROUPED, len(order) // (2 * batch_size)))
+    parts = [order[start : start + size] for start in range(0, len(order), size)]
+    by_length = np.concatenate([part[np.argsort(-lengths[part], kind="stable")] for part in parts])
+    full = len(order) - len(order) % batch_size
+    batches = random.permutation(by_length[:full].reshape(-1, batch_size))
+    return np.concatenate([batches.ravel(), by_length[full:]])
 
 
 def torch_device(name: str | None) -> torch.device:

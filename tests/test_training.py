@@ -9,6 +9,7 @@ import torch
 
 from reft_edge.adapter import load_adapter
 from reft_edge.data import Dataset, Example, load_dataset
+from reft_edge.distributed import Processes
 from reft_edge.errors import ReftEdgeError
 from reft_edge.export import Quantisation, export_model
 from reft_edge.interventions import Interventions
@@ -24,6 +25,7 @@ from reft_edge.training import (
     batch_loss,
     curve,
     evaluate,
+    grouped,
     rate,
     train,
 )
@@ -267,6 +269,58 @@ def test_rows_of_an_epoch_are_all_seen_once(model, data):
     for epoch in epochs:
         assert sorted(map(repr, epoch)) == sorted(map(repr, data.examples))
     assert epochs[0] != epochs[1]
+
+
+def unlike_lengths(count: int) -> Dataset:
+    lengths = np.random.default_rng(3).integers(2, 60, count)
+    rows = [Example(tuple(range(length)), (i,)) for i, length in enumerate(lengths)]
+    return Dataset(rows, 0, "digest")
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_rows_of_like_length_share_a_batch(model, accumulate, processes):
+    """Every row once an epoch, in every process count; less padding; shuffled anew each epoch; the last pass not full."""
+    data, size = unlike_lengths(130), 8
+
+    def epochs(**changes):
+        chosen = settings(max_steps=None, epochs=2, batch_size=size, accumulate=accumulate, **changes)
+        trainer = Trainer(model, Interventions(random_adapter(model).config), chosen, data, CPU)
+        steps = [trainer.rows(step) for step in range(trainer.steps)]
+        passes = [rows[start : start + size] for rows in steps for start in range(0, len(rows), size)]
+        return passes[: len(passes) // 2], passes[len(passes) // 2 :]
+
+    def padding(passes):
+        lengths = [[len(row.prompt) for row in rows] for rows in passes]
+        return sum(max(row) * len(row) - sum(row) for row in lengths)
+
+    first, second = epochs(group_by_length=True)
+    plain, _ = epochs()
+    for passes in (first, second):
+        shares = [
+            Processes(rank=rank, count=processes).share(rows) for rows in passes for rank in range(processes)
+        ]
+        seen = [row for rows, weight in shares for row in rows if weight]
+        assert sorted(map(repr, seen)) == sorted(map(repr, data.examples))
+        assert [len(rows) for rows in passes] == [size] * 16 + [2]
+        assert padding(passes) < 0.4 * padding(plain)
+        longest = [max(len(row.prompt) for row in rows) for rows in passes]
+        assert longest not in (sorted(longest), sorted(longest, reverse=True))
+    assert {frozenset(rows) for rows in first}.isdisjoint(frozenset(rows) for rows in second)
+    assert epochs(group_by_length=True) == (first, second)
+    assert epochs(group_by_length=True, seed=1) != (first, second)
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 40])
+def test_few_rows_can_be_grouped_too(count):
+    lengths = np.arange(count)[::-1].copy()
+    found = grouped(np.arange(count), lengths, 8, np.random.default_rng(0))
+    assert sorted(found) == list(range(count))
+
+
+def test_grouped_rows_are_trained_on_and_noted(model, data, tmp_path):
+    run(model, data, tmp_path / "a", group_by_length=True, accumulate=2, batch_size=2)
+    assert load_adapter(tmp_path / "a").config.training["group_by_length"] is True
 
 
 @pytest.mark.parametrize(
