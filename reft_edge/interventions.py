@@ -5,7 +5,8 @@ does, rotations as random orthonormal matrices, the constants of ConsReFT and Lo
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -160,6 +161,18 @@ class Interventions(nn.Module):
         rotated = "R" in tensors and _off_orthonormal(tensors["R"]) <= _ORTHONORMAL
         self.rotation = Rotation(tensors.pop("R")) if rotated else None
         self.trained = nn.ParameterDict({name: nn.Parameter(tensor) for name, tensor in tensors.items()})
+
+
+@contextmanager
+def dropout_off(*modules: Interventions) -> Iterator[None]:
+    """Inside the block the interventions answer as in use, not as in training."""
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.train()
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:

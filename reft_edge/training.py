@@ -27,7 +27,7 @@ from reft_edge.errors import ReftEdgeError
 from reft_edge.files import check_place
 from reft_edge.fingerprint import fingerprint
 from reft_edge.graph_weights import use_exported_weights
-from reft_edge.interventions import Interventions
+from reft_edge.interventions import Interventions, dropout_off
 from reft_edge.layers import parse_layers
 from reft_edge.likelihood import joined_logits
 from reft_edge.preference import PreferenceObjective, Preferences, preferred
@@ -579,15 +579,11 @@ def evaluate(
     objective: Objective = _COMPLETIONS,
 ) -> float:
     """Mean negative log-likelihood, in nats a completion token or label, dropout off."""
-    modules = [interventions for interventions, _ in steering.adapters]
-    for module in modules:
-        module.eval()
-    total = sum(
-        float(objective.loss(model, steering, rows[start : start + batch_size], device, autocast))
-        for start in range(0, len(rows), batch_size)
-    )
-    for module in modules:
-        module.train()
+    with dropout_off(*(interventions for interventions, _ in steering.adapters)):
+        total = sum(
+            float(objective.loss(model, steering, rows[start : start + batch_size], device, autocast))
+            for start in range(0, len(rows), batch_size)
+        )
     return total / objective.count(rows)
 
 
@@ -601,13 +597,12 @@ def label_accuracy(
     autocast: bool = False,
 ) -> float:
     """Share of rows whose likeliest label is theirs, dropout off; the model is steered by `interventions`."""
-    interventions.eval()
     right = 0
-    for start in range(0, len(data.examples), batch_size):
-        rows = data.examples[start : start + batch_size]
-        scores = class_scores(model, interventions, [row.tokens for row in rows], device, autocast)
-        right += sum(int(found) == row.label for found, row in zip(scores.argmax(1), rows, strict=True))
-    interventions.train()
+    with dropout_off(interventions):
+        for start in range(0, len(data.examples), batch_size):
+            rows = data.examples[start : start + batch_size]
+            scores = class_scores(model, interventions, [row.tokens for row in rows], device, autocast)
+            right += sum(int(found) == row.label for found, row in zip(scores.argmax(1), rows, strict=True))
     return right / len(data.examples)
 
 

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 
 from reft_edge.adapter import load_adapter
 from reft_edge.data import Dataset, Example, load_dataset
@@ -125,6 +126,20 @@ def test_the_saved_adapter_is_what_was_trained(model, data, tmp_path):
     assert training["data_sha256"] == data.digest
     assert training["evaluation_loss"] == pytest.approx(result.evaluation, abs=1e-5)
     assert {"lr", "seed", "versions", "loss", "dtype"} <= training.keys()
+
+
+def test_held_out_rows_are_read_without_dropout(model, data, tmp_path):
+    """And dropout is on again for what is trained after."""
+    result = run(model, data, tmp_path / "a", dropout=0.9, evaluation=data)
+    adapter = Interventions.from_adapter(load_adapter(tmp_path / "a"), dropout=0.9)
+    with steered(model, (adapter, 1.0)) as steering, torch.no_grad():
+        assert evaluate(model, steering, data.examples, 4, CPU, autocast=False) == pytest.approx(
+            result.evaluation, rel=1e-4
+        )
+        assert adapter.training
+        dropped = float(batch_loss(model, steering, data.examples, CPU, autocast=False))
+    tokens = sum(len(row.completion) for row in data.examples)
+    assert dropped / tokens != pytest.approx(result.evaluation, rel=1e-3)
 
 
 def test_the_same_seed_trains_the_same_adapter(model, data, tmp_path):
@@ -251,9 +266,15 @@ def test_a_checkpoint_of_another_training_is_refused(model, data, tmp_path):
         run(model, data, tmp_path / "a", on_step=interrupt)
     with pytest.raises(ReftEdgeError, match="of another training; these differ: lr, rank"):
         run(model, data, tmp_path / "a", resume=True, lr=1e-3, rank=2)
-    (tmp_path / "a.checkpoint").write_bytes(b"junk")
-    with pytest.raises(ReftEdgeError, match="not a usable checkpoint"):
-        run(model, data, tmp_path / "a", resume=True)
+    tensors = {"losses": torch.zeros(1)}
+    for content in (
+        b"junk",
+        save(tensors),
+        *(save(tensors, {"step": "1", "belongs_to": b}) for b in ("{}", "[]")),
+    ):
+        (tmp_path / "a.checkpoint").write_bytes(content)
+        with pytest.raises(ReftEdgeError, match="not a usable checkpoint"):
+            run(model, data, tmp_path / "a", resume=True)
 
 
 def test_rows_of_an_epoch_are_all_seen_once(model, data):
