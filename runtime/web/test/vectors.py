@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from reft_edge.adapter import INTERVENTIONS, Adapter, AdapterConfig, fold, save_adapter
+from reft_edge.adapter import INTERVENTIONS, Adapter, AdapterConfig, fold, load_adapter, save_adapter
 from reft_edge.errors import ReftEdgeError
 from reft_edge.manifest import Manifest, load_manifest
 from reft_edge.positions import parse_positions
 from reft_edge.runtime.binding import port_inputs
 from reft_edge.runtime.model import SteeredModel
+from reft_edge.storage import STORES
 
 SPECS = (
     "f7+l7", "l3", "f1", "all", "gen", "all+gen", "f2+gen", " f3 + l4 ", "f9999999",
@@ -88,19 +89,26 @@ def bad_adapters(manifest: Manifest, folder: Path) -> dict[str, tuple[str, bytes
     """Files that must be refused, by name, and what the refusal has to say."""
     plain = adapter(config(manifest), 0)
 
-    def saved(changed: AdapterConfig) -> bytes:
-        save_adapter(adapter(changed, 0), folder / "good.safetensors")
+    def saved(changed: AdapterConfig, store: str = "fp32") -> bytes:
+        save_adapter(adapter(changed, 0), folder / "good.safetensors", store)
         return (folder / "good.safetensors").read_bytes()
 
+    def split(content: bytes) -> tuple[dict[str, Any], bytes]:
+        length = int.from_bytes(content[:8], "little")
+        return json.loads(content[8 : 8 + length]), content[8 + length :]
+
+    def joined(header: dict[str, Any], data: bytes) -> bytes:
+        text = json.dumps(header).encode()
+        return struct.pack("<Q", len(text)) + text + data
+
     content = saved(plain.config)
-    length = int.from_bytes(content[:8], "little")
-    header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
+    header, data = split(content)
+    length = len(content) - len(data) - 8
 
     def with_header(change: Callable[[dict[str, Any]], None]) -> bytes:
         changed = json.loads(json.dumps(header))
         change(changed)
-        text = json.dumps(changed).encode()
-        return struct.pack("<Q", len(text)) + text + data
+        return joined(changed, data)
 
     def described(**changes: Any) -> bytes:
         fields = {**dataclasses.asdict(plain.config), **changes}
@@ -118,7 +126,33 @@ def bad_adapters(manifest: Manifest, folder: Path) -> dict[str, tuple[str, bytes
     not_finite = bytearray(content)
     not_finite[-4:] = struct.pack("<f", float("nan"))
     offsets = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
+    half, half_data = split(saved(plain.config, "fp16"))
+    eighth, eighth_data = split(saved(plain.config, "int8"))
+
+    def stored(header: dict[str, Any], data: bytes, **tensors: dict[str, Any]) -> bytes:
+        changed = {name: {**entry, **tensors.get(name, {})} for name, entry in header.items()}
+        return joined(changed, data)
+
+    def scaled(value: float) -> bytes:
+        at = eighth["R.scale"]["data_offsets"][0]
+        return joined(eighth, eighth_data[:at] + struct.pack("<f", value) + eighth_data[at + 4 :])
+
+    def halved(value: float) -> bytes:
+        at = half["R"]["data_offsets"][0]
+        return joined(half, half_data[:at] + struct.pack("<e", value) + half_data[at + 2 :])
+
+    as_first = {**eighth["__metadata__"], "version": "1"}
     return {
+        "scale-below-zero": ("no scale", scaled(-1.0)),
+        "scale-not-a-number": ("no scale", scaled(float("nan"))),
+        "scale-infinite": ("no scale", scaled(float("inf"))),
+        "scale-missing": ("missing: ", joined({k: v for k, v in eighth.items() if k != "R.scale"}, eighth_data)),
+        "scale-overflowing": ("NaN or infinity", scaled(3e38)),
+        "half-infinite": ("NaN or infinity", halved(float("inf"))),
+        "half-truncated": ("bytes of tensors", joined(half, half_data[:-2])),
+        "half-as-whole": ("bytes of tensors", joined(half | {"__metadata__": header["__metadata__"]}, half_data)),
+        "eight-bits-as-first-version": ("unexpected: ", joined(eighth | {"__metadata__": as_first}, eighth_data)),
+        "two-storages": ("bytes of tensors", stored(half, half_data, R={"dtype": "F32"})),
         "empty": ("shorter than a safetensors header", b""),
         "seven-bytes": ("shorter than a safetensors header", content[:7]),
         "truncated-header": ("its header claims", content[: 8 + length // 2]),
@@ -204,11 +238,15 @@ def main(export: Path, out: Path) -> None:
     vectors: dict[str, Any] = {"adapters": {}, "refused": {}}
     for seed, (name, described) in enumerate(good_adapters(manifest).items()):
         good = adapter(described, seed)
-        save_adapter(good, out / f"{name}.safetensors")
-        vectors["adapters"][name] = {
-            port: {"shape": list(value.shape), "data": value.ravel().tolist()}
-            for port, value in port_inputs(fold(good), manifest, np.dtype(np.float32)).items()
-        }
+        for store in STORES:
+            path = out / f"{name}-{store}.safetensors"
+            save_adapter(good, path, store)
+            vectors["adapters"][path.stem] = {
+                port: {"shape": list(value.shape), "data": value.ravel().tolist()}
+                for port, value in port_inputs(
+                    fold(load_adapter(path)), manifest, np.dtype(np.float32)
+                ).items()
+            }
     for name, (because, content) in bad_adapters(manifest, out).items():
         path = out / f"bad-{name}.safetensors"
         path.write_bytes(content)
