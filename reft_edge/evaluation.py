@@ -304,7 +304,10 @@ def check_seed(seed: int) -> None:
 def mcnemar(only_a: int, only_b: int) -> float:
     """The exact two-sided p-value: rows on which the runs differ fall to either side like a fair coin."""
     count, fewer = only_a + only_b, min(only_a, only_b)
-    tail = sum(math.comb(count, k) for k in range(fewer + 1))
+    ways = tail = 1
+    for k in range(1, fewer + 1):
+        ways = ways * (count - k + 1) // k
+        tail += ways
     return min(1.0, float(2 * tail / 2**count))
 
 

@@ -370,6 +370,10 @@ def train(
             if found
             else "there is no checkpoint; starting from the beginning"
         )
+    elif processes.main and checkpoint.path.exists():
+        report(
+            f"starting from the beginning; {checkpoint.path}, which --resume would continue, will be replaced"
+        )
 
     def after_step(step: StepReport) -> None:
         if step.step % save_every == 0 or step.step == step.steps:

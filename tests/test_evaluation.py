@@ -338,6 +338,10 @@ def test_two_runs_are_compared_row_by_row(tmp_path):
     assert 0 < found.low < 0.2 < found.high
     assert found.p_value == pytest.approx(2 * (1 + 14 + 91) / 2**14)
     assert mcnemar(0, 0) == 1.0
+    many = math.erfc(
+        (200 - 1) / math.sqrt(20_000) / math.sqrt(2)
+    )  # the normal approximation, continuity corrected
+    assert mcnemar(9_900, 10_100) == mcnemar(10_100, 9_900) == pytest.approx(many, rel=1e-3)
     assert mcnemar(5, 5) == 1.0
     with pytest.raises(ReftEdgeError, match="same questions: 1 of 50"):
         compare(a, [record(0, True, "y"), *b[1:]])

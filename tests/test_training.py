@@ -63,7 +63,7 @@ def settings(**changes):
 def run(model, data, path, **changes):
     options = {
         key: changes.pop(key)
-        for key in ("resume", "save_every", "evaluation", "on_step", "base_weights")
+        for key in ("resume", "save_every", "evaluation", "on_step", "base_weights", "report")
         if key in changes
     }
     return train(model, "tiny", data, path, settings(**changes), **options)
@@ -198,7 +198,10 @@ def test_an_interrupt_saves_the_last_step(model, data, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         run(model, data, tmp_path / "a", on_step=interrupt)
-    steps = []
+    said, steps = [], []
+    with pytest.raises(KeyboardInterrupt):
+        run(model, data, tmp_path / "a", on_step=interrupt, report=said.append)
+    assert "which --resume would continue" in said[0]
     run(model, data, tmp_path / "a", resume=True, on_step=lambda step: steps.append(step.step))
     assert steps == [5, 6]
 
