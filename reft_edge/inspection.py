@@ -24,6 +24,8 @@ EDGE = 16
 TOP = 12
 """Tokens gained, and lost, that are named."""
 _ANSWER_TOKENS = 64
+_MOST_PAIRS = 200_000
+"""Pairs of subspaces, some seconds of work, above which a file's own layers are not compared: no known model comes near."""
 _NEGLIGIBLE = 1e-6
 _LEAST_SHIFT = 1e-4
 
@@ -86,6 +88,7 @@ class Inspection:
     parameters: int
     strengths: list[Strength]
     overlaps: list[Overlap]
+    """Between the layers of each position group; empty where they are too many to compare."""
     curve: list[tuple[int, float]]
     """Training loss at steps; empty if the file has none."""
     other: str = ""
@@ -114,7 +117,8 @@ def inspect_adapter(
         constants = np.linalg.norm(np.einsum("lgr,lgrd->lgd", bias, rows_b), axis=-1)
         strengths = [Strength(names[g], gains[:, g], constants[:, g]) for g in range(len(names))]
     overlaps = []
-    for group, group_name in enumerate(names):
+    few = len(names) * len(config.layers) ** 2 <= _MOST_PAIRS
+    for group, group_name in enumerate(names if few else ()):
         bases = [orthonormal(rows) for rows in rows_b[:, group]]
         pairs = [[_overlap(a, b) for b in bases] for a in bases]
         overlaps.append(Overlap(group_name, config.layers, *np.moveaxis(np.array(pairs), -1, 0)))

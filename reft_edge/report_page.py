@@ -116,7 +116,7 @@ def render(inspection: Inspection) -> str:
                 + "</div>",
             )
         )
-    if len(inspection.config.layers) > 1:
+    if inspection.overlaps and len(inspection.config.layers) > 1:
         parts.append(
             _section(
                 "Overlap between layers",

@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from reft_edge.adapter import Adapter, fold, load_adapter, save_adapter
+from reft_edge.adapter import Adapter, AdapterConfig, fold, load_adapter, save_adapter
 from reft_edge.cli import app
 from reft_edge.data import Example
 from reft_edge.encoders import load_encoder
@@ -284,6 +284,19 @@ def test_values_at_the_edge_of_float32_are_shown(tiny_model):
     )
     assert all(np.isfinite(part.gains).all() and part.gains.min() > 1e38 for part in found.strengths)
     Parsed(render(found))
+
+
+def test_a_file_of_very_many_layers_makes_no_endless_page():
+    fields = {"hidden_size": 8, "num_layers": 400, "layers": tuple(range(400)), "rank": 1}
+    config = AdapterConfig("steering", "b", "0", **fields, positions="f1+l1")
+    found = inspect_adapter(
+        Adapter(config, {name: np.ones(shape, np.float32) for name, shape in config.shapes().items()}), "a", 1
+    )
+    assert found.overlaps == []
+    page = render(found)
+    assert len(page) < 1_000_000
+    assert "Overlap between layers" not in page
+    assert not any(line.startswith("layers share") for line in summary(found))
 
 
 def test_a_non_linear_adapter_has_no_strengths_but_subspaces(tiny_model):
