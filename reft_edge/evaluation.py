@@ -369,7 +369,8 @@ def _choose(
     passes: list[tuple[int, tuple[int, ...], Continuations]] = []
     for index, question in enumerate(questions.rows):
         prompt = _encode(decoder, question)
-        completions = [tuple(decoder.prompts.encode_plain(choice)) for choice in question.choices]
+        before = decoder.prompts.prompt_text(_asked(question), decoder.prompt_format)
+        completions = [tuple(decoder.prompts.encode_after(before, choice)) for choice in question.choices]
         if not all(completions):
             raise ReftEdgeError(f"line {question.row}: a choice is empty")
         shared: dict[tuple[int, ...], list[int]] = {}
@@ -429,9 +430,13 @@ def _record(question: Question, answer: str, scores: dict[str, float]) -> Record
     return Record(question.row, question.id, question.expected, answer, answer == question.expected, rounded)
 
 
+def _asked(question: Question) -> str:
+    assert isinstance(question.prompt, str)  # pairs of texts are for encoders
+    return question.prompt
+
+
 def _encode(decoder: Decoder, question: Question) -> tuple[int, ...]:
-    assert isinstance(question.prompt, str)
-    ids = tuple(decoder.prompts.encode_prompt(question.prompt, decoder.prompt_format))
+    ids = tuple(decoder.prompts.encode_prompt(_asked(question), decoder.prompt_format))
     if not ids:
         raise ReftEdgeError(f"line {question.row}: the prompt is empty")
     return ids
