@@ -149,7 +149,7 @@ def accuracy(prompts, held_out: list[Question], score: Score) -> float:
     right = 0
     for question in held_out:
         prompt = prompts.encode_raw(question.prompt)
-        completions = [prompts.encode_plain(candidate) for candidate in question.candidates]
+        completions = [prompts.encode_after(question.prompt, candidate) for candidate in question.candidates]
         likelihoods = []
         for completion, logits in zip(completions, score(prompt, completions), strict=True):
             shifted = logits - logits.max(1, keepdims=True)

@@ -36,12 +36,12 @@ class Checkpoint:
             with safe_open(self.path, "pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            step, other = int(metadata["step"]), json.loads(metadata["belongs_to"])
-        except (SafetensorError, KeyError, ValueError) as error:
+            step, other = int(metadata["step"]), _flatten(json.loads(metadata["belongs_to"]))
+        except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ReftEdgeError(
                 f"{self.path} is not a usable checkpoint ({error}); delete it to start again"
             ) from error
-        if differing := sorted(_flatten(self.belongs_to).items() ^ _flatten(other).items()):
+        if differing := sorted(_flatten(self.belongs_to).items() ^ other.items()):
             names = sorted({name for name, _ in differing})
             raise ReftEdgeError(
                 f"{self.path} is of another training; these differ: {', '.join(names)}. "

@@ -78,7 +78,7 @@ def encode_row(row: Any, prompts: Prompts, prompt_format: str) -> Example:
         )
     return _example(
         prompts.encode_raw(prompt),
-        prompts.encode_plain(completion + prompts.special_tokens.get("eos_token", "")),
+        prompts.encode_after(prompt, completion + prompts.special_tokens.get("eos_token", "")),
     )
 
 
@@ -102,7 +102,7 @@ def _encode_chat(messages: list[Message], prompts: Prompts) -> Example:
     answer = whole[len(before) :] if whole.startswith(before) else messages[-1]["content"] + eos
     if eos and eos in answer:
         answer = answer[: answer.rindex(eos) + len(eos)]
-    return _example(prompts.encode_plain(before), prompts.encode_plain(answer))
+    return _example(prompts.encode_plain(before), prompts.encode_after(before, answer))
 
 
 def _example(prompt: list[int], completion: list[int]) -> Example:

@@ -107,7 +107,7 @@ ALONE = Processes()
 def launched_processes(device: str | None) -> Processes:
     """The processes of this launch, by the environment that `accelerate launch` or torchrun sets.
 
-    Raises ReftEdgeError if a launch of several processes names one device, or accelerate is too old or missing.
+    Raises ReftEdgeError if a launch of several processes names one device, ModuleNotFoundError without accelerate.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return ALONE

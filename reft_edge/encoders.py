@@ -99,8 +99,10 @@ def context_length(config: dict[str, Any]) -> int:
 
 
 def load_text_tokens(model: ModelFolder, limit: int | None = None) -> TextTokens:
-    """The model's own tokenizer and context length, or a smaller `limit`."""
+    """The model's own tokenizer and context length, or a smaller `limit`. Raises ReftEdgeError for one below 1."""
     longest = context_length(read_config(model))
+    if limit is not None and limit < 1:
+        raise ReftEdgeError(f"texts cannot be cut to {limit} tokens; expected 1 or more")
     return TextTokens.of(load_model_prompts(model).tokenizer, min(longest, limit or longest))
 
 

@@ -264,6 +264,7 @@ def bootstrap(right: int, rows: int, seed: int) -> tuple[float, float]:
 
 def compare(a: Sequence[Record], b: Sequence[Record], seed: int = 0) -> Comparison:
     """Pair two runs by row. Raises ReftEdgeError if they do not answer the same questions."""
+    check_seed(seed)
     ids_a, ids_b = ({record.row: record.id for record in run} for run in (a, b))
     if ids_a != ids_b:
         unlike = sum(ids_a.get(row) != ids_b.get(row) for row in ids_a | ids_b)
@@ -294,10 +295,19 @@ def compare(a: Sequence[Record], b: Sequence[Record], seed: int = 0) -> Comparis
     )
 
 
+def check_seed(seed: int) -> None:
+    """Raise ReftEdgeError for a seed that numpy's generators do not take."""
+    if seed < 0:
+        raise ReftEdgeError(f"seed is {seed}; expected 0 or more")
+
+
 def mcnemar(only_a: int, only_b: int) -> float:
     """The exact two-sided p-value: rows on which the runs differ fall to either side like a fair coin."""
     count, fewer = only_a + only_b, min(only_a, only_b)
-    tail = sum(math.comb(count, k) for k in range(fewer + 1))
+    ways = tail = 1
+    for k in range(1, fewer + 1):
+        ways = ways * (count - k + 1) // k
+        tail += ways
     return min(1.0, float(2 * tail / 2**count))
 
 
@@ -313,7 +323,7 @@ def load_records(path: Path) -> list[Record]:
     for number, line in read_lines(path):
         try:
             record = Record(**json.loads(line))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             record = None
         if record is None or not isinstance(record.row, int) or not isinstance(record.right, bool):
             raise ReftEdgeError(
@@ -359,7 +369,8 @@ def _choose(
     passes: list[tuple[int, tuple[int, ...], Continuations]] = []
     for index, question in enumerate(questions.rows):
         prompt = _encode(decoder, question)
-        completions = [tuple(decoder.prompts.encode_plain(choice)) for choice in question.choices]
+        before = decoder.prompts.prompt_text(_asked(question), decoder.prompt_format)
+        completions = [tuple(decoder.prompts.encode_after(before, choice)) for choice in question.choices]
         if not all(completions):
             raise ReftEdgeError(f"line {question.row}: a choice is empty")
         shared: dict[tuple[int, ...], list[int]] = {}
@@ -419,9 +430,13 @@ def _record(question: Question, answer: str, scores: dict[str, float]) -> Record
     return Record(question.row, question.id, question.expected, answer, answer == question.expected, rounded)
 
 
+def _asked(question: Question) -> str:
+    assert isinstance(question.prompt, str)  # pairs of texts are for encoders
+    return question.prompt
+
+
 def _encode(decoder: Decoder, question: Question) -> tuple[int, ...]:
-    assert isinstance(question.prompt, str)
-    ids = tuple(decoder.prompts.encode_prompt(question.prompt, decoder.prompt_format))
+    ids = tuple(decoder.prompts.encode_prompt(_asked(question), decoder.prompt_format))
     if not ids:
         raise ReftEdgeError(f"line {question.row}: the prompt is empty")
     return ids
@@ -472,7 +487,7 @@ def _question(task: str, number: int, row: Any) -> Question:
 
 def _multiple_choice(number: int, prompt: str, answer: Any, choices: Any) -> Question:
     if choices is None:
-        stated = re.search(r"Answer format: *(\S+(?:/\S+)+)\s*$", prompt)
+        stated = re.search(r"Answer format: *(\S+/\S+)\s*$", prompt)
         if stated is None:
             raise ReftEdgeError('expected a list under "choices", or a prompt that ends `Answer format: a/b`')
         names = tuple(stated[1].split("/"))
@@ -562,6 +577,7 @@ class EvalSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ReftEdgeError(f"{name} is {value}; expected 1 or more")
+        check_seed(self.seed)
 
 
 def evaluate_folder(
@@ -619,17 +635,17 @@ def evaluate_model(
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     device = torch_device(settings.device)
+    autocast = chosen_dtype(settings.dtype, device) == torch.bfloat16
     folder = resolve_model(model, report)
     loaded = [(load_verified(path, settings.trusted)[0], scale) for path, scale in adapters]
     if is_encoder(folder):
         with torch_classifier(
-            load_encoder(folder), load_text_tokens(folder), *_only(loaded), device
+            load_encoder(folder), load_text_tokens(folder), *_only(loaded), device, autocast
         ) as classifier:
             return evaluate_classifier(classifier, questions, settings.batch_size, settings.seed, on_done)
     prompts = load_model_prompts(folder)
     formats = [adapter.config.prompt_format for adapter, _ in loaded]
     prompt_format = choose_format(settings.raw, formats, prompts.template is not None)
-    autocast = chosen_dtype(settings.dtype, device) == torch.bfloat16
     with torch_decoder(load_model(folder), prompts, prompt_format, loaded, device, autocast) as decoder:
         return _evaluate_decoder(decoder, questions, settings, on_done)
 

@@ -16,6 +16,14 @@ _UNFINISHED = ".unfinished-"
 _STALE = 24 * 60 * 60
 
 
+def check_place(path: Path) -> None:
+    """Raise ReftEdgeError if a file cannot get this name: to be called before long work whose result it is to hold."""
+    if not path.parent.is_dir():
+        raise ReftEdgeError(f"the folder of {path} does not exist; make it first")
+    if path.is_dir():
+        raise ReftEdgeError(f"{path} is a folder; give the name of a file")
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write to a temporary name beside `path`, flush to disk, rename.
 

@@ -24,6 +24,8 @@ EDGE = 16
 TOP = 12
 """Tokens gained, and lost, that are named."""
 _ANSWER_TOKENS = 64
+_MOST_PAIRS = 200_000
+"""Pairs of subspaces, some seconds of work, above which a file's own layers are not compared: no known model comes near."""
 _NEGLIGIBLE = 1e-6
 _LEAST_SHIFT = 1e-4
 
@@ -86,6 +88,7 @@ class Inspection:
     parameters: int
     strengths: list[Strength]
     overlaps: list[Overlap]
+    """Between the layers of each position group; empty where they are too many to compare."""
     curve: list[tuple[int, float]]
     """Training loss at steps; empty if the file has none."""
     other: str = ""
@@ -103,7 +106,10 @@ def inspect_adapter(
 ) -> Inspection:
     """Read all that the file alone tells, beside an `effect` that was measured. Raises ReftEdgeError for an `other` adapter of another base or other layers."""
     config = adapter.config
-    rows_a, bias, rows_b = folded_rows(config.intervention, adapter.tensors)
+    wide = {
+        name: tensor.astype(np.float64) for name, tensor in adapter.tensors.items()
+    }  # sums cannot overflow
+    rows_a, bias, rows_b = folded_rows(config.intervention, wide)
     names = group_names(config.positions, config.tied)
     strengths = []
     if config.act_fn == "linear":
@@ -111,7 +117,8 @@ def inspect_adapter(
         constants = np.linalg.norm(np.einsum("lgr,lgrd->lgd", bias, rows_b), axis=-1)
         strengths = [Strength(names[g], gains[:, g], constants[:, g]) for g in range(len(names))]
     overlaps = []
-    for group, group_name in enumerate(names):
+    few = len(names) * len(config.layers) ** 2 <= _MOST_PAIRS
+    for group, group_name in enumerate(names if few else ()):
         bases = [orthonormal(rows) for rows in rows_b[:, group]]
         pairs = [[_overlap(a, b) for b in bases] for a in bases]
         overlaps.append(Overlap(group_name, config.layers, *np.moveaxis(np.array(pairs), -1, 0)))
@@ -147,7 +154,7 @@ def kept_curve(training: dict[str, Any]) -> list[tuple[int, float]]:
 def orthonormal(rows: Array) -> Floats:
     """An orthonormal basis, `[rank, d]`, of the space that the rows span; directions of no weight are left out."""
     _, singular, basis = np.linalg.svd(rows.astype(np.float64), full_matrices=False)
-    kept = singular > _NEGLIGIBLE * max(float(singular.max(initial=0)), np.finfo(np.float32).tiny)
+    kept = singular > _NEGLIGIBLE * max(float(singular.max(initial=0)), float(np.finfo(np.float32).tiny))
     found: Floats = basis[kept]
     return found
 
@@ -331,7 +338,8 @@ def _token(prompts: Prompts, token: int) -> str:
 
 
 def _between(adapter: Adapter, other: Adapter) -> Overlap:
-    if adapter.config.base_fingerprint != other.config.base_fingerprint:
+    bases = {(config.base_fingerprint, config.hidden_size) for config in (adapter.config, other.config)}
+    if len(bases) > 1:
         raise ReftEdgeError(
             f"the two adapters have other base models, {adapter.config.base_name} and {other.config.base_name}; "
             "subspaces of unlike models cannot be compared"

@@ -5,7 +5,8 @@ does, rotations as random orthonormal matrices, the constants of ConsReFT and Lo
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from reft_edge.adapter import HEAD, Adapter, AdapterConfig, folded_rows
 from reft_edge.errors import ReftEdgeError
 
-_ROTATED = ("loreft", "direft", "consreft", "lobireft")
+_ORTHONORMAL = 1e-4
+"""Most that R Rᵀ of a file may be off the identity for R to be taken as a rotation."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ class Interventions(nn.Module):
 
     @classmethod
     def from_adapter(cls, adapter: Adapter, dropout: float = 0.0) -> "Interventions":
-        """The same parameters as a saved adapter."""
+        """The same parameters as a saved adapter; an R that is not orthonormal, as of a file in int8, stays what it is."""
         module = cls(adapter.config, dropout)
         module._set({name: torch.from_numpy(tensor.copy()) for name, tensor in adapter.tensors.items()})
         return module
@@ -147,18 +149,30 @@ class Interventions(nn.Module):
             if not bool(torch.isfinite(tensor).all()):
                 raise ReftEdgeError(f"parameter {name} is no longer finite; lower the learning rate")
             if name == "R":
-                error = (tensor @ tensor.mT - torch.eye(tensor.shape[-2], device=tensor.device)).abs().max()
-                if float(error) > 1e-3:
+                error = _off_orthonormal(tensor)
+                if error > 1e-3:
                     raise ReftEdgeError(
-                        f"R is no longer orthonormal (off by {float(error):.2g}); lower the learning rate"
+                        f"R is no longer orthonormal (off by {error:.2g}); lower the learning rate"
                     )
 
     def _set(self, tensors: dict[str, Tensor]) -> None:
         head = {name.removeprefix("head."): tensors.pop(name) for name in HEAD if name in tensors}
         self.head = nn.ParameterDict({name: nn.Parameter(tensor) for name, tensor in head.items()})
-        rotated = self.config.intervention in _ROTATED
+        rotated = "R" in tensors and _off_orthonormal(tensors["R"]) <= _ORTHONORMAL
         self.rotation = Rotation(tensors.pop("R")) if rotated else None
         self.trained = nn.ParameterDict({name: nn.Parameter(tensor) for name, tensor in tensors.items()})
+
+
+@contextmanager
+def dropout_off(*modules: Interventions) -> Iterator[None]:
+    """Inside the block the interventions answer as in use, not as in training."""
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.train()
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:
@@ -202,6 +216,12 @@ def random_rotations(shape: tuple[int, ...], random: torch.Generator) -> Tensor:
     signs: Tensor = r.diagonal(dim1=-2, dim2=-1).sign()
     rows: Tensor = (q * signs[..., None, :]).mT
     return rows.contiguous()
+
+
+def _off_orthonormal(rows: Tensor) -> float:
+    """The largest entry of R Rᵀ − I."""
+    gram = rows @ rows.mT
+    return float((gram - torch.eye(rows.shape[-2], device=rows.device)).abs().max())
 
 
 def _unit_lower(x: Tensor) -> Tensor:

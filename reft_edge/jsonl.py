@@ -37,7 +37,7 @@ def at_line(path: Path, number: int) -> Iterator[None]:
     """Name file and line in what goes wrong inside the block."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ReftEdgeError(f"{path} line {number}: not valid JSON ({error})") from error
     except ReftEdgeError as error:
         raise ReftEdgeError(f"{path} line {number}: {error}") from error

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from reft_edge.data import Example, encode_row
 from reft_edge.errors import ReftEdgeError
 from reft_edge.files import sha256_of
+from reft_edge.interventions import dropout_off
 from reft_edge.jsonl import read_rows
 from reft_edge.likelihood import completion_logits
 from reft_edge.prompts import Prompts
@@ -151,22 +152,10 @@ def preferred(
     autocast: bool,
 ) -> float:
     """Share of pairs whose chosen answer gained more on the base than the rejected one, dropout off."""
-    modules = [interventions for interventions, _ in steering.adapters]
-    for module in modules:
-        module.eval()
-    right = sum(
-        int(
-            (
-                objective.margins(
-                    model, steering, data.examples[start : start + batch_size], device, autocast
-                )
-                > 0
-            )
-            .sum()
-            .item()
-        )
-        for start in range(0, len(data.examples), batch_size)
-    )
-    for module in modules:
-        module.train()
+    right = 0
+    with dropout_off(*(interventions for interventions, _ in steering.adapters)):
+        for start in range(0, len(data.examples), batch_size):
+            pairs = data.examples[start : start + batch_size]
+            margins = objective.margins(model, steering, pairs, device, autocast)
+            right += int((margins > 0).sum())
     return right / len(data.examples)

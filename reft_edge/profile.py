@@ -24,7 +24,7 @@ class Profile:
     device: torch.device
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(SECTIONS, 0.0))
     steps: int = 0
-    _warm: bool = False
+    _first: dict[str, float] | None = None
     _section: str = "other"
     _since: float = field(default_factory=time.perf_counter)
 
@@ -40,16 +40,16 @@ class Profile:
         """Count a step, or forget it if it was the first."""
         self.switch("other")
         self.steps += 1
-        if not self._warm and self.steps == 1:
-            self._warm = True
+        if self._first is None:
             self._first = dict(self.seconds)
             self.seconds = dict.fromkeys(SECTIONS, 0.0)
             self.steps = 0
 
-    def a_step(self) -> dict[str, float]:
-        """Mean seconds of a step by section."""
-        seconds = self.seconds if self.steps else self._first
-        return {section: total / max(1, self.steps) for section, total in seconds.items()}
+    def a_step(self) -> dict[str, float] | None:
+        """Mean seconds of a step by section; None if there was no step."""
+        if not self.steps:
+            return self._first
+        return {section: total / self.steps for section, total in self.seconds.items()}
 
 
 @contextmanager

@@ -32,14 +32,28 @@ class Prompts:
         return self.encode_plain(self.render(messages))
 
     def encode_plain(self, text: str) -> list[int]:
-        """Token ids of text that already holds its special tokens, or continues a prompt."""
+        """Token ids of text that already holds its special tokens."""
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def encode_prompt(self, prompt: str, prompt_format: str) -> list[int]:
+    def encode_after(self, before: str, text: str) -> list[int]:
+        """Token ids of text that continues `before`: those that both have beyond the tokens of `before`.
+
+        Alone, a text gets a leading space from tokenizers such as Llama 2's. Where the two melt into one token, it is
+        taken alone all the same.
+        """
+        start, whole = self.encode_plain(before), self.encode_plain(before + text)
+        if whole[: len(start)] == start and len(whole) > len(start):
+            return whole[len(start) :]
+        return self.encode_plain(text)
+
+    def prompt_text(self, prompt: str, prompt_format: str) -> str:
         """One user message through the chat template (`chat`), or the text itself (`raw`)."""
-        if prompt_format == "raw":
-            return self.encode_raw(prompt)
-        return self.encode_chat([{"role": "user", "content": prompt}])
+        return prompt if prompt_format == "raw" else self.render([{"role": "user", "content": prompt}])
+
+    def encode_prompt(self, prompt: str, prompt_format: str) -> list[int]:
+        """Token ids of the same."""
+        text = self.prompt_text(prompt, prompt_format)
+        return self.encode_raw(text) if prompt_format == "raw" else self.encode_plain(text)
 
     def render(self, messages: list[Message], add_generation_prompt: bool = True) -> str:
         """The conversation as text. Raises ReftEdgeError if there is no template or it refuses the messages.

@@ -116,7 +116,7 @@ def render(inspection: Inspection) -> str:
                 + "</div>",
             )
         )
-    if len(inspection.config.layers) > 1:
+    if inspection.overlaps and len(inspection.config.layers) > 1:
         parts.append(
             _section(
                 "Overlap between layers",
@@ -150,11 +150,9 @@ def facts(inspection: Inspection) -> dict[str, str]:
     if config.labels:
         found["labels"] = ", ".join(config.labels)
         found["pooling"] = config.pooling
-    found |= {
-        _plain(name.replace("_", " ")): _plain(value)
-        for name, value in config.training.items()
-        if name != "curve" and value is not None
-    }
+    for name, value in config.training.items():
+        if name != "curve" and value is not None:
+            found.setdefault(_plain(name.replace("_", " ")), _plain(value))
     return found
 
 

@@ -78,13 +78,14 @@ class TorchClassifier:
     tokens: TextTokens
     labels: tuple[str, ...]
     device: torch.device
+    autocast: bool
 
     @torch.no_grad()
     def probabilities(self, texts: Sequence[Text]) -> list[dict[str, float]]:
         """See `evaluation.Classifier`."""
         rows = [self.tokens(text) for text in texts]
-        shares = class_scores(self.encoder, self.interventions, rows, self.device).softmax(dim=-1)
-        return [dict(zip(self.labels, row, strict=True)) for row in shares.tolist()]
+        scores = class_scores(self.encoder, self.interventions, rows, self.device, self.autocast)
+        return [dict(zip(self.labels, row, strict=True)) for row in scores.softmax(dim=-1).tolist()]
 
 
 @contextmanager
@@ -113,7 +114,12 @@ def torch_decoder(
 
 @contextmanager
 def torch_classifier(
-    encoder: Any, tokens: TextTokens, adapter: Adapter, scale: float, device: torch.device
+    encoder: Any,
+    tokens: TextTokens,
+    adapter: Adapter,
+    scale: float,
+    device: torch.device,
+    autocast: bool = False,
 ) -> Iterator[TorchClassifier]:
     """An encoder with one adapter, its edits scaled, for the length of a block.
 
@@ -124,7 +130,7 @@ def torch_classifier(
         raise ReftEdgeError("the adapter has no classification head; train one with --task classification")
     interventions = Interventions.from_adapter(adapter).to(device).eval()
     with steered(encoder.to(device).eval(), (interventions, scale)):
-        yield TorchClassifier(encoder, interventions, tokens, adapter.config.labels, device)
+        yield TorchClassifier(encoder, interventions, tokens, adapter.config.labels, device, autocast)
 
 
 def check_bases(model: Any, adapters: Sequence[tuple[Adapter, float]]) -> None:

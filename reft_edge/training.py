@@ -1,17 +1,20 @@
 """Training an adapter: the base stays frozen, the loss is taken on completions only."""
 
 import dataclasses
+import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from reft_edge.adapter import AdapterConfig, save_adapter
@@ -21,9 +24,10 @@ from reft_edge.classification import LabelledText, LabelledTexts, class_scores
 from reft_edge.data import Dataset, Example
 from reft_edge.distributed import ALONE, Processes
 from reft_edge.errors import ReftEdgeError
+from reft_edge.files import check_place
 from reft_edge.fingerprint import fingerprint
 from reft_edge.graph_weights import use_exported_weights
-from reft_edge.interventions import Interventions
+from reft_edge.interventions import Interventions, dropout_off
 from reft_edge.layers import parse_layers
 from reft_edge.likelihood import joined_logits
 from reft_edge.preference import PreferenceObjective, Preferences, preferred
@@ -35,6 +39,8 @@ DTYPES = ("auto", "fp32", "bf16")
 LOAD_IN = ("", "4bit", "8bit")
 CURVE_POINTS = 64
 """Most points of the loss curve that an adapter file keeps."""
+GROUPED = 50
+"""Most batches among whose rows those of like length are brought together."""
 CHECK_EVERY = 10
 """Steps between checks that the parameters are sound."""
 
@@ -80,6 +86,8 @@ class TrainSettings:
     """Of preference training: how firmly it holds on to the base's own preferences."""
     load_in: str = ""
     """`4bit` or `8bit` where the frozen base was quantised as it was loaded."""
+    group_by_length: bool = False
+    """Rows of like length share a forward pass, so that less is padding."""
 
     def __post_init__(self) -> None:
         checks = {
@@ -174,6 +182,8 @@ class Trainer:
     processes: Processes = ALONE
     profile: Profile | None = None
     step: int = 0
+    between_steps: bool = True
+    """Whether parameters, moments, losses and `step` belong together: not while the optimiser moves them."""
 
     def __post_init__(self) -> None:
         self.objective = objective_of(self.data, self.settings.beta)
@@ -214,12 +224,14 @@ class Trainer:
                     f"the loss is {loss} at step {self.step + 1}; lower the learning rate (--lr)"
                 )
             self._enter("optimiser")
+            self.between_steps = False
             nn.utils.clip_grad_norm_(self.interventions.parameters(), self.settings.clip)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             self._enter("other")
             self.step += 1
             self.losses.append(loss)
+            self.between_steps = True
             if self.step % CHECK_EVERY == 0 or self.step == self.steps:
                 self.interventions.check_sound()
             tokens = self.objective.tokens(rows)
@@ -271,13 +283,20 @@ class Trainer:
         self.losses = tensors["losses"].tolist()
         self.step = step
 
+    @cached_property
+    def _lengths(self) -> NDArray[np.int64]:
+        return np.array([self.objective.tokens([row]) for row in self.data.examples], dtype=np.int64)
+
     def _steps_an_epoch(self) -> int:
         return math.ceil(len(self.data.examples) / (self.settings.batch_size * self.settings.accumulate))
 
     def rows(self, step: int) -> list[Any]:
         """The rows of a step: every epoch has its own order, drawn from the seed, so that a resumed run sees the same."""
         epoch, index = divmod(step, self._steps_an_epoch())
-        order = np.random.default_rng([self.settings.seed, epoch]).permutation(len(self.data.examples))
+        random = np.random.default_rng([self.settings.seed, epoch])
+        order = random.permutation(len(self.data.examples))
+        if self.settings.group_by_length:
+            order = grouped(order, self._lengths, self.settings.batch_size, random)
         size = self.settings.batch_size * self.settings.accumulate
         return [self.data.examples[i] for i in order[index * size : (index + 1) * size]]
 
@@ -304,14 +323,15 @@ def train(
     With `base_weights`, a folder that this model was exported to, the model is given that folder's 16-bit or quantised
     weights first, so that the adapter is trained on what it will meet on the device.
 
-    A checkpoint beside `output` is written every `save_every` steps and when interrupted, and removed at the end;
-    `resume` continues from it. Raises ReftEdgeError for settings the model cannot follow, a checkpoint of another
+    A checkpoint beside `output` is written every `save_every` steps, after the last one and when interrupted, and removed
+    once `output` is written; `resume` continues from it. Raises ReftEdgeError for settings the model cannot follow, a checkpoint of another
     training, or a loss that is not finite.
     """
     started = time.perf_counter()
-    if not output.parent.is_dir():
-        raise ReftEdgeError(f"the folder of {output} does not exist; make it first")
+    if save_every < 1:
+        raise ReftEdgeError(f"save_every is {save_every}; expected 1 or more")
     processes = execution.processes
+    processes.from_main(lambda: check_place(output))
     place = execution.place()
     labels = data.labels if isinstance(data, LabelledTexts) else ()
     config = adapter_config(model, base_name, settings, labels)
@@ -337,6 +357,7 @@ def train(
             "settings": dataclasses.asdict(settings),
             "data": data.digest,
             "base": config.base_fingerprint,
+            "rows": _digest(data.examples),
             "weights": weights,
         },
     )
@@ -349,10 +370,16 @@ def train(
             if found
             else "there is no checkpoint; starting from the beginning"
         )
+    elif processes.main and checkpoint.path.exists():
+        report(
+            f"starting from the beginning; {checkpoint.path}, which --resume would continue, will be replaced"
+        )
 
     def after_step(step: StepReport) -> None:
-        if processes.main and step.step % save_every == 0 and step.step < step.steps:
-            checkpoint.save(trainer.state(), trainer.step)
+        if step.step % save_every == 0 or step.step == step.steps:
+            trainer.interventions.check_sound()
+            if processes.main:
+                checkpoint.save(trainer.state(), trainer.step)
         on_step(step)
 
     with (
@@ -365,7 +392,7 @@ def train(
             with watched(model, steering, trainer.profile) if trainer.profile else nullcontext():
                 trainer.run(steering, after_step)
         except KeyboardInterrupt:
-            if trainer.step and processes.main:
+            if trainer.step and trainer.between_steps and processes.main:
                 checkpoint.save(trainer.state(), trainer.step)
                 report(f"saved a checkpoint after step {trainer.step}; --resume continues from it")
             raise
@@ -402,12 +429,15 @@ def train(
     if weights:
         provenance["base_weights"] = weights
     adapter = trainer.interventions.to_adapter(dataclasses.replace(config, training=provenance))
-    processes.from_main(lambda: save_adapter(adapter, output))
-    if processes.main:
+
+    def save() -> int:
+        save_adapter(adapter, output)
         checkpoint.path.unlink(missing_ok=True)
+        return output.stat().st_size
+
     return TrainResult(
         output,
-        output.stat().st_size,
+        processes.from_main(save),
         adapter.num_parameters,
         base_parameters,
         trainer.steps,
@@ -417,6 +447,14 @@ def train(
         accuracy,
         trainer.profile.a_step() if trainer.profile else None,
     )
+
+
+def _digest(rows: Sequence[Any]) -> str:
+    """Of the rows as they are trained on: tokenised, cut or left out."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr(row).encode())
+    return digest.hexdigest()
 
 
 def adapter_config(
@@ -545,15 +583,11 @@ def evaluate(
     objective: Objective = _COMPLETIONS,
 ) -> float:
     """Mean negative log-likelihood, in nats a completion token or label, dropout off."""
-    modules = [interventions for interventions, _ in steering.adapters]
-    for module in modules:
-        module.eval()
-    total = sum(
-        float(objective.loss(model, steering, rows[start : start + batch_size], device, autocast))
-        for start in range(0, len(rows), batch_size)
-    )
-    for module in modules:
-        module.train()
+    with dropout_off(*(interventions for interventions, _ in steering.adapters)):
+        total = sum(
+            float(objective.loss(model, steering, rows[start : start + batch_size], device, autocast))
+            for start in range(0, len(rows), batch_size)
+        )
     return total / objective.count(rows)
 
 
@@ -567,13 +601,12 @@ def label_accuracy(
     autocast: bool = False,
 ) -> float:
     """Share of rows whose likeliest label is theirs, dropout off; the model is steered by `interventions`."""
-    interventions.eval()
     right = 0
-    for start in range(0, len(data.examples), batch_size):
-        rows = data.examples[start : start + batch_size]
-        scores = class_scores(model, interventions, [row.tokens for row in rows], device, autocast)
-        right += sum(int(found) == row.label for found, row in zip(scores.argmax(1), rows, strict=True))
-    interventions.train()
+    with dropout_off(interventions):
+        for start in range(0, len(data.examples), batch_size):
+            rows = data.examples[start : start + batch_size]
+            scores = class_scores(model, interventions, [row.tokens for row in rows], device, autocast)
+            right += sum(int(found) == row.label for found, row in zip(scores.argmax(1), rows, strict=True))
     return right / len(data.examples)
 
 
@@ -588,6 +621,22 @@ def rate(settings: TrainSettings, step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * done)) if settings.schedule == "cosine" else 1 - done
 
 
+def grouped(
+    order: NDArray[np.int64], lengths: NDArray[np.int64], batch_size: int, random: np.random.Generator
+) -> NDArray[np.int64]:
+    """The same rows in an order in which every `batch_size` of them are of like `lengths` (by row).
+
+    Rows are sorted within parts of the given order, two parts or more and at most GROUPED batches each, so that every epoch
+    has batches of its own; these are then shuffled. A last batch that is not full stays last.
+    """
+    size = batch_size * max(1, min(GROUPED, len(order) // (2 * batch_size)))
+    parts = [order[start : start + size] for start in range(0, len(order), size)]
+    by_length = np.concatenate([part[np.argsort(-lengths[part], kind="stable")] for part in parts])
+    full = len(order) - len(order) % batch_size
+    batches = random.permutation(by_length[:full].reshape(-1, batch_size))
+    return np.concatenate([batches.ravel(), by_length[full:]])
+
+
 def torch_device(name: str | None) -> torch.device:
     """The named device, or CUDA where there is one, else the CPU. Raises ReftEdgeError if it cannot be used."""
     try:
@@ -596,13 +645,15 @@ def torch_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ReftEdgeError(
-            f"cannot train on device {name!r}: {reason}; leave --device out to choose"
+            f"cannot compute on device {name!r}: {reason}; leave --device out to choose"
         ) from error
     return device
 
 
 def chosen_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """float32 or bfloat16; `auto` is bfloat16 where the device has instructions for it."""
+    """float32 or bfloat16; `auto` is bfloat16 where the device has instructions for it. Raises ReftEdgeError for others."""
+    if dtype not in DTYPES:
+        raise ReftEdgeError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
     if dtype != "auto":
         return torch.bfloat16 if dtype == "bf16" else torch.float32
     if device.type == "cuda":

@@ -113,9 +113,20 @@ def test_the_whole_way(hf, rows, tmp_path):
 
 def test_json_of_train_and_export(hf, rows, tmp_path):
     result = json.loads(
-        call("train", hf, rows, "-o", tmp_path / "a.safetensors", "--max-steps", 2, "--json").stdout
+        call(
+            "train",
+            hf,
+            rows,
+            "-o",
+            tmp_path / "a.safetensors",
+            "--max-steps",
+            2,
+            "--json",
+            "--group-by-length",
+        ).stdout
     )
     assert result["path"] == str(tmp_path / "a.safetensors")
+    assert load_adapter(tmp_path / "a.safetensors").config.training["group_by_length"] is True
     assert result["parameters"] == load_adapter(tmp_path / "a.safetensors").num_parameters
     result = json.loads(call("export", hf, "-o", tmp_path / "e", "--layers", "0-1", "--json").stdout)
     assert result["layers"] == [0, 1]

@@ -3,10 +3,11 @@
 import json
 
 import pytest
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from reft_edge.data import load_dataset
 from reft_edge.errors import ReftEdgeError
-from reft_edge.prompts import load_prompts
+from reft_edge.prompts import Prompts, load_prompts
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,34 @@ def test_long_rows_are_counted_not_cut(tmp_path, prompts):
     assert (len(data.examples), data.left_out) == (1, 1)
     with pytest.raises(ReftEdgeError, match="all 1 are longer than 100 tokens; raise --max-length"):
         load_dataset(write(tmp_path, rows[1]), prompts, "raw", 100)
+
+
+def metaspace_prompts():
+    """A tokenizer that marks words with ▁ and puts one before every text, as Llama 2's does."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["</s>"], show_progress=False)
+    tokenizer.train_from_iterator(["Sentiment: positive no", "Answer: negative"] * 9, trainer)
+    return Prompts(tokenizer, None, {"eos_token": "</s>"})
+
+
+@pytest.mark.parametrize(("prompt", "completion"), [("Sentiment:", " positive"), ("Answer:", "no")])
+def test_a_completion_gets_no_space_of_its_own(tmp_path, prompt, completion):
+    prompts = metaspace_prompts()
+    row = {"prompt": prompt, "completion": completion}
+    (example,) = load_dataset(write(tmp_path, row), prompts, "raw", 999).examples
+    assert [*example.prompt, *example.completion] == prompts.encode_plain(f"{prompt}{completion}</s>")
+    assert list(example.completion) != prompts.encode_plain(f"{completion}</s>")
+
+
+def test_a_completion_that_melts_with_its_prompt_is_taken_alone():
+    prompts = metaspace_prompts()
+    assert (
+        prompts.encode_plain("posit")
+        != prompts.encode_plain("positive")[: len(prompts.encode_plain("posit"))]
+    )
+    assert prompts.encode_after("posit", "ive") == prompts.encode_plain("ive")
 
 
 @pytest.mark.parametrize(

@@ -35,13 +35,18 @@ def rows(tmp_path_factory) -> Path:
     return path
 
 
-def launch(processes: int, *arguments, environment=None, launcher=None, check=True):
+def launch(processes: int, *arguments, environment=None, launcher=None, check=True, folder=ROOT):
     command = [sys.executable]
     if processes > 1:
         command += launcher or ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
     done = subprocess.run(
-        [*command, *map(str, arguments)], capture_output=True, text=True, env=variables, cwd=ROOT, timeout=240
+        [*command, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=variables,
+        cwd=folder,
+        timeout=240,
     )
     assert not check or done.returncode == 0, done.stderr
     return done
@@ -119,6 +124,20 @@ def test_a_killed_launch_goes_on_from_its_checkpoint(device_folder, rows, tmp_pa
     done = train(2, device_folder, rows, path, *options, "--resume")
     assert "continuing after step 6" in done.stderr
     assert_same(load_adapter(path), one)
+
+
+def test_machines_need_no_folder_in_common(device_folder, rows, tmp_path):
+    """Every process in a folder of its own: the adapter is in the main one's."""
+    script = tmp_path / "apart.py"
+    script.write_text(
+        "import os; os.makedirs(os.environ['RANK']); os.chdir(os.environ['RANK'])\n"
+        "if os.environ['RANK'] == '0': os.mkdir('out')\n"
+        "from reft_edge.cli import app; app()\n"
+    )
+    command = ["train", device_folder / "hf", rows, "-o", "out/a.safetensors", *OPTIONS, "--max-steps", "2"]
+    launch(2, script, *command, environment={"PYTHONPATH": str(ROOT)}, folder=tmp_path)
+    assert load_adapter(tmp_path / "0/out/a.safetensors").config.training["steps"] == 2
+    assert list((tmp_path / "1").iterdir()) == []
 
 
 def test_an_error_stops_all_processes_with_its_reason(device_folder, rows, tmp_path):

@@ -186,6 +186,12 @@ def test_long_texts_are_cut_to_the_context(bert, tmp_path):
     assert len(runner.classify(["ice melts " * 2000], "task")) == 1
 
 
+@pytest.mark.parametrize("limit", [0, -1])
+def test_texts_cannot_be_cut_to_nothing(bert, limit):
+    with pytest.raises(ReftEdgeError, match=f"cut to {limit} tokens; expected 1 or more"):
+        load_text_tokens(bert[0], limit)
+
+
 def test_default_pooling_follows_sentence_transformers(encoder, bert):
     assert default_pooling(encoder[0]) == "mean"
     assert default_pooling(bert[0]) == "cls"

@@ -130,6 +130,11 @@ def test_an_encoder_is_measured_in_both(device_folder, tmp_path):
     torch_found = evaluate_model(str(tmp_path / "hf"), questions, adapters, settings)
     onnx_found = evaluate_folder(tmp_path / "export", questions, adapters, settings)
     assert torch_found.right == onnx_found.right
+    rounded = evaluate_model(
+        str(tmp_path / "hf"), questions, adapters, dataclasses.replace(settings, dtype="bf16")
+    )
+    pairs = zip(torch_found.records, rounded.records, strict=True)
+    assert max(abs(ours.scores["no"] - theirs.scores["no"]) for ours, theirs in pairs) > 1e-5
     for ours, theirs in zip(torch_found.records, onnx_found.records, strict=True):
         assert ours.answer == theirs.answer
         assert ours.scores == pytest.approx(theirs.scores, abs=1e-4)
@@ -240,6 +245,12 @@ def test_labelled_texts_become_prompts(tmp_path):
         ('{"text": "a", "label": 1}', None, "mixes rows"),
         ('{"text": "a", "label": 1.5}', "label", "line 1|line 2"),
         ("[]", "number", "line 2"),
+        ("[" * 100_000, None, "line 2: not valid JSON"),
+        (
+            json.dumps({"prompt": "Answer format: " + "a/" * 200 + "a b", "answer": "a"}),
+            "choice",
+            "Answer format",
+        ),
         ('{"prompt": "a", "answer": "b"}', "multiple", "unknown task"),
     ],
 )
@@ -259,6 +270,12 @@ def test_limits_and_bounds(device_folder, tmp_path):
         load_questions(write(tmp_path / "empty.jsonl", []))
     with pytest.raises(ReftEdgeError, match="batch_size is 0"):
         EvalSettings(batch_size=0)
+    with pytest.raises(ReftEdgeError, match="seed is -1"):
+        EvalSettings(seed=-1)
+    with pytest.raises(ReftEdgeError, match="seed is -1"):
+        compare([record(1, True)], [record(1, True)], seed=-1)
+    with pytest.raises(ReftEdgeError, match="dtype is 'fp16'; expected one of auto, fp32, bf16"):
+        evaluate_model(str(device_folder / "hf"), load_questions(path), [], EvalSettings(dtype="fp16"))
     with pytest.raises(ReftEdgeError, match="line 1 needs"):
         evaluate_folder(device_folder / "export", load_questions(path), [], EvalSettings(max_tokens=999))
     long = write(tmp_path / "long.jsonl", [{"prompt": "Who? " * 300, "choices": ["a", "b"], "answer": 0}])
@@ -321,6 +338,10 @@ def test_two_runs_are_compared_row_by_row(tmp_path):
     assert 0 < found.low < 0.2 < found.high
     assert found.p_value == pytest.approx(2 * (1 + 14 + 91) / 2**14)
     assert mcnemar(0, 0) == 1.0
+    many = math.erfc(
+        (200 - 1) / math.sqrt(20_000) / math.sqrt(2)
+    )  # the normal approximation, continuity corrected
+    assert mcnemar(9_900, 10_100) == mcnemar(10_100, 9_900) == pytest.approx(many, rel=1e-3)
     assert mcnemar(5, 5) == 1.0
     with pytest.raises(ReftEdgeError, match="same questions: 1 of 50"):
         compare(a, [record(0, True, "y"), *b[1:]])
@@ -335,6 +356,7 @@ def test_records_keep_odd_text_and_others_are_refused(tmp_path):
     for content in (
         '{"row": 1}',
         "[]",
+        "[" * 100_000,
         '{"row": "1", "id": "", "expected": "", "answer": "", "right": true}',
         "x",
     ):
@@ -360,6 +382,11 @@ def test_the_command_line(device_folder, tmp_path):
     done = call("compare", tmp_path / "a.jsonl", tmp_path / "b.jsonl")
     assert done.returncode == 0, done.stderr
     assert "McNemar" in done.stdout
-    failed = call("eval", device_folder / "export", rows, "--task", "number")
-    assert failed.returncode == 1
-    assert "Traceback" not in failed.stderr
+    for options, message in (
+        (["--task", "number"], "line 1 needs"),
+        (["--records", tmp_path], "is a folder"),
+    ):
+        failed = call("eval", device_folder / "export", rows, *options)
+        assert failed.returncode == 1
+        assert message in failed.stderr
+        assert "Traceback" not in failed.stderr

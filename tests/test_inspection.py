@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from reft_edge.adapter import Adapter, fold, load_adapter, save_adapter
+from reft_edge.adapter import Adapter, AdapterConfig, fold, load_adapter, save_adapter
 from reft_edge.cli import app
 from reft_edge.data import Example
 from reft_edge.encoders import load_encoder
@@ -112,6 +112,15 @@ def test_overlaps_do_not_depend_on_the_basis(tiny_model):
     foreign = Adapter(dataclasses.replace(other.config, base_fingerprint="f"), other.tensors)
     with pytest.raises(ReftEdgeError, match="unlike models"):
         inspect_adapter(a, "a", 1, ("b", foreign))
+    narrow = Adapter(
+        dataclasses.replace(other.config, hidden_size=32),
+        {
+            name: tensor[..., :32].copy() if tensor.ndim == 4 else tensor
+            for name, tensor in other.tensors.items()
+        },
+    )
+    with pytest.raises(ReftEdgeError, match="unlike models"):
+        inspect_adapter(a, "a", 1, ("b", narrow))
 
 
 def test_positions_have_names_in_reading_order():
@@ -254,6 +263,42 @@ def test_facts_are_short_and_plain(tiny_model):
     assert visible("a b\x07") == "a␣b\\x07"
 
 
+def test_what_a_file_says_of_its_training_hides_nothing_else(tiny_model):
+    adapter = trained(random_adapter(tiny_model), base_model="another", file="1 kB", note="kept")
+    described = facts(inspect_adapter(adapter, "a", 2000))
+    assert described["base model"] == adapter.config.base_name
+    assert described["file"].startswith("2.0 kB")
+    assert described["note"] == "kept"
+
+
+def test_values_at_the_edge_of_float32_are_shown(tiny_model):
+    """W1 - W2 of such a file is beyond float32."""
+    plain = random_adapter(tiny_model, "noreft")
+    signs = {"W1": -3e38, "W2": 3e38, "b": 3e38}
+    found = inspect_adapter(
+        Adapter(
+            plain.config, {name: np.full_like(plain.tensors[name], value) for name, value in signs.items()}
+        ),
+        "a",
+        1,
+    )
+    assert all(np.isfinite(part.gains).all() and part.gains.min() > 1e38 for part in found.strengths)
+    Parsed(render(found))
+
+
+def test_a_file_of_very_many_layers_makes_no_endless_page():
+    fields = {"hidden_size": 8, "num_layers": 400, "layers": tuple(range(400)), "rank": 1}
+    config = AdapterConfig("steering", "b", "0", **fields, positions="f1+l1")
+    found = inspect_adapter(
+        Adapter(config, {name: np.ones(shape, np.float32) for name, shape in config.shapes().items()}), "a", 1
+    )
+    assert found.overlaps == []
+    page = render(found)
+    assert len(page) < 1_000_000
+    assert "Overlap between layers" not in page
+    assert not any(line.startswith("layers share") for line in summary(found))
+
+
 def test_a_non_linear_adapter_has_no_strengths_but_subspaces(tiny_model):
     found = inspect_adapter(random_adapter(tiny_model, act_fn="relu"), "a", 1)
     assert found.strengths == []
@@ -295,6 +340,7 @@ def test_the_command_line(device_folder, tiny_model, tmp_path):
         (["--data", str(rows)], "go together"),
         (["--with", str(rows)], "not a usable adapter"),
         ([*options, "--limit", "0"], "limit is 0"),
+        (["-o", str(tmp_path)], "is a folder"),
     ):
         failed = CliRunner().invoke(app, ["inspect", str(path), *bad])
         assert failed.exit_code == 1

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from reft_edge.adapter import AdapterConfig, fold
+from reft_edge.adapter import Adapter, AdapterConfig, fold
 from reft_edge.errors import ReftEdgeError
 from reft_edge.interventions import Interventions, Rotation, random_rotations
 
@@ -174,6 +174,17 @@ def test_adapter_round_trip_and_fold(kind: str) -> None:
             columns = part.gates == group
             folded = (h.numpy() @ part.A[:, columns] + part.b[columns]) @ part.B[columns]
             np.testing.assert_allclose(delta, folded, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["loreft", "direft", "consreft", "lobireft"])
+def test_a_rounded_rotation_is_run_as_the_file_holds_it(kind: str) -> None:
+    """As the exported graph runs it, not made orthonormal again."""
+    adapter = Interventions(config(kind), seed=5).to_adapter()
+    rounded = Adapter(adapter.config, {**adapter.tensors, "R": np.round(adapter.tensors["R"] * 64) / 64})
+    module = Interventions.from_adapter(rounded)
+    np.testing.assert_array_equal(module.tensors()["R"].detach().numpy(), rounded.tensors["R"])
+    np.testing.assert_array_equal(module.weights().B.detach().numpy(), rounded.tensors["R"])
+    assert module.to_adapter().tensors.keys() == rounded.tensors.keys()
 
 
 def test_initial_distributions() -> None:

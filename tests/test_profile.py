@@ -133,6 +133,7 @@ def test_every_section_gets_its_time(model):
 
 def test_the_first_step_is_left_out_where_there_are_more():
     profile = Profile(CPU)
+    assert profile.a_step() is None
     profile.seconds["loss"] = 100.0
     profile.end_step()
     assert profile.a_step()["loss"] == 100.0

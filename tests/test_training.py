@@ -1,13 +1,16 @@
 """Training on a tiny model: what is learnt, what stays frozen, and what a kill cannot lose."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 
 from reft_edge.adapter import load_adapter
 from reft_edge.data import Dataset, Example, load_dataset
+from reft_edge.distributed import Processes
 from reft_edge.errors import ReftEdgeError
 from reft_edge.export import Quantisation, export_model
 from reft_edge.interventions import Interventions
@@ -23,6 +26,7 @@ from reft_edge.training import (
     batch_loss,
     curve,
     evaluate,
+    grouped,
     rate,
     train,
 )
@@ -59,7 +63,7 @@ def settings(**changes):
 def run(model, data, path, **changes):
     options = {
         key: changes.pop(key)
-        for key in ("resume", "save_every", "evaluation", "on_step", "base_weights")
+        for key in ("resume", "save_every", "evaluation", "on_step", "base_weights", "report")
         if key in changes
     }
     return train(model, "tiny", data, path, settings(**changes), **options)
@@ -124,6 +128,20 @@ def test_the_saved_adapter_is_what_was_trained(model, data, tmp_path):
     assert {"lr", "seed", "versions", "loss", "dtype"} <= training.keys()
 
 
+def test_held_out_rows_are_read_without_dropout(model, data, tmp_path):
+    """And dropout is on again for what is trained after."""
+    result = run(model, data, tmp_path / "a", dropout=0.9, evaluation=data)
+    adapter = Interventions.from_adapter(load_adapter(tmp_path / "a"), dropout=0.9)
+    with steered(model, (adapter, 1.0)) as steering, torch.no_grad():
+        assert evaluate(model, steering, data.examples, 4, CPU, autocast=False) == pytest.approx(
+            result.evaluation, rel=1e-4
+        )
+        assert adapter.training
+        dropped = float(batch_loss(model, steering, data.examples, CPU, autocast=False))
+    tokens = sum(len(row.completion) for row in data.examples)
+    assert dropped / tokens != pytest.approx(result.evaluation, rel=1e-3)
+
+
 def test_the_same_seed_trains_the_same_adapter(model, data, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         run(model, data, tmp_path / name, seed=seed, dropout=0.1)
@@ -180,9 +198,67 @@ def test_an_interrupt_saves_the_last_step(model, data, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         run(model, data, tmp_path / "a", on_step=interrupt)
+    said, steps = [], []
+    with pytest.raises(KeyboardInterrupt):
+        run(model, data, tmp_path / "a", on_step=interrupt, report=said.append)
+    assert "which --resume would continue" in said[0]
+    run(model, data, tmp_path / "a", resume=True, on_step=lambda step: steps.append(step.step))
+    assert steps == [5, 6]
+
+
+def test_an_interrupt_inside_the_optimiser_saves_nothing_that_is_half_a_step(
+    model, data, tmp_path, monkeypatch
+):
+    """The parameters have moved, the step is not counted yet: the checkpoint before it is what goes on."""
+    run(model, data, tmp_path / "whole")
+    move, moves = torch.optim.AdamW.step, []
+
+    def interrupted(optimizer):
+        move(optimizer)
+        moves.append(optimizer)
+        if len(moves) == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(model, data, tmp_path / "a", save_every=2)
     steps = []
     run(model, data, tmp_path / "a", resume=True, on_step=lambda step: steps.append(step.step))
     assert steps == [5, 6]
+    for name, tensor in load_adapter(tmp_path / "whole").tensors.items():
+        np.testing.assert_allclose(load_adapter(tmp_path / "a").tensors[name], tensor, atol=1e-6)
+
+
+@pytest.mark.parametrize("failing", ["evaluate", "save_adapter"])
+def test_a_finished_training_is_not_lost_by_what_comes_after_it(model, data, tmp_path, monkeypatch, failing):
+    def fail(*given):
+        raise ReftEdgeError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"reft_edge.training.{failing}", fail)
+        with pytest.raises(ReftEdgeError, match="no space left"):
+            run(model, data, tmp_path / "a", evaluation=data)
+    steps = []
+    result = run(model, data, tmp_path / "a", evaluation=data, resume=True, on_step=steps.append)
+    assert steps == []
+    run(model, data, tmp_path / "whole", evaluation=data)
+    whole = load_adapter(tmp_path / "whole")
+    assert result.evaluation == pytest.approx(whole.config.training["evaluation_loss"], abs=1e-5)
+    for name, tensor in whole.tensors.items():
+        np.testing.assert_allclose(load_adapter(tmp_path / "a").tensors[name], tensor, atol=1e-6)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a", "whole"]
+
+
+def test_a_checkpoint_of_the_same_file_cut_elsewhere_is_refused(model, data, tmp_path):
+    def interrupt(step):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(model, data, tmp_path / "a", on_step=interrupt)
+    shorter = dataclasses.replace(data, examples=data.examples[:-1], left_out=1)
+    with pytest.raises(ReftEdgeError, match="of another training; these differ: rows"):
+        run(model, shorter, tmp_path / "a", resume=True)
 
 
 def test_a_checkpoint_of_another_training_is_refused(model, data, tmp_path):
@@ -193,9 +269,15 @@ def test_a_checkpoint_of_another_training_is_refused(model, data, tmp_path):
         run(model, data, tmp_path / "a", on_step=interrupt)
     with pytest.raises(ReftEdgeError, match="of another training; these differ: lr, rank"):
         run(model, data, tmp_path / "a", resume=True, lr=1e-3, rank=2)
-    (tmp_path / "a.checkpoint").write_bytes(b"junk")
-    with pytest.raises(ReftEdgeError, match="not a usable checkpoint"):
-        run(model, data, tmp_path / "a", resume=True)
+    tensors = {"losses": torch.zeros(1)}
+    for content in (
+        b"junk",
+        save(tensors),
+        *(save(tensors, {"step": "1", "belongs_to": b}) for b in ("{}", "[]")),
+    ):
+        (tmp_path / "a.checkpoint").write_bytes(content)
+        with pytest.raises(ReftEdgeError, match="not a usable checkpoint"):
+            run(model, data, tmp_path / "a", resume=True)
 
 
 def test_rows_of_an_epoch_are_all_seen_once(model, data):
@@ -211,6 +293,58 @@ def test_rows_of_an_epoch_are_all_seen_once(model, data):
     for epoch in epochs:
         assert sorted(map(repr, epoch)) == sorted(map(repr, data.examples))
     assert epochs[0] != epochs[1]
+
+
+def unlike_lengths(count: int) -> Dataset:
+    lengths = np.random.default_rng(3).integers(2, 60, count)
+    rows = [Example(tuple(range(length)), (i,)) for i, length in enumerate(lengths)]
+    return Dataset(rows, 0, "digest")
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_rows_of_like_length_share_a_batch(model, accumulate, processes):
+    """Every row once an epoch, in every process count; less padding; shuffled anew each epoch; the last pass not full."""
+    data, size = unlike_lengths(130), 8
+
+    def epochs(**changes):
+        chosen = settings(max_steps=None, epochs=2, batch_size=size, accumulate=accumulate, **changes)
+        trainer = Trainer(model, Interventions(random_adapter(model).config), chosen, data, CPU)
+        steps = [trainer.rows(step) for step in range(trainer.steps)]
+        passes = [rows[start : start + size] for rows in steps for start in range(0, len(rows), size)]
+        return passes[: len(passes) // 2], passes[len(passes) // 2 :]
+
+    def padding(passes):
+        lengths = [[len(row.prompt) for row in rows] for rows in passes]
+        return sum(max(row) * len(row) - sum(row) for row in lengths)
+
+    first, second = epochs(group_by_length=True)
+    plain, _ = epochs()
+    for passes in (first, second):
+        shares = [
+            Processes(rank=rank, count=processes).share(rows) for rows in passes for rank in range(processes)
+        ]
+        seen = [row for rows, weight in shares for row in rows if weight]
+        assert sorted(map(repr, seen)) == sorted(map(repr, data.examples))
+        assert [len(rows) for rows in passes] == [size] * 16 + [2]
+        assert padding(passes) < 0.4 * padding(plain)
+        longest = [max(len(row.prompt) for row in rows) for rows in passes]
+        assert longest not in (sorted(longest), sorted(longest, reverse=True))
+    assert {frozenset(rows) for rows in first}.isdisjoint(frozenset(rows) for rows in second)
+    assert epochs(group_by_length=True) == (first, second)
+    assert epochs(group_by_length=True, seed=1) != (first, second)
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 40])
+def test_few_rows_can_be_grouped_too(count):
+    lengths = np.arange(count)[::-1].copy()
+    found = grouped(np.arange(count), lengths, 8, np.random.default_rng(0))
+    assert sorted(found) == list(range(count))
+
+
+def test_grouped_rows_are_trained_on_and_noted(model, data, tmp_path):
+    run(model, data, tmp_path / "a", group_by_length=True, accumulate=2, batch_size=2)
+    assert load_adapter(tmp_path / "a").config.training["group_by_length"] is True
 
 
 @pytest.mark.parametrize(
@@ -310,6 +444,7 @@ def test_weight_decay_leaves_the_rotation_orthonormal(model, data, tmp_path):
     [
         ({"load_in": "2bit"}, "load_in is '2bit'; expected 4bit or 8bit"),
         ({"load_in": "4bit"}, "load_in is for a model that load_quantised gave"),
+        ({"save_every": 0}, "save_every is 0; expected 1 or more"),
         ({"lr": 0}, "lr is 0"),
         ({"epochs": -1}, "epochs is -1"),
         ({"max_steps": 0}, "max_steps is 0"),
@@ -332,13 +467,16 @@ def test_bad_settings(model, data, tmp_path, changes, message):
 
 @pytest.mark.parametrize("device", ["tpu9", "cuda:77"])
 def test_bad_devices(model, data, tmp_path, device):
-    with pytest.raises(ReftEdgeError, match=f"cannot train on device '{device}'"):
+    with pytest.raises(ReftEdgeError, match=f"cannot compute on device '{device}'"):
         train(model, "tiny", data, tmp_path / "a", settings(), execution=Execution(device=device))
 
 
-def test_a_missing_folder_is_found_before_training(model, data, tmp_path):
-    with pytest.raises(ReftEdgeError, match="does not exist"):
-        run(model, data, tmp_path / "none" / "a.safetensors")
+def test_a_bad_place_is_found_before_training(model, data, tmp_path):
+    for path, message in ((tmp_path / "none" / "a.safetensors", "does not exist"), (tmp_path, "is a folder")):
+        steps = []
+        with pytest.raises(ReftEdgeError, match=message):
+            run(model, data, path, on_step=steps.append)
+        assert steps == []
 
 
 def test_loss_is_taken_on_completions_only(model):

@@ -227,7 +227,7 @@ def prepare(bench: Bench, data: Path, task: Task) -> Prepared:
     def options(prompt: str, choices: Iterable[str]) -> dict[str, Any]:
         return {
             "prompt": bench.prompts.encode_raw(prompt),
-            "options": [bench.prompts.encode_plain(choice) for choice in choices],
+            "options": [bench.prompts.encode_after(prompt, choice) for choice in choices],
         }
 
     questions = load_questions(write("test", parts["test"]))

@@ -15,7 +15,6 @@ from reft_edge.commands.console import (
     trusted_keys,
 )
 from reft_edge.commands.options import Adapters, Json, RequireSigned, Threads
-from reft_edge.errors import ReftEdgeError
 
 
 def evaluate_task(
@@ -101,6 +100,7 @@ def evaluate_task(
             parse_words,
             save_records,
         )
+        from reft_edge.files import check_place
         from reft_edge.manifest import MANIFEST
 
         settings = EvalSettings(
@@ -116,8 +116,8 @@ def evaluate_task(
             threads=threads,
             trusted=trusted_keys(require_signed),
         )
-        if records is not None and not records.parent.is_dir():
-            raise ReftEdgeError(f"the folder of {records} does not exist; make it first")
+        if records is not None:
+            check_place(records)
         questions = load_questions(data, task, limit)
         adapters = [split_scale(given) for given in adapter or []]
         with progress_bar(console, "answering", len(questions.rows)) as on_done:

@@ -85,6 +85,13 @@ def train(
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Rows a forward pass.")] = 16,
     accumulate: Annotated[int, typer.Option(help="Forward passes an optimiser step.")] = 1,
+    group_by_length: Annotated[
+        bool,
+        typer.Option(
+            "--group-by-length",
+            help="Put rows of like length into one batch, so that less is padding; batches are still shuffled.",
+        ),
+    ] = False,
     warmup: Annotated[float, typer.Option(help="Share of steps over which the learning rate rises.")] = 0.1,
     schedule: Annotated[
         str, typer.Option(help="Learning rate after the warm-up: linear, cosine or constant.")
@@ -187,6 +194,7 @@ def train(
             max_steps=max_steps,
             batch_size=batch_size,
             accumulate=accumulate,
+            group_by_length=group_by_length,
             warmup=warmup,
             schedule=schedule,
             weight_decay=weight_decay,

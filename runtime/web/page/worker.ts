@@ -44,6 +44,7 @@ async function open(source: Source, device: Device): Promise<void> {
   const threads = self.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency) : 1;
   model = await SteeredModel.open(await loadRuntime(device, threads), folder, {
     session: { executionProviders: [device] },
+    unpack: device === "wasm",
     progress: (loaded, total) => send({ type: "progress", loaded, total }),
   });
   const { base_name: name, precision } = model.manifest;

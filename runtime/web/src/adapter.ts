@@ -1,6 +1,7 @@
 import { ReftEdgeError } from "./errors";
 import { isObject, type JsonObject, parseStrictly } from "./json";
 import { parsePositions, type Span } from "./positions";
+import { dataBytes, type Declared, declared, decode, storeOf } from "./storage";
 
 /** What an adapter is and which base model it belongs to: the description in an adapter file's header. */
 export interface AdapterConfig {
@@ -31,7 +32,8 @@ export interface Adapter {
 }
 
 const FORMAT = "reft-edge";
-const VERSION = "1";
+/** Of a file that stores all as float32, and of one that does not. */
+const VERSIONS = ["1", "2"];
 const MAX_HEADER = 2 ** 20;
 const MAX_DATA = 2 ** 30;
 const INTERVENTIONS = ["loreft", "noreft", "direft", "nodireft", "consreft", "lobireft", "steering"];
@@ -74,7 +76,7 @@ export function readAdapter(file: Uint8Array, name: string): Adapter {
   }
 }
 
-/** Name and shape of every tensor that an adapter's file holds. */
+/** Name and shape of every tensor of an adapter. */
 export function tensorShapes(config: AdapterConfig): Map<string, number[]> {
   const groups = [config.layers.length, adapterSpans(config).length];
   const vector = [...groups, config.rank];
@@ -123,22 +125,18 @@ function parseFile(file: Uint8Array): Adapter {
     );
   }
   const start = 8 + Number(length);
-  const { __metadata__: metadata, ...entries } = parseStrictly(decode(file.subarray(8, start)), "header");
-  const config = parseMetadata(metadata);
-  const size = file.byteLength - start;
-  const offsets = checkLayout(entries, config, size);
-  const tensors = new Map<string, Float32Array>();
-  for (const [name, [begin, end]] of offsets) {
-    const values = new Float32Array(file.slice(start + begin, start + end).buffer);
-    if (!values.every(Number.isFinite)) {
-      throw new ReftEdgeError(`tensor ${name} holds NaN or infinity; train the adapter again`);
-    }
-    tensors.set(name, values);
-  }
-  return { config, tensors };
+  const { __metadata__: metadata, ...entries } = parseStrictly(decodeText(file.subarray(8, start)), "header");
+  const { config, version } = parseMetadata(metadata);
+  const layout = checkLayout(entries, config, version, file.byteLength - start);
+  const stored = new Map(
+    [...layout].map(([name, { begin, end, ...tensor }]) => {
+      return [name, { ...tensor, bytes: file.subarray(start + begin, start + end) }];
+    }),
+  );
+  return { config, tensors: decode(stored) };
 }
 
-function decode(header: Uint8Array): string {
+function decodeText(header: Uint8Array): string {
   try {
     return new TextDecoder("utf-8", { fatal: true }).decode(header);
   } catch {
@@ -146,15 +144,16 @@ function decode(header: Uint8Array): string {
   }
 }
 
-function parseMetadata(metadata: unknown): AdapterConfig {
+function parseMetadata(metadata: unknown): { config: AdapterConfig; version: string } {
   if (!isObject(metadata) || metadata.format !== FORMAT) {
     throw new ReftEdgeError(
       `its metadata does not say format '${FORMAT}'; train one with \`reft-edge train\``,
     );
   }
-  if (metadata.version !== VERSION) {
+  const { version } = metadata;
+  if (typeof version !== "string" || !VERSIONS.includes(version)) {
     throw new ReftEdgeError(
-      `it has version '${String(metadata.version)}' of the format; this loader reads version '${VERSION}': ` +
+      `it has version '${String(version)}' of the format; this loader reads versions ${VERSIONS.join(" and ")}: ` +
         "use a newer one, or train the adapter again",
     );
   }
@@ -170,7 +169,7 @@ function parseMetadata(metadata: unknown): AdapterConfig {
   if (missing.length > 0) throw new ReftEdgeError(`its description lacks ${missing.join(", ")}`);
   const config = { ...DEFAULTS, ...fields };
   checkConfig(config);
-  return config;
+  return { config, version };
 }
 
 function checkConfig(config: JsonObject): asserts config is JsonObject & AdapterConfig {
@@ -232,9 +231,15 @@ function isPlainText(value: unknown, least: number, most: number): boolean {
   return length >= least && length <= most;
 }
 
-/** Where in the data each tensor lies, in bytes. Tensors fill the data without gaps or overlaps. */
-function checkLayout(entries: JsonObject, config: AdapterConfig, size: number): Map<string, [number, number]> {
-  const expected = tensorShapes(config);
+interface Place extends Declared {
+  begin: number;
+  end: number;
+}
+
+/** The stored tensors and where in the data each lies, in bytes. They fill the data without gaps or overlaps. */
+function checkLayout(entries: JsonObject, config: AdapterConfig, version: string, size: number): Map<string, Place> {
+  const shapes = tensorShapes(config);
+  const expected = declared(shapes, version === "1" ? "fp32" : storeOf(entries));
   const missing = [...expected.keys()].filter((name) => !Object.hasOwn(entries, name));
   const unexpected = Object.keys(entries).filter((name) => !expected.has(name));
   if (missing.length > 0 || unexpected.length > 0) {
@@ -243,36 +248,37 @@ function checkLayout(entries: JsonObject, config: AdapterConfig, size: number): 
         `missing: ${missing.join(", ") || "none"}, unexpected: ${unexpected.sort().slice(0, 8).join(", ") || "none"}`,
     );
   }
-  const bytes = (shape: number[]) => 4 * shape.reduce((product, length) => product * length, 1);
-  const needed = [...expected.values()].reduce((sum, shape) => sum + bytes(shape), 0);
+  const total = (tensors: Map<string, Declared>) =>
+    [...tensors.values()].reduce((sum, tensor) => sum + dataBytes(tensor), 0);
+  const needed = total(expected);
   if (needed !== size) {
     throw new ReftEdgeError(
       `its description needs ${needed} bytes of tensors, the file holds ${size}; ` +
         "the file is truncated or its description is wrong",
     );
   }
-  if (size > MAX_DATA) {
-    throw new ReftEdgeError(`it holds ${size} bytes of tensors; at most ${MAX_DATA} are accepted`);
+  const taken = total(declared(shapes, "fp32"));
+  if (taken > MAX_DATA) {
+    throw new ReftEdgeError(`it takes ${taken} bytes as float32; at most ${MAX_DATA} are accepted`);
   }
-  const offsets = new Map<string, [number, number]>();
-  for (const [name, shape] of expected) {
+  const places = new Map<string, Place>();
+  for (const [name, tensor] of expected) {
     const entry = entries[name];
-    const declared = isObject(entry) ? `${String(entry.dtype)} ${JSON.stringify(entry.shape)}` : "no tensor";
-    if (declared !== `F32 ${JSON.stringify(shape)}`) {
-      throw new ReftEdgeError(`tensor ${name} is declared as ${declared}; expected F32 ${JSON.stringify(shape)}`);
-    }
+    const wanted = `${tensor.dtype} ${JSON.stringify(tensor.shape)}`;
+    const found = isObject(entry) ? `${String(entry.dtype)} ${JSON.stringify(entry.shape)}` : "no tensor";
+    if (found !== wanted) throw new ReftEdgeError(`tensor ${name} is declared as ${found}; expected ${wanted}`);
     const place = (entry as JsonObject).data_offsets;
-    if (!isRange(place) || place[1] - place[0] !== bytes(shape)) {
-      throw new ReftEdgeError(`tensor ${name} lies at ${JSON.stringify(place)}; expected ${bytes(shape)} bytes`);
+    if (!isRange(place) || place[1] - place[0] !== dataBytes(tensor)) {
+      throw new ReftEdgeError(`tensor ${name} lies at ${JSON.stringify(place)}; expected ${dataBytes(tensor)} bytes`);
     }
-    offsets.set(name, place);
+    places.set(name, { ...tensor, begin: place[0], end: place[1] });
   }
-  let end = 0;
-  for (const [name, place] of [...offsets].sort(([, a], [, b]) => a[0] - b[0])) {
-    if (place[0] !== end) throw new ReftEdgeError(`tensor ${name} does not begin where the one before it ends`);
-    end = place[1];
+  let filled = 0;
+  for (const [name, { begin, end }] of [...places].sort(([, a], [, b]) => a.begin - b.begin)) {
+    if (begin !== filled) throw new ReftEdgeError(`tensor ${name} does not begin where the one before it ends`);
+    filled = end;
   }
-  return offsets;
+  return places;
 }
 
 function isRange(value: unknown): value is [number, number] {

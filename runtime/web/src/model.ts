@@ -13,6 +13,11 @@ import { TextStream } from "./text";
 export interface OpenOptions {
   /** Passed on to ONNX Runtime; `{ executionProviders: ["webgpu"] }`, for example. */
   session?: ort.InferenceSession.SessionOptions;
+  /**
+   * Turn 4- and 8-bit weights to float32 when the model is opened; by default they stay packed. For onnxruntime-web on a
+   * CPU, which unpacks them for every token otherwise. It takes 4 bytes a weight; what is over 1.5 GiB stays packed.
+   */
+  unpack?: boolean;
   /** Called while the weights are read. */
   progress?: Progress;
 }
@@ -79,7 +84,8 @@ export class SteeredModel {
   static async open(runtime: Runtime, folder: Folder, options: OpenOptions = {}): Promise<SteeredModel> {
     const manifest = await loadManifest(folder);
     const prompts = await Prompts.load(folder);
-    const graph = await GraphSession.open(runtime, folder, manifest, options.session ?? {}, options.progress);
+    const { session = {}, unpack = false, progress } = options;
+    const graph = await GraphSession.open(runtime, folder, manifest, session, unpack, progress);
     return new SteeredModel(manifest, prompts, graph);
   }
 

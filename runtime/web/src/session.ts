@@ -6,6 +6,7 @@ import { openPorts } from "./graph";
 import { toFloat16, toFloat32 } from "./half";
 import type { Manifest } from "./manifest";
 import { int64, type PortInputs, type PortValue } from "./ports";
+import { unpackWeights } from "./unpack";
 
 /** An ONNX Runtime of JavaScript: the module `onnxruntime-web`, one of its parts, or `onnxruntime-node`. */
 export type Runtime = Pick<typeof ort, "InferenceSession" | "Tensor">;
@@ -32,21 +33,27 @@ export class GraphSession {
     readonly emptyRank: 0 | 1,
   ) {}
 
-  /** Raises ReftEdgeError if files are missing or ONNX Runtime cannot load the graph. */
+  /**
+   * `unpack`: turn 4- and 8-bit weights to float32 first, as far as memory allows.
+   *
+   * Raises ReftEdgeError if files are missing or ONNX Runtime cannot load the graph.
+   */
   static async open(
     runtime: Runtime,
     folder: Folder,
     manifest: Manifest,
     options: ort.InferenceSession.SessionOptions,
+    unpack: boolean,
     progress?: Progress,
   ): Promise<GraphSession> {
-    const graph = openPorts(await readFile(folder, manifest.graph), Object.keys(manifest.ports));
-    const externalData = [];
-    for (const path of graph.externalFiles) {
-      externalData.push({ path, data: await readFile(folder, path, progress) });
-    }
+    const { model, externalFiles } = openPorts(await readFile(folder, manifest.graph), Object.keys(manifest.ports));
+    const files = new Map<string, Uint8Array>();
+    for (const path of externalFiles) files.set(path, await readFile(folder, path, progress));
+    const unpacked = unpack ? unpackWeights(model, files) : undefined;
+    if (unpacked) files.set(unpacked.path, unpacked.data);
+    const externalData = [...files].map(([path, data]) => ({ path, data }));
     try {
-      const session = await runtime.InferenceSession.create(graph.model, { ...options, externalData });
+      const session = await runtime.InferenceSession.create(unpacked?.model ?? model, { ...options, externalData });
       const providers = (options.executionProviders ?? []).map((given) => (typeof given === "string" ? given : given.name));
       return new GraphSession(runtime, session, manifest, providers.includes("webgpu") ? 1 : 0);
     } catch (error) {

@@ -17,7 +17,7 @@ let model: SteeredModel;
 
 beforeAll(async () => {
   ort.env.wasm.numThreads = 1;
-  model = await SteeredModel.open(ort, folderOnDisk(EXPORT));
+  model = await SteeredModel.open(ort, folderOnDisk(EXPORT), { unpack: true });
   for (const path of ADAPTERS) model.loadAdapter(new Uint8Array(readFileSync(path)), stem(path));
 }, 60_000);
 
@@ -58,7 +58,7 @@ describe("streams", () => {
   test.each(ADAPTERS.map(stem))("with %s run a prompt in pieces as they run it whole", async (name) => {
     const folder = folderOnDisk(EXPORT);
     const manifest = await loadManifest(folder);
-    const graph = await GraphSession.open(ort, folder, manifest, {});
+    const graph = await GraphSession.open(ort, folder, manifest, {}, true);
     const path = ADAPTERS.find((path) => stem(path) === name)!;
     const ports = graph.bind(portInputs(fold(readAdapter(new Uint8Array(readFileSync(path)), name)), manifest));
     const { ids } = answers.find(({ adapters }) => adapters[name] === 1)!;

@@ -13,13 +13,19 @@ import { toFloat16, toFloat32 } from "../src/half";
 import { loadManifest, type Manifest } from "../src/manifest";
 import { SteeredModel } from "../src/model";
 import { parseStrictly } from "../src/json";
+import { GRAPH, MODEL, readNode } from "../src/onnx";
 import { portInputs } from "../src/ports";
 import { parsePositions } from "../src/positions";
+import { fields } from "../src/protobuf";
+import { unpackWeights } from "../src/unpack";
 import { EXPORT, folderOnDisk, readJson, VECTORS, type Vectors } from "./vectors";
 
 const vectors = readJson<Vectors>(join(VECTORS, "vectors.json"));
 const folder = folderOnDisk(EXPORT);
 const file = (name: string) => new Uint8Array(readFileSync(join(VECTORS, `${name}.safetensors`)));
+
+/** -0 as 0. */
+const plain = (value: number | bigint) => Number(value) + 0;
 
 describe("adapter files", () => {
   let manifest: Manifest;
@@ -34,7 +40,7 @@ describe("adapter files", () => {
     const inputs = portInputs(fold(readAdapter(file(name), name)), manifest);
     for (const [port, { shape, data }] of Object.entries(vectors.adapters[name]!)) {
       expect(inputs.get(port)?.shape).toEqual(shape);
-      expect(Array.from(inputs.get(port)!.data, Number)).toEqual(data.map((value) => value + 0));
+      expect(Array.from<number | bigint, number>(inputs.get(port)!.data, plain)).toEqual(data.map(plain));
     }
   });
 
@@ -46,15 +52,17 @@ describe("adapter files", () => {
   });
 
   test("a refused file leaves the adapter of its name as it was", () => {
-    const config = model.loadAdapter(file("loreft"), "task");
+    const config = model.loadAdapter(file("loreft-fp32"), "task");
     refusal(() => model.loadAdapter(file("bad-relu"), "task"));
     expect(model.adapters.get("task")).toEqual(config);
   });
 
   test("tensor bytes need no alignment", () => {
-    const shifted = new Uint8Array(file("direft").byteLength + 1);
-    shifted.set(file("direft"), 1);
-    expect(readAdapter(shifted.subarray(1), "a").tensors).toEqual(readAdapter(file("direft"), "b").tensors);
+    for (const name of ["direft-fp32", "direft-fp16", "direft-int8"]) {
+      const shifted = new Uint8Array(file(name).byteLength + 1);
+      shifted.set(file(name), 1);
+      expect(readAdapter(shifted.subarray(1), "a").tensors).toEqual(readAdapter(file(name), "b").tensors);
+    }
   });
 });
 
@@ -102,6 +110,37 @@ describe("the graph", () => {
   });
 });
 
+describe("packed weights", () => {
+  const packed = new Uint8Array(readFileSync(join(VECTORS, "products.onnx")));
+  const names = Object.keys(vectors.products);
+
+  test("give the same products unpacked", async () => {
+    const unpacked = unpackWeights(packed, new Map())!;
+    expect(operators(unpacked.model)).toEqual(names.map(() => "MatMul"));
+    const session = await ort.InferenceSession.create(unpacked.model, { externalData: [unpacked] });
+    const feeds: Record<string, ort.Tensor> = {};
+    for (const [name, { x }] of Object.entries(vectors.products)) {
+      feeds[`${name}.x`] = new ort.Tensor("float32", Float32Array.from(x), [1, 3, x.length / 3]);
+    }
+    const found = await session.run(feeds);
+    for (const [name, { y }] of Object.entries(vectors.products)) {
+      const values = found[`${name}.y`]!.data as Float32Array;
+      expect(values.length).toBe(y.length);
+      expect(Math.max(...y.map((value, i) => Math.abs(value - values[i]!)))).toBeLessThan(1e-4);
+    }
+  });
+
+  test("stay packed where their sizes are wrong, where they do not fit, or where there are none", () => {
+    const { data } = unpackWeights(packed, new Map())!;
+    const first = 4 * 64 * 24;
+    const partly = unpackWeights(packed, new Map(), first)!;
+    expect(partly.data).toEqual(data.subarray(0, first));
+    expect(operators(partly.model)).toEqual(names.map((_, i) => (i === 0 ? "MatMul" : "MatMulNBits")));
+    expect(unpackWeights(packed, new Map(), 1000)).toBeUndefined();
+    expect(unpackWeights(new Uint8Array(readFileSync(join(EXPORT, "model.onnx"))), new Map())).toBeUndefined();
+  });
+});
+
 describe("a folder is refused", () => {
   const changed = (changes: Record<string, unknown>): Folder =>
     withFile("reft_edge.json", async () => ({
@@ -139,6 +178,12 @@ describe("a folder is refused", () => {
     await expect(SteeredModel.open(ort, cut)).rejects.toThrow("ONNX Runtime cannot load folder");
   });
 });
+
+/** Of a model's nodes. */
+function operators(model: Uint8Array): string[] {
+  const graph = [...fields(model)].find(({ number }) => number === MODEL.graph)!.content!;
+  return [...fields(graph)].filter(({ number }) => number === GRAPH.node).map(({ content }) => readNode(content!).operator);
+}
 
 function refusal(action: () => unknown): string {
   try {

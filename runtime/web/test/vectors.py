@@ -14,13 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime
+from onnx import helper, numpy_helper
 
-from reft_edge.adapter import INTERVENTIONS, Adapter, AdapterConfig, fold, save_adapter
+from reft_edge.adapter import INTERVENTIONS, Adapter, AdapterConfig, fold, load_adapter, save_adapter
 from reft_edge.errors import ReftEdgeError
 from reft_edge.manifest import Manifest, load_manifest
 from reft_edge.positions import parse_positions
 from reft_edge.runtime.binding import port_inputs
 from reft_edge.runtime.model import SteeredModel
+from reft_edge.storage import STORES
 
 SPECS = (
     "f7+l7", "l3", "f1", "all", "gen", "all+gen", "f2+gen", " f3 + l4 ", "f9999999",
@@ -88,19 +92,26 @@ def bad_adapters(manifest: Manifest, folder: Path) -> dict[str, tuple[str, bytes
     """Files that must be refused, by name, and what the refusal has to say."""
     plain = adapter(config(manifest), 0)
 
-    def saved(changed: AdapterConfig) -> bytes:
-        save_adapter(adapter(changed, 0), folder / "good.safetensors")
+    def saved(changed: AdapterConfig, store: str = "fp32") -> bytes:
+        save_adapter(adapter(changed, 0), folder / "good.safetensors", store)
         return (folder / "good.safetensors").read_bytes()
 
+    def split(content: bytes) -> tuple[dict[str, Any], bytes]:
+        length = int.from_bytes(content[:8], "little")
+        return json.loads(content[8 : 8 + length]), content[8 + length :]
+
+    def joined(header: dict[str, Any], data: bytes) -> bytes:
+        text = json.dumps(header).encode()
+        return struct.pack("<Q", len(text)) + text + data
+
     content = saved(plain.config)
-    length = int.from_bytes(content[:8], "little")
-    header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
+    header, data = split(content)
+    length = len(content) - len(data) - 8
 
     def with_header(change: Callable[[dict[str, Any]], None]) -> bytes:
         changed = json.loads(json.dumps(header))
         change(changed)
-        text = json.dumps(changed).encode()
-        return struct.pack("<Q", len(text)) + text + data
+        return joined(changed, data)
 
     def described(**changes: Any) -> bytes:
         fields = {**dataclasses.asdict(plain.config), **changes}
@@ -118,7 +129,33 @@ def bad_adapters(manifest: Manifest, folder: Path) -> dict[str, tuple[str, bytes
     not_finite = bytearray(content)
     not_finite[-4:] = struct.pack("<f", float("nan"))
     offsets = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
+    half, half_data = split(saved(plain.config, "fp16"))
+    eighth, eighth_data = split(saved(plain.config, "int8"))
+
+    def stored(header: dict[str, Any], data: bytes, **tensors: dict[str, Any]) -> bytes:
+        changed = {name: {**entry, **tensors.get(name, {})} for name, entry in header.items()}
+        return joined(changed, data)
+
+    def scaled(value: float) -> bytes:
+        at = eighth["R.scale"]["data_offsets"][0]
+        return joined(eighth, eighth_data[:at] + struct.pack("<f", value) + eighth_data[at + 4 :])
+
+    def halved(value: float) -> bytes:
+        at = half["R"]["data_offsets"][0]
+        return joined(half, half_data[:at] + struct.pack("<e", value) + half_data[at + 2 :])
+
+    as_first = {**eighth["__metadata__"], "version": "1"}
     return {
+        "scale-below-zero": ("no scale", scaled(-1.0)),
+        "scale-not-a-number": ("no scale", scaled(float("nan"))),
+        "scale-infinite": ("no scale", scaled(float("inf"))),
+        "scale-missing": ("missing: ", joined({k: v for k, v in eighth.items() if k != "R.scale"}, eighth_data)),
+        "scale-overflowing": ("NaN or infinity", scaled(3e38)),
+        "half-infinite": ("NaN or infinity", halved(float("inf"))),
+        "half-truncated": ("bytes of tensors", joined(half, half_data[:-2])),
+        "half-as-whole": ("bytes of tensors", joined(half | {"__metadata__": header["__metadata__"]}, half_data)),
+        "eight-bits-as-first-version": ("unexpected: ", joined(eighth | {"__metadata__": as_first}, eighth_data)),
+        "two-storages": ("bytes of tensors", stored(half, half_data, R={"dtype": "F32"})),
         "empty": ("shorter than a safetensors header", b""),
         "seven-bytes": ("shorter than a safetensors header", content[:7]),
         "truncated-header": ("its header claims", content[: 8 + length // 2]),
@@ -197,6 +234,49 @@ def spans(spec: str, tied: bool) -> dict[str, Any]:
         return {"spec": spec, "tied": tied, "error": str(error)}
 
 
+PRODUCTS = {
+    # name: depth, width, bits, block size, whether zero points are given
+    "whole-blocks": (64, 24, 4, 32, True),
+    "odd-blocks": (96, 24, 4, 32, True),
+    "part-block": (75, 17, 4, 32, True),
+    "no-zero-points": (64, 24, 4, 16, False),
+    "eight-bits": (80, 19, 8, 32, True),
+    "eight-bits-no-zero-points": (64, 24, 8, 32, False),
+}
+
+
+def products(path: Path) -> dict[str, Any]:
+    """A model of products with packed weights, an input `NAME.x` and an output `NAME.y` each, and what they give."""
+    random = np.random.default_rng(0)
+    nodes, values, inputs, outputs, feeds = [], [], [], [], {}
+    for name, (depth, width, bits, block, zero_points) in PRODUCTS.items():
+        blocks = -(-depth // block)
+        packed = {
+            "q": random.integers(0, 256, (width, blocks, block * bits // 8), np.uint8),
+            "s": random.uniform(0.01, 0.1, (width, blocks)).astype(np.float32),
+        }
+        if zero_points:
+            packed["z"] = random.integers(0, 256, (width, -(-blocks * bits // 8)), np.uint8)
+        values += [numpy_helper.from_array(value, f"{name}.{part}") for part, value in packed.items()]
+        nodes.append(
+            helper.make_node(
+                "MatMulNBits", [f"{name}.x", *(f"{name}.{part}" for part in packed)], [f"{name}.y"],
+                name, domain="com.microsoft", K=depth, N=width, bits=bits, block_size=block, accuracy_level=1,
+            )
+        )  # fmt: skip
+        feeds[f"{name}.x"] = random.standard_normal((1, 3, depth)).astype(np.float32)
+        inputs.append(helper.make_tensor_value_info(f"{name}.x", onnx.TensorProto.FLOAT, [1, 3, depth]))
+        outputs.append(helper.make_tensor_value_info(f"{name}.y", onnx.TensorProto.FLOAT, [1, 3, width]))
+    graph = helper.make_graph(nodes, "products", inputs, outputs, values)
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
+    given = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, feeds)
+    return {
+        name: {"x": feeds[f"{name}.x"].ravel().tolist(), "y": y.ravel().tolist()}
+        for name, y in zip(PRODUCTS, given, strict=True)
+    }
+
+
 def main(export: Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     manifest = load_manifest(export)
@@ -204,11 +284,15 @@ def main(export: Path, out: Path) -> None:
     vectors: dict[str, Any] = {"adapters": {}, "refused": {}}
     for seed, (name, described) in enumerate(good_adapters(manifest).items()):
         good = adapter(described, seed)
-        save_adapter(good, out / f"{name}.safetensors")
-        vectors["adapters"][name] = {
-            port: {"shape": list(value.shape), "data": value.ravel().tolist()}
-            for port, value in port_inputs(fold(good), manifest, np.dtype(np.float32)).items()
-        }
+        for store in STORES:
+            path = out / f"{name}-{store}.safetensors"
+            save_adapter(good, path, store)
+            vectors["adapters"][path.stem] = {
+                port: {"shape": list(value.shape), "data": value.ravel().tolist()}
+                for port, value in port_inputs(
+                    fold(load_adapter(path)), manifest, np.dtype(np.float32)
+                ).items()
+            }
     for name, (because, content) in bad_adapters(manifest, out).items():
         path = out / f"bad-{name}.safetensors"
         path.write_bytes(content)
@@ -222,6 +306,7 @@ def main(export: Path, out: Path) -> None:
             [float(number), int(half)]
             for number, half in zip(halves, halves.astype(np.float16).view(np.uint16), strict=True)
         ]
+    vectors["products"] = products(out / "products.onnx")
     (out / "vectors.json").write_text(json.dumps(vectors))
 
 

@@ -12,6 +12,8 @@ export interface Vectors {
   positions: { spec: string; tied: boolean; spans?: object[]; error?: string }[];
   /** float32 numbers and their binary16 bits. */
   halves: [number, number][];
+  /** Inputs and outputs of the products of packed weights in `products.onnx`, 3 rows each. */
+  products: Record<string, { x: number[]; y: number[] }>;
 }
 
 /** What `test/answers.py` writes. */
