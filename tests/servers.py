@@ -228,6 +228,7 @@ class Hub(Server):
         super().__init__()
         self.token = token
         self.repository: str | None = None
+        self.private: bool | None = None
         self.commits: list[dict[str, bytes]] = []
         self.before_commit: list[dict[str, bytes]] = []
         """Commits of others that come just before the next ones."""
@@ -244,7 +245,7 @@ class Hub(Server):
             name = f"{asked['organization']}/{asked['name']}"
             if self.repository == name:
                 return Answer(409, json.dumps({"url": f"{self.url}/{name}"}).encode())
-            self.repository = name
+            self.repository, self.private = name, asked.get("visibility") == "private" or asked.get("private")
             self.commits.append({".gitattributes": b""})
             return Answer(200, json.dumps({"url": f"{self.url}/{name}", "id": name, "name": name}).encode())
         if self.repository is None:

@@ -613,6 +613,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 def test_the_hub_holds_the_same_index_in_commits(hub, store, adapters):
     repository = open_repository("hf://fleet/tasks")
     assert [push(repository, path).version for path in adapters] == [1, 2, 3]
+    assert hub.private, "what nobody chose to publish"
     assert len(hub.commits) == 4
     assert push(repository, adapters[2]).version == 3
     assert len(hub.commits) == 4

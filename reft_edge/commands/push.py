@@ -18,7 +18,7 @@ def push(
         str,
         typer.Argument(
             metavar="REPOSITORY",
-            help="A folder (made if it is not there), hf://OWNER/REPO or oci://HOST/REPO[:TAG].",
+            help="A folder, hf://OWNER/REPO (each made, the latter private, if it is not there) or oci://HOST/REPO[:TAG].",
             show_default=False,
         ),
     ],

@@ -51,7 +51,7 @@ class HubRepository:
 
         attempt = 1
         try:
-            self._api.create_repo(self._repo, exist_ok=True)
+            self._api.create_repo(self._repo, private=True, exist_ok=True)
             while True:
                 try:
                     return self._commit(goods)
