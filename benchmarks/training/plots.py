@@ -15,7 +15,15 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator
 
 COLOURS = {"loreft": "#2563c9", "pyreft": "#0f9d8a", "lora": "#c2410c"}
-MARKS = {"loreft": "o", "pyreft": "s", "lora": "^"}
+MARKS = {"loreft": "o", "pyreft": "s", "pyreft-reflections": "D", "lora": "^"}
+LABELS = {
+    "loreft": "LoReFT, reft-edge",
+    "lora": "LoRA, PEFT",
+    "pyreft": "LoReFT, pyreft",
+    "pyreft-reflections": "pyreft, completed by reflections",
+}
+LEFT_OUT = ("pyreft-fp32",)
+"""Of the plot of accuracy: it lies on pyreft's mark."""
 STRETCH = 5
 """Steps that a point of a loss curve is the mean of."""
 
@@ -43,6 +51,8 @@ def accuracy(by_task: dict[str, list[dict[str, Any]]], path: Path) -> None:
     fig, axes = figure(len(by_task))
     for axis, (task, cells) in zip(axes, by_task.items(), strict=True):
         for cell in cells:
+            if cell["method"] in LEFT_OUT:
+                continue
             if "parameters" not in cell:
                 axis.axhline(cell["accuracy"], color="#5b6472", linestyle=":", label=cell["title"])
                 continue
@@ -52,10 +62,10 @@ def accuracy(by_task: dict[str, list[dict[str, Any]]], path: Path) -> None:
                 cell["parameters"] * (1.12 if kind == "pyreft" else 1),
                 cell["accuracy"],
                 error,
-                fmt=MARKS[kind],
+                fmt=MARKS.get(cell["method"], MARKS[kind]),
                 color=COLOURS[kind],
                 capsize=3,
-                label=cell["title"] if cell["method"] == kind else None,
+                label=LABELS.get(cell["method"]),
             )
         axis.set(title=task, xscale="log", xlabel="trained parameters")
         axis.set_xlim(1e4, 1e7)
@@ -77,7 +87,7 @@ def losses(by_task: dict[str, list[dict[str, Any]]], path: Path) -> None:
                     means,
                     color=COLOURS[cell["method"]],
                     linestyle=style,
-                    label=cell["title"],
+                    label=LABELS[cell["method"]],
                 )
         axis.set(title=task, xlabel="step", yscale="log")
         axis.yaxis.set_major_formatter("{x:g}")

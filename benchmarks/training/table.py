@@ -95,6 +95,15 @@ METHODS = {
             dtype="fp32",
         ),
         Method(
+            "pyreft-reflections",
+            "the same, R's base completed by reflections",
+            "pyreft",
+            loreft(4) | {"completion": "reflections"},
+            follows="loreft",
+            only=("sst2",),
+            dtype="fp32",
+        ),
+        Method(
             "loreft-r1",
             "LoReFT, rank 1, reft-edge",
             "reft-edge",
@@ -397,7 +406,7 @@ def markdown(cells: list[dict[str, Any]], speeds: dict[str, dict[str, Any]], bas
 def differences(answered: dict[tuple[str, str], list[Record]]) -> str:
     """LoReFT's accuracy less that of the others, question by question."""
     lines = ["| LoReFT of reft-edge less | task | difference | p (McNemar) |", "|---|---|---:|---:|"]
-    for other in ("lora", "pyreft", "pyreft-fp32"):
+    for other in ("lora", "pyreft", "pyreft-fp32", "pyreft-reflections"):
         for task in (task.title for task in TASKS.values()):
             if ("loreft", task) in answered and (other, task) in answered:
                 pair = compare(answered[other, task], answered["loreft", task])

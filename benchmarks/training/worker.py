@@ -105,6 +105,9 @@ def open_pyreft(job: Job) -> Adapted:
         for layer in range(layers)
     ]
     reft = pyreft.get_reft_model(model, pyreft.ReftConfig(representations=representations))
+    if settings.get("completion") == "reflections":
+        for intervention in reft.interventions.values():
+            complete_by_reflections(intervention.rotate_layer.parametrizations.weight)
     first, last = settings["first"], settings["last"]
 
     def forward(batch: Batch, **more: Any) -> Any:
@@ -121,6 +124,19 @@ def open_pyreft(job: Job) -> Adapted:
         return reft(inputs, unit_locations={"sources->base": (None, locations)})[1]
 
     return Adapted(forward, model, reft.get_trainable_parameters(), lambda path: reft.save(str(path)))
+
+
+@torch.no_grad()
+def complete_by_reflections(rotation: Any) -> None:
+    """Another start for the parameters of the same R, `[d, r]`: torch's `orthogonal` trains reflections in the coordinates
+    of an orthogonal matrix that begins with R; torch draws its other columns at random, here they are those of R's QR
+    decomposition, the unit vectors moved by r reflections.
+    """
+    start = rotation[0].base[:, : rotation.original.shape[1]].clone()
+    whole = torch.linalg.qr(start, mode="complete").Q
+    whole[:, : start.shape[1]] = start
+    rotation[0].base.copy_(whole)
+    rotation.original.copy_(-torch.eye(*rotation.original.shape))
 
 
 def open_reft_edge(job: Job) -> Adapted:
