@@ -57,9 +57,8 @@ def replace_file(path: Path, content: bytes, temporary: Path) -> None:
     """
     try:
         make_folder(path.parent)
-        temporary.unlink(
-            missing_ok=True
-        )  # never written through: it may be a link, or another name of `path`
+        # never written through: it may be a link, or another name of `path`
+        temporary.unlink(missing_ok=True)
         with temporary.open("xb") as file:
             file.write(content)
             file.flush()

@@ -106,9 +106,8 @@ def inspect_adapter(
 ) -> Inspection:
     """Read all that the file alone tells, beside an `effect` that was measured. Raises ReftEdgeError for an `other` adapter of another base or other layers."""
     config = adapter.config
-    wide = {
-        name: tensor.astype(np.float64) for name, tensor in adapter.tensors.items()
-    }  # sums cannot overflow
+    # in float64, whose sums cannot overflow
+    wide = {name: tensor.astype(np.float64) for name, tensor in adapter.tensors.items()}
     rows_a, bias, rows_b = folded_rows(config.intervention, wide)
     names = group_names(config.positions, config.tied)
     strengths = []
