@@ -297,7 +297,13 @@ def test_an_interrupted_export_leaves_nothing(tmp_path, device_folder, signal_):
         "-o",
         str(tmp_path / "e"),
     ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in a shell's background
+    )
     while process.poll() is None and not list(tmp_path.glob(".e*/.work")):
         time.sleep(0.05)
     process.send_signal(signal_)
