@@ -86,6 +86,12 @@ class Processes:
         result: T = found
         return result
 
+    def end(self) -> None:
+        """Leave the group, once nothing is to be exchanged any more: its threads can abort a process that just exits."""
+        if self.accelerator is not None:
+            self.accelerator.wait_for_everyone()
+            self.accelerator.end_training()
+
     def place(self, model: Any, device: torch.device) -> Any:
         """The model on the device, or its blocks sharded over the processes' devices where FSDP was asked for."""
         if not self.sharded:

@@ -244,6 +244,7 @@ def train(
                 report=plain(console),
                 on_step=on_step,
             )
+        processes.end()
     if not processes.main:
         return
     if as_json:
