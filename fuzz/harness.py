@@ -34,6 +34,7 @@ def attempt(read: Callable[[bytes], None], content: bytes) -> bool:
         accepted = False
         shown = str(error)
         assert all(part.isprintable() for part in shown.split("\n")), f"a terminal cannot show {shown!r}"
+        assert len(shown) < 5000, f"an error of {len(shown)} characters"
     grown = _peak() - before
     assert grown <= MEMORY + len(content), f"took {grown:,} bytes of memory"
     return accepted

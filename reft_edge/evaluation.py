@@ -368,9 +368,8 @@ def _choose(
     """Completions that are one pass for the model are scored in one; a question is done when all its passes are."""
     passes: list[tuple[int, tuple[int, ...], Continuations]] = []
     for index, question in enumerate(questions.rows):
-        prompt = _encode(decoder, question)
-        before = decoder.prompts.prompt_text(_asked(question), decoder.prompt_format)
-        completions = [tuple(decoder.prompts.encode_after(before, choice)) for choice in question.choices]
+        text, prompt = _encode(decoder, question)
+        completions = [tuple(decoder.prompts.encode_after(text, choice)) for choice in question.choices]
         if not all(completions):
             raise ReftEdgeError(f"line {question.row}: a choice is empty")
         shared: dict[tuple[int, ...], list[int]] = {}
@@ -400,7 +399,7 @@ def _choose(
 def _generate(
     decoder: Decoder, questions: Questions, batch_size: int, max_tokens: int, on_done: OnDone
 ) -> list[Record]:
-    encoded = [(question, _encode(decoder, question)) for question in questions.rows]
+    encoded = [(question, _encode(decoder, question)[1]) for question in questions.rows]
     for question, prompt in encoded:
         _check_fits(decoder, question, len(prompt) + max_tokens)
     records = []
@@ -430,16 +429,14 @@ def _record(question: Question, answer: str, scores: dict[str, float]) -> Record
     return Record(question.row, question.id, question.expected, answer, answer == question.expected, rounded)
 
 
-def _asked(question: Question) -> str:
+def _encode(decoder: Decoder, question: Question) -> tuple[str, tuple[int, ...]]:
+    """The prompt as the model gets it: its text and its tokens."""
     assert isinstance(question.prompt, str)  # pairs of texts are for encoders
-    return question.prompt
-
-
-def _encode(decoder: Decoder, question: Question) -> tuple[int, ...]:
-    ids = tuple(decoder.prompts.encode_prompt(_asked(question), decoder.prompt_format))
+    text = decoder.prompts.prompt_text(question.prompt, decoder.prompt_format)
+    ids = tuple(decoder.prompts.encode_text(text, decoder.prompt_format))
     if not ids:
         raise ReftEdgeError(f"line {question.row}: the prompt is empty")
-    return ids
+    return text, ids
 
 
 def _check_fits(decoder: Decoder, question: Question, tokens: int) -> None:

@@ -42,8 +42,7 @@ def unfold(edit: Edit, base: Base, prompt_format: str, training: dict[str, Any])
     """The edit as a NoDiReFT adapter.
 
     Raises ReftEdgeError for an edit that never acts, one that acts on unlike components, a span that no position
-    spec says, a rank beyond the hidden size, and one that padded to its
-    largest rank is too large for a file.
+    spec says, a rank beyond the hidden size, and one that is too large for a file once padded to its largest rank.
     """
     edit = grouped(edit)
     if not edit.places:

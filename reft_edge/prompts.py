@@ -52,7 +52,10 @@ class Prompts:
 
     def encode_prompt(self, prompt: str, prompt_format: str) -> list[int]:
         """Token ids of the same."""
-        text = self.prompt_text(prompt, prompt_format)
+        return self.encode_text(self.prompt_text(prompt, prompt_format), prompt_format)
+
+    def encode_text(self, text: str, prompt_format: str) -> list[int]:
+        """Token ids of what `prompt_text` gave."""
         return self.encode_raw(text) if prompt_format == "raw" else self.encode_plain(text)
 
     def render(self, messages: list[Message], add_generation_prompt: bool = True) -> str:

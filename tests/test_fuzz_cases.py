@@ -54,7 +54,11 @@ def test_a_few_mutations(name: str) -> None:
 
 
 def test_the_harness_notices() -> None:
-    """What is no refusal or takes too much memory is a finding."""
+    """What is no refusal, says too much or takes too much memory is a finding."""
+
+    class EndlessError(ReftEdgeError):
+        def __str__(self) -> str:
+            return str(self.args[0])
 
     def crash(content: bytes) -> None:
         raise KeyError("x")
@@ -62,11 +66,17 @@ def test_the_harness_notices() -> None:
     def tell(content: bytes) -> None:
         raise ReftEdgeError(content.decode())
 
+    def talk(content: bytes) -> None:
+        raise EndlessError(content.decode())
+
     def swell(content: bytes) -> None:
         bytearray(1 << 30)[:: 1 << 12] = b"x" * (1 << 18)
 
     with pytest.raises(KeyError):
         attempt(crash, b"")
+    with pytest.raises(AssertionError, match="an error of 5000 characters"):
+        attempt(talk, b"x" * 5000)
+    assert not attempt(tell, b"x" * 5000)
     assert not attempt(tell, b"\x1b[2J")
     with pytest.raises(AssertionError, match="bytes of memory"):
         attempt(swell, b"")

@@ -108,15 +108,12 @@ function valuesOf(tensor: Tensor | undefined, files: ReadonlyMap<string, Uint8Ar
 /** What `unpack` needs, if the node is a product that it knows and its values have the sizes that they should have. */
 function findPacked(node: Node, values: (name: string) => Values | undefined): Packed | undefined {
   if (node.operator !== "MatMulNBits" || node.inputs.slice(4).some((name) => name !== "")) return undefined;
-  const [depth, width, blockSize] = ["K", "N", "block_size"].map((name) => node.attributes.get(name) ?? 0) as [
-    number,
-    number,
-    number,
-  ];
+  const attribute = (name: string) => node.attributes.get(name) ?? 0;
+  const [depth, width, blockSize] = [attribute("K"), attribute("N"), attribute("block_size")];
   const bits = node.attributes.get("bits") ?? 4;
   const [weights, scales, zeroPoints] = node.inputs.slice(1, 4).map(values);
   if ((bits !== 4 && bits !== 8) || depth < 1 || width < 1 || blockSize < 1) return undefined;
-  if (node.inputs[3] ? zeroPoints?.dtype !== UINT8 : false) return undefined;
+  if (node.inputs[3] && zeroPoints?.dtype !== UINT8) return undefined;
   const blocks = Math.ceil(depth / blockSize);
   const fits =
     weights?.dtype === UINT8 &&
