@@ -1,5 +1,7 @@
 """The errors that a user can cause and act on."""
 
+from reft_edge.terminal import printable
+
 LONGEST = 4000
 """Characters of an error's text."""
 
@@ -12,9 +14,7 @@ class ReftEdgeError(Exception):
     """
 
     def __str__(self) -> str:
-        text = "".join(
-            mark if mark.isprintable() or mark == "\n" else ascii(mark)[1:-1] for mark in super().__str__()
-        )
+        text = printable(super().__str__())
         return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
 
 

@@ -1,19 +1,48 @@
-"""Writing files and folders so that a failed or interrupted write leaves the old ones in place."""
+"""Files of strangers opened once and safely; files and folders written so that a failed write leaves the old ones in place."""
 
+import errno
 import glob
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from reft_edge.errors import ReftEdgeError
 
 _UNFINISHED = ".unfinished-"
 _STALE = 24 * 60 * 60
+
+
+def open_regular(path: Path, follow: bool = True) -> BinaryIO:
+    """Open a regular file for reading. What `os.fstat` says of the result is what is read, whatever the name becomes.
+
+    Nothing is waited for: a FIFO, a device or a folder is refused at once, and so is a link unless `follow`.
+    Raises OSError, whose `strerror` says which it was.
+    """
+    flags = os.O_RDONLY
+    for name in ("O_NONBLOCK", "O_CLOEXEC", "O_NOCTTY", "O_BINARY", *(() if follow else ("O_NOFOLLOW",))):
+        flags |= getattr(os, name, 0)
+    if not follow and not hasattr(os, "O_NOFOLLOW") and path.is_symlink():
+        raise OSError(errno.ELOOP, "it is a link", str(path))
+    try:
+        handle = os.open(path, flags)
+    except OSError as error:
+        if not follow and error.errno == errno.ELOOP:
+            raise OSError(errno.ELOOP, "it is a link", str(path)) from error
+        raise
+    try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+        return os.fdopen(handle, "rb")
+    except BaseException:
+        os.close(handle)
+        raise
 
 
 def check_place(path: Path) -> None:
