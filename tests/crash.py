@@ -3,6 +3,9 @@
 `Disk` stands between the code and `Path.open`, `Path.unlink`, `Path.mkdir`, `os.replace` and `os.fsync`, for one folder. Every
 call is a step, a write two: its first half, and the rest. It kills the process before a step, or records them all;
 `after_power_cut` then makes the folders that may be found when the power went after some of them.
+
+What a library does of its own accord, for a lock for example, is no step. Two things show that no step is missing: Python's
+own report of each change that the project's code makes (`missed`), and the folder itself, which the steps must explain.
 """
 
 import io
@@ -100,11 +103,12 @@ class Disk:
             setattr(owner, name, old)
 
     def holds(self, path: Any) -> bool:
-        return Path(os.fsdecode(path)).is_relative_to(self.root)
+        """Whether the path is in the folder, and the project's own code, not a library of its, is using it."""
+        return Path(os.fsdecode(path)).is_relative_to(self.root) and _asked_by() == "reft_edge"
 
     @property
     def missed(self) -> int:
-        """Changes of the folder's files, as Python itself reports them, that were no steps."""
+        """Changes that the project's code made in the folder, as Python itself reports them, that were no steps."""
         known = sum(kind in ("open", "unlink", "mkdir", "replace") for kind, _, _ in self.steps)
         return len(self._seen) - known
 
@@ -112,12 +116,23 @@ class Disk:
 _watchers: list[Disk] = []
 
 
+def _asked_by() -> str:
+    """The package that made the call: of the stack's innermost frame that is neither Python's own nor of this file."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        package = frame.f_globals.get("__name__", "").partition(".")[0]
+        if package not in sys.stdlib_module_names and frame.f_code.co_filename != __file__:
+            return package
+        frame = frame.f_back
+    return ""
+
+
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:
     if not _watchers or event not in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link"):
         return
     path = arguments[1] if event == "os.rename" else arguments[0]
     writes = event != "open" or (isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR))
-    if not writes or not isinstance(path, (str, bytes, os.PathLike)) or os.fsdecode(path).endswith(".lock"):
+    if not writes or not isinstance(path, (str, bytes, os.PathLike)):
         return
     for disk in _watchers:
         if disk.holds(path):

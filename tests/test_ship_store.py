@@ -220,6 +220,15 @@ def test_no_room_leaves_what_is_installed(repository, store, contents, monkeypat
     assert files(store) == ["1", "2", "task.safetensors"]
 
 
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """Every folder and file but the lock, with its content."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+        if path.name != ".lock"
+    }
+
+
 OLD_AND_NEW = ["pull", "first pull", "rollback", "by hand"]
 
 
@@ -282,6 +291,8 @@ def test_without_power_at_every_step_it_holds_the_old_or_the_new(change, store, 
     with Disk(store.folder) as disk:
         run(store.folder)
     assert disk.missed == 0
+    whole = next(after_power_cut(before, disk, len(disk.steps), tmp_path / "whole"))
+    assert tree(whole) == tree(store.folder), "the steps are not all that was done"
     checked = 0
     for count in range(len(disk.steps) + 1):
         for folder in after_power_cut(before, disk, count, tmp_path / "cut"):
@@ -309,6 +320,20 @@ def test_the_power_cut_notices_a_missing_flush(repository, store, contents, tmp_
         for folder in after_power_cut(before, disk, count, tmp_path / "cut")
     }
     assert found - {contents[0], contents[1]}
+
+
+@pytest.mark.parametrize(("package", "missed"), [("reft_edge.shipping.store", 1), ("some_library.locks", 0)])
+def test_the_power_cut_watches_the_project_and_not_its_libraries(package, missed, tmp_path):
+    """Whatever a library makes beside the store's files, in a way of its own."""
+    with Disk(tmp_path) as disk:
+        exec("import os; os.mkdir(place)", {"__name__": package, "place": tmp_path / "made"})
+        exec("place.mkdir(exist_ok=True)", {"__name__": package, "place": tmp_path / "made"})
+    assert disk.missed == missed
+    (tmp_path / "model").mkdir()
+    before = tmp_path / "model" / "before"
+    before.mkdir()
+    whole = next(after_power_cut(before, disk, len(disk.steps), tmp_path / "model" / "whole"))
+    assert ("made" in tree(whole)) == bool(missed)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
