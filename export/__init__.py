@@ -24,7 +24,7 @@ from reft_edge.export.ports import insert_ports
 from reft_edge.export.residual import find_part_sites, stream_type
 from reft_edge.export.structure import find_blocks
 from reft_edge.export.verify import TEXTS, compare, require, run_graphs
-from reft_edge.files import replace_folder
+from reft_edge.files import read_text, replace_folder
 from reft_edge.fingerprint import fingerprint
 from reft_edge.layers import parse_layers
 from reft_edge.manifest import MANIFEST, Manifest, save_manifest
@@ -65,7 +65,7 @@ def export_model(
 
         return export_encoder(model, output, precision, layers, report)
     target = Target(precision, device, _quantisation(model, precision, quantisation))
-    config = json.loads((model.path / "config.json").read_text(encoding="utf-8"))
+    config = json.loads(read_text(model.path / "config.json"))
     num_layers = int(config.get("num_hidden_layers", 0))
     chosen = parse_layers(layers, num_layers)
     with replace_folder(output, MANIFEST) as folder:
@@ -84,7 +84,7 @@ def export_model(
             )
             carried = {"carried": count, "matrices": of}
         built = ir.load(plain)
-        genai = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
+        genai = json.loads(read_text(folder / "genai_config.json"))["model"]
         blocks = find_blocks(built.graph, num_layers)
         sites = [
             site

@@ -17,7 +17,7 @@ from reft_edge.export.ports import ATTENTION_MASK, INPUT_IDS, insert_ports
 from reft_edge.export.residual import Site, find_head_input
 from reft_edge.export.structure import find_blocks
 from reft_edge.export.verify import TEXTS
-from reft_edge.files import replace_folder
+from reft_edge.files import read_text, replace_folder
 from reft_edge.fingerprint import fingerprint
 from reft_edge.layers import parse_layers
 from reft_edge.manifest import MANIFEST, Manifest, save_manifest
@@ -298,6 +298,6 @@ def _copy_texts(source: Path, model: ModelFolder, folder: Path) -> None:
             shutil.copyfile(homes[0] / name, folder / name)
     settings = source.absolute().parent / "genai_config.json"
     if settings.is_file():
-        content = json.loads(settings.read_text(encoding="utf-8"))
+        content = json.loads(read_text(settings))
         content["model"]["decoder"]["filename"] = GRAPH
         (folder / settings.name).write_text(json.dumps(content, indent=4), encoding="utf-8")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reft_edge.errors import ReftEdgeError
+from reft_edge.files import read_text
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
 DEVICES = ("cpu", "cuda")
@@ -127,7 +128,7 @@ def build_graph(
 
 
 def _run_on_cpu(config: Path) -> None:
-    settings = json.loads(config.read_text(encoding="utf-8"))
+    settings = json.loads(read_text(config))
     settings["model"]["decoder"]["session_options"]["provider_options"] = []
     config.write_text(json.dumps(settings, indent=4), encoding="utf-8")
 

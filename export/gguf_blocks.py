@@ -22,6 +22,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from safetensors import safe_open
 
+from reft_edge.files import read_text
+
 BLOCK_SIZE = 32
 _NODE = re.compile(r"/model/layers\.(\d+)/\w+/(\w+)/MatMul(?:_Q\d)?")
 _PARTS = {
@@ -317,7 +319,7 @@ class _Weights:
     """Tensors of a Hugging Face folder, read one at a time."""
 
     def __init__(self, folder: Path) -> None:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads(read_text(folder / "config.json"))
         heads = int(config["num_attention_heads"])
         self.heads = (heads, int(config.get("num_key_value_heads") or heads))
         self._files: dict[str, Any] = {

@@ -1,16 +1,22 @@
 """The `reft-edge` command: its parts are in `reft_edge.commands`, whose heavy imports happen when they run."""
 
+import os
 import signal
-from collections.abc import Callable
-from typing import Annotated
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from reft_edge import __version__
 from reft_edge.commands.add_ports import add_ports
 from reft_edge.commands.bench import bench
 from reft_edge.commands.chat import chat
 from reft_edge.commands.compare import compare
+from reft_edge.commands.console import fail, say
 from reft_edge.commands.convert import convert
 from reft_edge.commands.demo import demo
 from reft_edge.commands.evaluate import evaluate_task
@@ -26,9 +32,48 @@ from reft_edge.commands.run import run
 from reft_edge.commands.serve import serve
 from reft_edge.commands.shrink import shrink
 from reft_edge.commands.signing import keygen, sign, verify
+from reft_edge.commands.streams import clean_streams
 from reft_edge.commands.train import train
+from reft_edge.errors import ReftEdgeError
+from reft_edge.terminal import printable
+
+
+class _Commands(TyperGroup):
+    """The commands, whose outputs are clean streams from the first word to the last."""
+
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # they are made of control characters
+        with clean_streams():
+            try:
+                return super().main(*arguments, **options)
+            except ReftEdgeError as error:
+                fail(error)
+            except Exception:
+                traceback.print_exc()
+            sys.exit(1)
+
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        with _printable_usage_errors():
+            return super().make_context(*arguments, **options)
+
+    def invoke(self, *arguments: Any, **options: Any) -> Any:
+        with _printable_usage_errors():
+            return super().invoke(*arguments, **options)
+
+
+@contextmanager
+def _printable_usage_errors() -> Iterator[None]:
+    """Typer prints these itself. Arguments may be the names of files, so they may hold anything."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(message := getattr(error, "message", None), str):
+            error.message = printable(message)  # type: ignore[attr-defined]
+        raise
+
 
 app = typer.Typer(
+    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
@@ -40,7 +85,7 @@ app = typer.Typer(
 
 def _version(value: bool) -> None:
     if value:
-        typer.echo(f"reft-edge {__version__}")
+        say(f"reft-edge {__version__}")
         raise typer.Exit
 
 

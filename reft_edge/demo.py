@@ -6,17 +6,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
-from rich.text import Text
 
 from reft_edge.commands.console import training_bar
 from reft_edge.data import load_dataset
 from reft_edge.export import export_model
 from reft_edge.models import PACKAGED, ModelFolder, load_model, load_model_prompts, resolve_model
 from reft_edge.runtime import SteeredModel
+from reft_edge.terminal import printable
 from reft_edge.training import TrainResult, TrainSettings, train
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from reft_edge.commands.screen import Screen
 
 QUESTIONS = (
     "Who are you?",
@@ -36,17 +36,14 @@ SETTINGS = TrainSettings(
 MAX_TOKENS = 40
 
 
-def run_demo(output: Path, precision: str, console: "Console", model: str = PACKAGED) -> None:
+def run_demo(output: Path, precision: str, console: "Screen", model: str = PACKAGED) -> None:
     """Train two adapters and export into `output`; raises ReftEdgeError where train, export or run would."""
     started = time.perf_counter()
     output.mkdir(parents=True, exist_ok=True)
 
-    def say(message: str) -> None:
-        console.print(message, markup=False, highlight=False, soft_wrap=True)
-
     console.rule("1. the model")
-    folder = resolve_model(model, say)
-    say(f"{folder.name} is at {folder.path}")
+    folder = resolve_model(model, console.say)
+    console.say(f"{folder.name} is at {folder.path}")
 
     console.rule("2. train an adapter: answer in emoji")
     base = load_model(folder)
@@ -54,12 +51,10 @@ def run_demo(output: Path, precision: str, console: "Console", model: str = PACK
 
     console.rule("3. export the frozen model once, with ports")
     export_started = time.perf_counter()
-    with console.status("exporting") as status:
-        manifest = export_model(
-            folder, output / "model", precision, report=lambda step: status.update(f"{step} …")
-        )
+    with console.working("exporting") as status:
+        manifest = export_model(folder, output / "model", precision, report=status.step)
     figures = manifest.verification
-    say(
+    console.say(
         f"exported in {time.perf_counter() - export_started:.0f} s; with an adapter at every port, logits differ from "
         f"PyTorch's by at most {figures['steered_error']:.1g} where the adapter moves them by {figures['effect']:.0f}"
     )
@@ -76,8 +71,8 @@ def run_demo(output: Path, precision: str, console: "Console", model: str = PACK
     for question in QUESTIONS:
         table.add_row(
             question,
-            Text(runtime.generate(question, max_tokens=MAX_TOKENS)),
-            Text(runtime.generate(question, "emoji", max_tokens=MAX_TOKENS)),
+            printable(runtime.generate(question, max_tokens=MAX_TOKENS)),
+            printable(runtime.generate(question, "emoji", max_tokens=MAX_TOKENS)),
         )
     console.print(table)
 
@@ -89,28 +84,25 @@ def run_demo(output: Path, precision: str, console: "Console", model: str = PACK
     swaps = Table("adapter", "answer", "first token", "tokens/s", title=QUESTIONS[1])
     for name in (None, "emoji", "pirate", None):
         answer = runtime.stream(QUESTIONS[1], name, max_tokens=MAX_TOKENS)
-        text = Text(answer.text())
+        text = printable(answer.text())
         first, speed = f"{answer.prefill_seconds * 1000:.0f} ms", f"{answer.tokens_per_second:.0f}"
         swaps.add_row(name or "none", text, first, speed)
     console.print(swaps)
     size = sum(file.stat().st_size for file in (output / "model").iterdir())
-    say(
+    console.say(
         f"the model: {size / 1e6:.0f} MB, once; each adapter: {pirate.size / 1000:.0f} kB, loaded in {loading * 1000:.1f} ms; "
         f"everything took {time.perf_counter() - started:.0f} s"
     )
-    say(f'next: reft-edge run {output / "model"} "What is love?" --adapter {pirate.path}')
+    console.say(f'next: reft-edge run {output / "model"} "What is love?" --adapter {pirate.path}')
 
 
-def _train(base: Any, folder: ModelFolder, task: str, output: Path, console: "Console") -> TrainResult:
+def _train(base: Any, folder: ModelFolder, task: str, output: Path, console: "Screen") -> TrainResult:
     with as_file(files("reft_edge") / "demo_data" / f"{task}.jsonl") as path:
         rows = load_dataset(path, load_model_prompts(folder), SETTINGS.prompt_format, max_length=256)
     with training_bar(console) as on_step:
         result = train(base, folder.name, rows, output / f"{task}.safetensors", SETTINGS, on_step=on_step)
-    console.print(
+    console.say(
         f"{len(rows.examples)} examples, {result.steps} steps, {result.seconds:.0f} s: {result.path} has {result.size / 1000:.0f} kB, "
-        f"{result.parameters:,} parameters, {result.parameters / result.base_parameters:.3%} of the base's",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
+        f"{result.parameters:,} parameters, {result.parameters / result.base_parameters:.3%} of the base's"
     )
     return result

@@ -8,6 +8,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from reft_edge.errors import ReftEdgeError
+from reft_edge.files import read_text
 from reft_edge.models import ModelFolder, load_model_prompts
 
 MODEL_TYPES = ("bert", "distilbert", "roberta")
@@ -145,7 +146,7 @@ def has_token_types(encoder: Any) -> bool:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        parsed = json.loads(path.read_text(encoding="utf-8"))
+        parsed = json.loads(read_text(path))
     except (OSError, ValueError) as error:
         raise ReftEdgeError(f"cannot read {path}: {error}") from error
     if not isinstance(parsed, dict):

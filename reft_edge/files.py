@@ -1,5 +1,6 @@
 """Files of strangers opened once and safely; files and folders written so that a failed write leaves the old ones in place."""
 
+import codecs
 import errno
 import glob
 import hashlib
@@ -43,6 +44,36 @@ def open_regular(path: Path, follow: bool = True) -> BinaryIO:
     except BaseException:
         os.close(handle)
         raise
+
+
+def read_text(path: Path) -> str:
+    """A text file that the user named, as `decode_text` reads it. Raises ReftEdgeError if it cannot be read, too."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ReftEdgeError(f"cannot read {path}: {error.strerror}") from error
+    return decode_text(content, path)
+
+
+def decode_text(content: bytes, name: object) -> str:
+    """UTF-8, with or without a byte order mark, as text whose lines end with a newline alone.
+
+    Raises ReftEdgeError, which names `name`, for UTF-16, for bytes that are not UTF-8, and for zero bytes.
+    """
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or 2 * content[:100].count(0) >= max(
+        len(content[:100]) - 1, 1
+    ):
+        raise ReftEdgeError(f"{name} is UTF-16 text; save it as UTF-8")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ReftEdgeError(
+            f"{name} is not UTF-8 text: line {line} has the byte 0x{content[error.start]:02x}; save it as UTF-8"
+        ) from error
+    if "\0" in text:
+        raise ReftEdgeError(f"{name} holds a zero byte, so it is no text; expected UTF-8")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def check_place(path: Path) -> None:

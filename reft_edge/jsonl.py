@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from reft_edge.errors import ReftEdgeError
+from reft_edge.files import read_text
 
 Row = TypeVar("Row")
 
@@ -25,10 +26,7 @@ def read_rows(path: Path, parse: Callable[[Any], Row]) -> Iterator[tuple[int, Ro
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """The lines of a file that are not empty, with their numbers. Raises ReftEdgeError if it cannot be read."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ReftEdgeError(f"cannot read {path}: {error}") from error
+    lines = read_text(path).split("\n")
     yield from ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from reft_edge.errors import BaseMismatchError, ReftEdgeError
+from reft_edge.files import decode_text
 from reft_edge.places import COMPONENTS, Place
 
 MANIFEST = "reft_edge.json"
@@ -93,7 +94,7 @@ def load_manifest(folder: Path) -> Manifest:
             content = file.read(_MAX_SIZE + 1)
         if len(content) > _MAX_SIZE:
             raise ReftEdgeError(f"{path} is larger than {_MAX_SIZE:,} bytes; it is no manifest")
-        fields = json.loads(content.decode())
+        fields = json.loads(decode_text(content, path))
     except FileNotFoundError as error:
         raise ReftEdgeError(
             f"{folder} is not an exported model: it has no {MANIFEST}; "

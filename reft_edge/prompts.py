@@ -10,6 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from reft_edge.errors import ReftEdgeError
+from reft_edge.files import read_text
 
 Message = dict[str, str]
 
@@ -122,7 +123,7 @@ def load_prompts(folder: Path) -> Prompts:
 def _template(folder: Path, config: dict[str, Any]) -> str | None:
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     template = config.get("chat_template")
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
@@ -140,7 +141,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        parsed = json.loads(path.read_text(encoding="utf-8"))
+        parsed = json.loads(read_text(path))
     except ValueError as error:
         raise ReftEdgeError(f"cannot read {path}: {error}") from error
     return parsed if isinstance(parsed, dict) else {}

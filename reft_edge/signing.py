@@ -12,6 +12,7 @@ signature (RFC 8032) of the statement in hex. A key's id is the first 16 hex dig
 UTC, as 2027-01-31T00:00:00Z. The package `cryptography` is imported when a key is made or used.
 """
 
+import codecs
 import hashlib
 import json
 import logging
@@ -30,7 +31,7 @@ from safetensors.numpy import save
 
 from reft_edge.adapter import Adapter, StoredAdapter, parse_stored, read_stored
 from reft_edge.errors import ReftEdgeError, SignatureError
-from reft_edge.files import write_atomically
+from reft_edge.files import decode_text, write_atomically
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -181,6 +182,7 @@ def load_private_key(path: Path, passphrase: str | None = None) -> PrivateKey:
         raise ReftEdgeError(f"cannot read the private key {path}: {error.strerror}") from error
     if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise ReftEdgeError(f"other users may use the private key {path}; close it with: chmod 600 {path}")
+    content = content.removeprefix(codecs.BOM_UTF8)
     encrypted = b"ENCRYPTED" in content.split(b"\n", 1)[0]
     if encrypted and not passphrase:
         raise PassphraseNeededError(f"the private key {path} is encrypted; give its passphrase")
@@ -222,10 +224,7 @@ def parse_trusted(content: bytes, source: str) -> TrustedKeys:
     """The same from a file's bytes."""
     if len(content) > _MAX_KEYS:
         raise ReftEdgeError(f"{source} is larger than {_MAX_KEYS:,} bytes; it is no file of trusted keys")
-    try:
-        lines = content.decode().split("\n")
-    except UnicodeDecodeError as error:
-        raise ReftEdgeError(f"{source} is no text file of trusted keys") from error
+    lines = decode_text(content, source).split("\n")
     keys: dict[str, TrustedKey] = {}
     for number, line in enumerate(lines, start=1):
         parts = line.split()

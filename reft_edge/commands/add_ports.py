@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from reft_edge.commands.console import extra, plain, plain_errors, print_json, table
+from reft_edge.commands.console import extra, plain_errors, print_json, say, table
 from reft_edge.commands.options import Json, PortLayers
 
 
@@ -36,19 +36,17 @@ def add_ports(
     as_json: Json = False,
 ) -> None:
     """Add intervention ports to an ONNX decoder that was exported elsewhere, and check them."""
-    from rich.console import Console
+    from reft_edge.commands.screen import Screen
 
-    console = Console(stderr=True)
+    console = Screen(stderr=True)
     with plain_errors(), extra("export"):
         from reft_edge.export.add_ports import add_ports as run_add_ports
         from reft_edge.export.add_ports import model_beside
         from reft_edge.models import resolve_model
 
-        folder = resolve_model(model, plain(console)) if model else model_beside(graph)
-        with console.status(f"adding ports to {graph.name}") as status:
-            ported = run_add_ports(
-                graph, output, folder, layers, report=lambda step: status.update(f"{step} …")
-            )
+        folder = resolve_model(model, console.say) if model else model_beside(graph)
+        with console.working(f"adding ports to {graph.name}") as status:
+            ported = run_add_ports(graph, output, folder, layers, report=status.step)
     manifest, figures = ported.manifest, ported.manifest.verification
     if as_json:
         print_json(
@@ -69,21 +67,19 @@ def add_ports(
             for block in ported.outputs
         ]
     ):
-        typer.echo(line)
-    typer.echo(f"wrote {output}: {manifest.precision}, ports at {len(manifest.layers)} layers; verified:")
+        say(line)
+    say(f"wrote {output}: {manifest.precision}, ports at {len(manifest.layers)} layers; verified:")
     fused = f"; {figures['rank0_error']:.1g} apart where nodes are fused" if figures["rank0_error"] else ""
-    typer.echo(f"  no adapter              bitwise equal to the graph without ports{fused}")
-    typer.echo(f"  each port               within {figures['port_error']:.1g} of numpy, relative")
-    typer.echo(
+    say(f"  no adapter              bitwise equal to the graph without ports{fused}")
+    say(f"  each port               within {figures['port_error']:.1g} of numpy, relative")
+    say(
         f"  what each block adds    within {figures['block_error']:.2g} of PyTorch's, relative, and nearest to its own block's"
     )
     if figures["base_error"] is not None:
-        typer.echo(
+        say(
             f"  logits                  within {figures['base_error']:.2g} of PyTorch's, with an adapter at every port "
             f"{figures['steered_error']:.2g}, where it moves them by {figures['effect']:.0f}"
         )
-    typer.echo(
-        f"  likeliest next token    that of the original model at {figures['agreement']:.0%} of tokens"
-    )
+    say(f"  likeliest next token    that of the original model at {figures['agreement']:.0%} of tokens")
     if manifest.cache == "none":
-        typer.echo("the graph has no KV cache: it can score text, not generate")
+        say("the graph has no KV cache: it can score text, not generate")

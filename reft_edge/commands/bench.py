@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from reft_edge.commands.console import plain_errors, print_json, table
+from reft_edge.commands.console import plain_errors, print_json, say, table
 from reft_edge.commands.options import Device, Folder, Json, Threads
 
 
@@ -26,14 +26,14 @@ def bench(
     """Measure prefill, decode, first token, adapter switch and load, and memory on this machine."""
     from dataclasses import asdict
 
-    from rich.console import Console
+    from reft_edge.commands.screen import Screen
 
-    with plain_errors(), Console(stderr=True).status("") as status:
+    with plain_errors(), Screen(stderr=True).working("") as status:
         from reft_edge.runtime.bench import BenchSettings
         from reft_edge.runtime.bench import bench as run_bench
 
         settings = BenchSettings(prompt_tokens, new_tokens, repeats, rank, positions)
-        found = run_bench(folder, settings, adapter, device, threads, lambda step: status.update(f"{step} …"))
+        found = run_bench(folder, settings, adapter, device, threads, status.step)
     if as_json:
         print_json({**asdict(found), "settings": asdict(settings)})
         return
@@ -47,9 +47,9 @@ def bench(
         base, steered = (getattr(speed, field) * factor for speed in (found.base, found.steered))
         rows.append((name, f"{base:,.{digits}f}", f"{steered:,.{digits}f}", f"{steered / base:.3f}"))
     for line in table(rows):
-        typer.echo(line)
-    typer.echo(
+        say(line)
+    say(
         f"switch to a loaded adapter   p50 {found.switch_p50 * 1e6:,.0f} µs, p99 {found.switch_p99 * 1e6:,.0f} µs"
     )
-    typer.echo(f"from file to first use       p50 {found.load_p50 * 1e3:.2f} ms (4 layers, rank 4)")
-    typer.echo(f"peak memory                  {found.peak_memory / 1e6:,.0f} MB, on {found.device}")
+    say(f"from file to first use       p50 {found.load_p50 * 1e3:.2f} ms (4 layers, rank 4)")
+    say(f"peak memory                  {found.peak_memory / 1e6:,.0f} MB, on {found.device}")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from reft_edge.commands.console import plain_errors, provider_options, split_scale, trusted_keys
+from reft_edge.commands.console import fail, plain_errors, provider_options, say, split_scale, trusted_keys
 from reft_edge.commands.options import (
     Adapters,
     Device,
@@ -21,6 +21,9 @@ from reft_edge.commands.options import (
     TopK,
     TopP,
 )
+from reft_edge.commands.streams import read_input_line
+from reft_edge.errors import ReftEdgeError
+from reft_edge.terminal import printable
 
 
 def chat(
@@ -32,7 +35,7 @@ def chat(
     system: Annotated[
         str | None, typer.Option(help="The system prompt.", show_default="the chat template's own")
     ] = None,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 512,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 512,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
@@ -55,7 +58,7 @@ def chat(
         conversation = Chat(
             model,
             folder.resolve().name,
-            lambda text: typer.echo(text, nl=False),
+            lambda text: say(text, end=""),
             AdapterStore(model, adapters) if adapters else None,
             Sampling(temperature, top_k, top_p, 0.0, repetition_penalty, seed),
             max_tokens,
@@ -66,19 +69,22 @@ def chat(
         typed = sys.stdin.isatty()
         save = load_history(_history_file()) if typed else None
         if typed:
-            typer.echo("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves", err=True)
+            say("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves", err=True)
         try:
             while True:
                 try:
-                    line = input(conversation.prompt if typed else "")
+                    line = input(printable(conversation.prompt)) if typed else read_input_line()
                 except KeyboardInterrupt:
-                    typer.echo()
+                    say()
+                    continue
+                except (ReftEdgeError, UnicodeDecodeError) as error:
+                    fail(error)
                     continue
                 if not conversation.take(line):
                     break
         except EOFError:
             if typed:
-                typer.echo()
+                say()
         finally:
             if save is not None:
                 save()

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from reft_edge.commands.console import plain_errors, print_json
-from reft_edge.commands.options import Json
+from reft_edge.commands.console import plain_errors, print_json, say
+from reft_edge.commands.options import MOST_SEED, Json
 
 
 def compare(
@@ -14,7 +14,7 @@ def compare(
     b: Annotated[
         Path, typer.Argument(metavar="B.jsonl", help="Records of the other run.", show_default=False)
     ],
-    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of the bootstrap.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Compare two runs of `eval --records` on the same rows, row by row."""
@@ -26,12 +26,12 @@ def compare(
     if as_json:
         print_json(vars(found))
         return
-    typer.echo(
+    say(
         f"{found.rows:,} rows: both right {found.both:,}, only A {found.only_a:,}, only B {found.only_b:,}, "
         f"neither {found.neither:,}"
     )
-    typer.echo(
+    say(
         f"accuracy A {found.accuracy_a:.4f}, B {found.accuracy_b:.4f}; B - A = "
         f"{found.accuracy_b - found.accuracy_a:+.4f}, 95 % interval {found.low:+.4f} to {found.high:+.4f}"
     )
-    typer.echo(f"McNemar's exact test: p = {found.p_value:.3g}")
+    say(f"McNemar's exact test: p = {found.p_value:.3g}")

@@ -1,8 +1,9 @@
-"""What commands have in common: errors without tracebacks, progress bars, tables, JSON."""
+"""What commands have in common: all that they print, errors without tracebacks, progress bars, tables."""
 
 import json
 import logging
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,11 +12,23 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from reft_edge.errors import ReftEdgeError
+from reft_edge.terminal import printable
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
+    from reft_edge.commands.screen import Screen
     from reft_edge.signing import TrustedKeys
+
+
+def say(text: object = "", err: bool = False, end: str = "\n") -> None:
+    """Print a text, at once and with its control characters escaped."""
+    print(printable(str(text)), end=end, file=sys.stderr if err else sys.stdout, flush=True)
+
+
+def fail(text: object) -> None:
+    """Print what went wrong, in red where there is colour."""
+    from reft_edge.commands.screen import Screen
+
+    Screen(stderr=True).say(f"error: {text}", style="red")
 
 
 @contextmanager
@@ -24,10 +37,13 @@ def plain_errors() -> Iterator[None]:
     try:
         yield
     except (ReftEdgeError, OSError) as error:
-        typer.secho(f"error: {error}", err=True, fg=typer.colors.RED)
+        fail(error)
+        raise typer.Exit(1) from None
+    except MemoryError:
+        fail("there is not enough memory for this")
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        typer.secho("interrupted", err=True)
+        say("interrupted", err=True)
         raise typer.Exit(130) from None
 
 
@@ -43,7 +59,7 @@ def extra(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def training_bar(console: "Console") -> Iterator[Any]:
+def training_bar(screen: "Screen") -> Iterator[Any]:
     """A progress bar with loss and tokens a second; gives the callback that moves it."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -54,7 +70,7 @@ def training_bar(console: "Console") -> Iterator[Any]:
         TextColumn("{task.fields[figures]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=screen) as progress:
         task = progress.add_task("training", total=None, figures="")
 
         def on_step(step: Any) -> None:
@@ -69,26 +85,24 @@ def training_bar(console: "Console") -> Iterator[Any]:
 
 
 @contextmanager
-def progress_bar(console: "Console", name: str, total: int) -> Iterator[Callable[[int], None]]:
+def progress_bar(screen: "Screen", name: str, total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar; gives the callback that moves it on by a count."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    columns = (TextColumn(name, markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=screen, transient=True) as progress:
         task = progress.add_task(name, total=total)
         yield lambda count: progress.advance(task, count)
 
 
-def plain(console: "Console") -> Callable[[str], None]:
-    """Print as it stands: paths may hold what rich takes for markup."""
-    return lambda message: console.print(message, markup=False, highlight=False)
-
-
 def print_json(content: dict[str, Any] | list[dict[str, Any]]) -> None:
-    typer.echo(json.dumps(content, default=str))
+    """Print JSON in ASCII: its escapes keep every character, and control characters off the terminal."""
+    say(json.dumps(content, default=str).replace("\x7f", "\\u007f"))
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table. A cell is one line, whatever is in it."""
+    rows = [[printable(cell).replace("\n", "\\n").replace("\t", "\\t") for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
@@ -97,7 +111,7 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 class _ToStderr(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        typer.echo(record.getMessage(), err=True)
+        say(record.getMessage(), err=True)
 
 
 def provider_options(given: Sequence[str] | None) -> dict[str, str]:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from reft_edge.commands.console import extra, plain, plain_errors, print_json
+from reft_edge.commands.console import extra, plain_errors, print_json, say
 from reft_edge.commands.options import Json
 
 
@@ -72,15 +72,15 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Convert adapters from pyreft, control vectors or packed files, and to them."""
-    from rich.console import Console
+    from reft_edge.commands.screen import Screen
 
-    console = Console(stderr=True)
+    console = Screen(stderr=True)
     with plain_errors(), extra("train"):
         from reft_edge.convert.files import Given
         from reft_edge.convert.files import convert as run_convert
 
         given = Given(model, folder, positions, act_fn, intervention, raw)
-        done = run_convert(source, output, given, plain(console))
+        done = run_convert(source, output, given, console.say)
     config = done.adapter.config
     if as_json:
         print_json(
@@ -96,7 +96,7 @@ def convert(
             }
         )
         return
-    typer.echo(
+    say(
         f"wrote {output} ({done.result}): {config.intervention} of rank {config.rank} at {len(config.layers)} layers, "
         f"positions {config.positions}{', tied' if config.tied else ''}"
     )

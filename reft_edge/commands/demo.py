@@ -15,9 +15,9 @@ def demo(
     precision: Annotated[str, typer.Option(help="fp32 or int4.")] = "fp32",
 ) -> None:
     """The whole way on SmolLM2-135M: get the model, train two adapters, export, compare, swap. A few minutes."""
-    from rich.console import Console
+    from reft_edge.commands.screen import Screen
 
     with plain_errors(), extra("export"):
         from reft_edge.demo import run_demo
 
-        run_demo(output, precision, Console())
+        run_demo(output, precision, Screen())

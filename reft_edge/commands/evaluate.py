@@ -7,14 +7,14 @@ import typer
 
 from reft_edge.commands.console import (
     extra,
-    plain,
     plain_errors,
     print_json,
     progress_bar,
+    say,
     split_scale,
     trusted_keys,
 )
-from reft_edge.commands.options import Adapters, Json, RequireSigned, Threads
+from reft_edge.commands.options import MOST_SEED, Adapters, Json, RequireSigned, Threads
 
 
 def evaluate_task(
@@ -43,7 +43,7 @@ def evaluate_task(
             show_default="as the rows tell",
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first rows.", show_default=False)] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows.", show_default=False)] = None,
     raw: Annotated[
         bool | None,
         typer.Option(
@@ -69,14 +69,14 @@ def evaluate_task(
     ] = False,
     max_tokens: Annotated[
         int | None,
-        typer.Option(help="Most tokens to generate.", show_default="256 for number, 32 for answer"),
+        typer.Option(min=1, help="Most tokens to generate.", show_default="256 for number, 32 for answer"),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows that run together.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows that run together.")] = 8,
     records: Annotated[
         Path | None,
         typer.Option(help="Write what became of every row, for `compare`.", show_default=False),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of the bootstrap.")] = 0,
     require_signed: RequireSigned = None,
     device: Annotated[
         str | None, typer.Option(help="cpu or cuda.", show_default="cuda if there is one")
@@ -88,9 +88,9 @@ def evaluate_task(
     as_json: Json = False,
 ) -> None:
     """Measure the accuracy of a model, with or without adapters, on the rows of DATA."""
-    from rich.console import Console
+    from reft_edge.commands.screen import Screen
 
-    console = Console(stderr=True)
+    console = Screen(stderr=True)
     with plain_errors(), extra("train"):
         from reft_edge.evaluation import (
             EvalSettings,
@@ -124,13 +124,13 @@ def evaluate_task(
             if (Path(model) / MANIFEST).is_file():
                 found = evaluate_folder(Path(model), questions, adapters, settings, on_done)
             else:
-                found = evaluate_model(model, questions, adapters, settings, on_done, plain(console))
+                found = evaluate_model(model, questions, adapters, settings, on_done, console.say)
         if records is not None:
             save_records(found.records, records)
     if as_json:
         print_json({name: value for name, value in vars(found).items() if name != "records"})
         return
-    typer.echo(
+    say(
         f"accuracy {found.accuracy:.4f}, 95 % interval {found.low:.4f} to {found.high:.4f}: "
         f"{found.right:,} of {found.rows:,} rows right, task {found.task}, {found.seconds:,.1f} s"
     )

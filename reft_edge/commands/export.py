@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from reft_edge.commands.console import extra, plain, plain_errors, print_json
+from reft_edge.commands.console import extra, plain_errors, print_json, say
 from reft_edge.commands.options import Json, Model, PortLayers
 from reft_edge.errors import ReftEdgeError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
+    from reft_edge.commands.screen import Screen
     from reft_edge.manifest import Manifest
     from reft_edge.models import ModelFolder
 
@@ -64,9 +63,9 @@ def export(
 
     Done once a model: every adapter for it then runs in the same folder.
     """
-    from rich.console import Console
+    from reft_edge.commands.screen import Screen
 
-    console = Console(stderr=True)
+    console = Screen(stderr=True)
     with plain_errors(), extra("export"):
         from reft_edge.export import Quantisation, export_model
         from reft_edge.models import resolve_model
@@ -78,17 +77,17 @@ def export(
                 else "give the folder to write with -o DIR"
             )
         started = time.perf_counter()
-        folder = resolve_model(model, plain(console))
+        folder = resolve_model(model, console.say)
         if output is None:
             _print_report(folder, device, layers, console, as_json)
             return
-        with console.status(f"exporting {folder.name}") as status:
+        with console.working(f"exporting {folder.name}") as status:
             manifest = export_model(
                 folder,
                 output,
                 precision,
                 layers,
-                report=lambda step: status.update(f"{step} …"),
+                report=status.step,
                 components=[part.strip() for part in components.split(",")],
                 device=device,
                 quantisation=Quantisation(algorithm, block_size, accuracy_level),
@@ -119,32 +118,30 @@ def export(
     if manifest.kind == "encoder":
         _print_encoder_figures(output, size, time.perf_counter() - started, manifest)
         return
-    typer.echo(
+    say(
         f"wrote {output}: {size / 1e6:,.0f} MB, {precision}, ports at {len(manifest.layers)} layers, "
         f"{time.perf_counter() - started:.0f} s"
     )
     same = "" if precision == "fp32" else " with the same rounded weights"
-    typer.echo(f"verified against PyTorch{same}, logits at every token of a few prompts:")
-    typer.echo(
+    say(f"verified against PyTorch{same}, logits at every token of a few prompts:")
+    say(
         f"  no adapter              max difference {figures['base_error']:.2g}; "
         "bitwise equal to the graph without ports"
     )
-    typer.echo(
+    say(
         f"  adapter at every port   max difference {figures['steered_error']:.2g}, where it moves logits by "
         f"{figures['effect']:.0f}"
     )
-    typer.echo(
-        f"  likeliest next token    that of the original model at {figures['agreement']:.0%} of tokens"
-    )
+    say(f"  likeliest next token    that of the original model at {figures['agreement']:.0%} of tokens")
 
 
-def _print_report(folder: "ModelFolder", device: str, layers: str, console: "Console", as_json: bool) -> None:
+def _print_report(folder: "ModelFolder", device: str, layers: str, console: "Screen", as_json: bool) -> None:
     from rich.table import Table
 
     from reft_edge.export.report import compare_precisions
 
-    with console.status(f"measuring {folder.name}") as status:
-        choices = list(compare_precisions(folder, device, layers, lambda step: status.update(f"{step} …")))
+    with console.working(f"measuring {folder.name}") as status:
+        choices = list(compare_precisions(folder, device, layers, status.step))
     if as_json:
         print_json([vars(choice) for choice in choices])
         return
@@ -169,23 +166,23 @@ def _print_report(folder: "ModelFolder", device: str, layers: str, console: "Con
             f"{choice.decode:.1f}",
             f"{choice.steered_decode:.1f}",
         )
-    from rich.console import Console
+    from reft_edge.commands.screen import Screen
 
-    Console().print(table)
+    Screen().print(table)
 
 
 def _print_encoder_figures(output: Path, size: int, seconds: float, manifest: "Manifest") -> None:
     figures = manifest.verification
-    typer.echo(
+    say(
         f"wrote {output}: {size / 1e6:,.0f} MB, an encoder, ports at {len(manifest.layers)} layers, {seconds:.0f} s"
     )
-    typer.echo("verified against PyTorch, hidden states at every token of a few texts:")
-    typer.echo(
+    say("verified against PyTorch, hidden states at every token of a few texts:")
+    say(
         f"  no adapter              max difference {figures['base_error']:.2g}; "
         "as written, bitwise equal to the graph without ports"
     )
-    typer.echo(
+    say(
         f"  adapter at every port   max difference {figures['steered_error']:.2g}, where it moves them by "
         f"{figures['effect']:.1f}"
     )
-    typer.echo(f"  in a padded batch       max difference {figures['batch_error']:.2g} from each text alone")
+    say(f"  in a padded batch       max difference {figures['batch_error']:.2g} from each text alone")

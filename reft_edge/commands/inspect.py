@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from reft_edge.commands.console import extra, plain, plain_errors
+from reft_edge.commands.console import extra, plain_errors, say
 from reft_edge.errors import ReftEdgeError
 
 
@@ -34,7 +34,7 @@ def inspect(
     ] = None,
 ) -> None:
     """Show what an adapter learned: edits by layer and position, subspaces, changed predictions, its training."""
-    from rich.console import Console
+    from reft_edge.commands.screen import Screen
 
     with plain_errors(), extra("train"):
         from reft_edge.adapter import load_adapter
@@ -52,13 +52,13 @@ def inspect(
         compared = (other.name, load_adapter(other)) if other else None
         effect = None
         if model is not None and data is not None:
-            console = Console(stderr=True)
-            with console.status("running the model"):
-                effect = measure_on(model, loaded, data, limit, plain(console))
+            console = Screen(stderr=True)
+            with console.working("running the model"):
+                effect = measure_on(model, loaded, data, limit, console.say)
         found = inspect_adapter(loaded, adapter.name, adapter.stat().st_size, compared, effect)
         if output is not None:
             write_atomically(output, render(found).encode("utf-8"))
     for text in summary(found):
-        typer.echo(text)
+        say(text)
     if output is not None:
-        typer.echo(f"wrote {output}")
+        say(f"wrote {output}")

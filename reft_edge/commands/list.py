@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from reft_edge.commands.console import extra, plain_errors, print_json, table
+from reft_edge.commands.console import extra, plain_errors, print_json, say, table
 from reft_edge.commands.options import Json, PlainHttp
 from reft_edge.errors import ReftEdgeError
 
@@ -45,12 +45,12 @@ def list_adapters(
         print_json(rows)
     elif rows:
         for line in table(shown):
-            typer.echo(line)
+            say(line)
         for row in rows:
             if row.get("problem"):
-                typer.echo(row["problem"])
+                say(row["problem"])
     else:
-        typer.echo(f"there are no adapters in {place}")
+        say(f"there are no adapters in {place}")
 
 
 def _offered(place: str, plain_http: bool) -> tuple[list[dict[str, object]], list[list[str]]]:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from reft_edge.commands.console import plain_errors, print_json
+from reft_edge.commands.console import plain_errors, print_json, say
 from reft_edge.commands.options import Json
 
 
@@ -24,6 +24,7 @@ def merge(
     rank: Annotated[
         int | None,
         typer.Option(
+            min=1,
             help="Compress every place and position group to this rank; the error is printed.",
             show_default="exact",
         ),
@@ -63,9 +64,9 @@ def merge(
             }
         )
         return
-    typer.echo(
+    say(
         f"wrote {output}: {size / 1000:,.1f} kB, {config.intervention} of rank {config.rank} at {len(config.layers)} "
         f"layers, positions {config.positions}{', tied' if config.tied else ''}"
     )
     if rank is not None:
-        typer.echo(f"relative error of the edit: {merged.error:.2g}; at most {describe_loss(merged)}")
+        say(f"relative error of the edit: {merged.error:.2g}; at most {describe_loss(merged)}")

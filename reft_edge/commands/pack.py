@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from reft_edge.commands.console import plain_errors, split_scale
+from reft_edge.commands.console import plain_errors, say, split_scale
 
 
 def pack(
@@ -26,4 +26,4 @@ def pack(
 
         path, factor = split_scale(adapter)
         size = pack_adapter(path, folder, output, factor)
-    typer.echo(f"wrote {output}: {size / 1000:,.1f} kB")
+    say(f"wrote {output}: {size / 1000:,.1f} kB")

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from reft_edge.commands.console import extra, plain_errors, print_json
+from reft_edge.commands.console import extra, fail, plain_errors, print_json, say
 from reft_edge.commands.options import Json, PlainHttp, Repository, RequireSigned
 
 
@@ -59,19 +59,17 @@ def pull(
             version,
             load_manifest(folder) if folder is not None else None,
             load_trusted(require_signed) if require_signed is not None else None,
-            lambda message: typer.echo(message, err=True),
+            lambda message: say(message, err=True),
         )
     if as_json:
         print_json([vars(one) for one in pulled])
     for one in pulled:
         if one.status == "failed":
-            typer.secho(f"error: {one.name}: {one.reason}", err=True, fg=typer.colors.RED)
+            fail(f"{one.name}: {one.reason}")
         elif not as_json:
-            typer.echo(
-                f"{one.name}: {_told(one.status, one.version, one.installed, one.previous, one.reason)}"
-            )
+            say(f"{one.name}: {_told(one.status, one.version, one.installed, one.previous, one.reason)}")
     if not pulled and not as_json:
-        typer.echo("the repository has nothing for this store")
+        say("the repository has nothing for this store")
     if any(one.status == "failed" for one in pulled):
         raise typer.Exit(1)
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from reft_edge.commands.console import extra, plain_errors, print_json
+from reft_edge.commands.console import extra, plain_errors, print_json, say
 from reft_edge.commands.options import Json, PlainHttp
 from reft_edge.errors import ReftEdgeError
 
@@ -46,4 +46,4 @@ def push(
         print_json([vars(release) for release in made])
         return
     for release in made:
-        typer.echo(f"{repository} has {release}: {release.size / 1000:,.1f} kB, {release.digest}")
+        say(f"{repository} has {release}: {release.size / 1000:,.1f} kB, {release.digest}")

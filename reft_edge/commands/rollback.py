@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from reft_edge.commands.console import extra, plain_errors, print_json
+from reft_edge.commands.console import extra, plain_errors, print_json, say
 from reft_edge.commands.options import Json
 
 
@@ -29,4 +29,4 @@ def rollback(
         print_json({"name": name, "version": now.version, "previous": before.version, "digest": now.digest})
         return
     what = f"version {now.version}" if now.version else "the file that was there before pull"
-    typer.echo(f"{name}: {what} is installed again")
+    say(f"{name}: {what} is installed again")

@@ -1,13 +1,19 @@
 """`reft-edge run`: one answer, or the labels of texts."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from reft_edge.commands.console import plain_errors, print_json, provider_options, split_scale, trusted_keys
+from reft_edge.commands.console import (
+    plain_errors,
+    print_json,
+    provider_options,
+    say,
+    split_scale,
+    trusted_keys,
+)
 from reft_edge.commands.options import (
     Adapters,
     Device,
@@ -22,6 +28,7 @@ from reft_edge.commands.options import (
     TopK,
     TopP,
 )
+from reft_edge.commands.streams import read_input
 from reft_edge.errors import ReftEdgeError
 
 if TYPE_CHECKING:
@@ -61,7 +68,7 @@ def run(
             show_default="as the adapter was trained",
         ),
     ] = None,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 256,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 256,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
@@ -105,7 +112,7 @@ def run(
             path, factor = split_scale(given)
             scales[model.load_adapter(path, name=f"{number}:{path}")] = factor
         if prompt == "-":
-            prompt = sys.stdin.read()
+            prompt = _without_last_line_end(read_input())
         generation = model.stream(
             prompt, scales, raw=raw, max_tokens=max_tokens, stop=stop or (), sampling=sampling
         )
@@ -113,7 +120,7 @@ def run(
         for piece in generation:
             pieces.append(piece)
             if not as_json:
-                typer.echo(piece, nl=False)
+                say(piece, end="")
     if as_json:
         print_json(
             {
@@ -127,13 +134,18 @@ def run(
             }
         )
         return
-    typer.echo()
+    say()
     if stats:
-        typer.echo(
+        say(
             f"{generation.prompt_tokens} prompt tokens, first token after {generation.prefill_seconds * 1000:.0f} ms; "
             f"{len(generation.tokens)} tokens at {generation.tokens_per_second:.1f} a second on {model.device}",
             err=True,
         )
+
+
+def _without_last_line_end(text: str) -> str:
+    """What `echo` and editors add is not part of a prompt."""
+    return text.removesuffix("\n")
 
 
 def _refuse(context: typer.Context, names: Sequence[str], why: str) -> None:
@@ -169,7 +181,7 @@ def _run_encoder(
     if text2 is not None:
         found = model.classify([(text, text2)], name, factor)
     else:
-        lines = [line for line in sys.stdin.read().splitlines() if line.strip()] if text == "-" else [text]
+        lines = [line for line in read_input().split("\n") if line.strip()] if text == "-" else [text]
         found = model.classify(lines, name, factor)
     if as_json:
         for classification in found:
@@ -177,4 +189,4 @@ def _run_encoder(
         return
     for classification in found:
         ranked = sorted(classification.probabilities.items(), key=lambda item: -item[1])
-        typer.echo(f"{classification.label}\t" + "  ".join(f"{label} {share:.3f}" for label, share in ranked))
+        say(f"{classification.label}\t" + "  ".join(f"{label} {share:.3f}" for label, share in ranked))

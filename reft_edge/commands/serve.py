@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
-from reft_edge.commands.console import extra, plain_errors, provider_options, trusted_keys
+from reft_edge.commands.console import extra, plain_errors, provider_options, say, trusted_keys
 from reft_edge.commands.options import Device, Folder, ProviderOptions, RequireSigned, Threads
 from reft_edge.errors import ReftEdgeError
+from reft_edge.files import read_text
 
 
 def serve(
@@ -26,7 +27,7 @@ def serve(
     host: Annotated[
         str, typer.Option(help="Address to listen on; others than loopback need a key.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8080,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8080,
     api_key_file: Annotated[
         Path | None,
         typer.Option(
@@ -35,14 +36,16 @@ def serve(
         ),
     ] = None,
     slots: Annotated[int, typer.Option(help="Requests that run at once.")] = 8,
-    queue: Annotated[int, typer.Option(help="Requests that may wait; more are answered with 429.")] = 64,
+    queue: Annotated[
+        int, typer.Option(min=0, help="Requests that may wait; more are answered with 429.")
+    ] = 64,
     max_body: Annotated[int, typer.Option(help="Largest body of a request, in bytes.")] = 1 << 20,
     cors_origin: Annotated[
         list[str] | None,
         typer.Option(help="A web origin whose pages may call the server; repeatable.", show_default=False),
     ] = None,
     grace: Annotated[
-        float, typer.Option(help="Seconds that running requests get when the server stops.")
+        float, typer.Option(min=0.0, help="Seconds that running requests get when the server stops.")
     ] = 10.0,
     require_signed: RequireSigned = None,
     device: Device = "auto",
@@ -77,10 +80,8 @@ def serve(
             )
         server = create_app(folder, adapters, settings, device, threads, provider_options(provider_option))
         shown = f"[{host}]" if ":" in host else host
-        typer.echo(f"serving {settings.name} at http://{shown}:{port}/v1 (Ctrl-C stops); try")
-        typer.echo(
-            f"  curl http://{shown}:{port}/v1/models" + (" -H 'Authorization: Bearer KEY'" if key else "")
-        )
+        say(f"serving {settings.name} at http://{shown}:{port}/v1 (Ctrl-C stops); try")
+        say(f"  curl http://{shown}:{port}/v1/models" + (" -H 'Authorization: Bearer KEY'" if key else ""))
         uvicorn.run(
             server, host=host, port=port, log_level="warning", timeout_graceful_shutdown=max(1, round(grace))
         )
@@ -90,10 +91,7 @@ def _api_key(file: Path | None) -> str | None:
     """The key that clients must send, from a file or the environment; None if there is neither."""
     if file is None:
         return os.environ.get("REFT_EDGE_API_KEY") or None
-    try:
-        key = file.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ReftEdgeError(f"cannot read the API key in {file}: {error}") from error
+    key = read_text(file).strip()
     if not key or not key.isascii():
         raise ReftEdgeError(f"{file} holds no API key; expected one line of ASCII text")
     return key

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from reft_edge.commands.console import plain_errors, print_json
+from reft_edge.commands.console import plain_errors, print_json, say
 from reft_edge.commands.options import Json
 from reft_edge.errors import ReftEdgeError
 
@@ -45,9 +45,9 @@ def shrink(
     if as_json:
         print_json({"store": store, "bytes_before": before, "bytes": after, "edit_error": off})
         return
-    typer.echo(
+    say(
         f"wrote {output}: {after / 1000:,.1f} kB in {store}, before {before / 1000:,.1f} kB in {stored.store}"
     )
-    typer.echo(f"the edits are off by {off:.2g} of their size (root mean square, the worst layer)")
+    say(f"the edits are off by {off:.2g} of their size (root mean square, the worst layer)")
     if "signature" in stored.metadata:
-        typer.echo("its signature was for the old weights: sign the new file with `reft-edge sign`")
+        say("its signature was for the old weights: sign the new file with `reft-edge sign`")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from reft_edge.commands.console import plain_errors, print_json
+from reft_edge.commands.console import fail, plain_errors, print_json, say
 from reft_edge.commands.options import Json
 from reft_edge.errors import ReftEdgeError
 
@@ -49,9 +49,9 @@ def keygen(
         key = generate_key(
             private, private.stem if name is None else name, _passphrase(True) if encrypt else None, end
         )
-    typer.echo(f"private key: {private} (keep it secret, and a copy of it safe)")
-    typer.echo(f"public key:  {private.with_suffix('.pub')}, a line for the devices' files of trusted keys:")
-    typer.echo(key.line)
+    say(f"private key: {private} (keep it secret, and a copy of it safe)")
+    say(f"public key:  {private.with_suffix('.pub')}, a line for the devices' files of trusted keys:")
+    say(key.line)
 
 
 def sign(
@@ -81,7 +81,7 @@ def sign(
         for path in adapter:
             made = signing.sign(path, private, output, end)
             until = f", until {made.expires:%Y-%m-%d %H:%M} UTC" if made.expires else ""
-            typer.echo(f"signed {output or path} with key {made.key}{until}")
+            say(f"signed {output or path} with key {made.key}{until}")
 
 
 def verify(
@@ -105,7 +105,7 @@ def verify(
             except ReftEdgeError as error:
                 results.append({"file": str(path), "verified": False, "reason": str(error)})
                 if not as_json:
-                    typer.secho(f"error: {error}", err=True, fg=typer.colors.RED)
+                    fail(error)
                 continue
             results.append(
                 {
@@ -118,7 +118,7 @@ def verify(
                 }
             )
             if not as_json:
-                typer.echo(f"{path}: {found}")
+                say(f"{path}: {found}")
     if as_json:
         print_json(results)
     if not all(result["verified"] for result in results):

@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from reft_edge.commands.console import extra, plain, plain_errors, print_json, table, training_bar
-from reft_edge.commands.options import Json, Model
+from reft_edge.commands.console import extra, plain_errors, print_json, say, table, training_bar
+from reft_edge.commands.options import MOST_SEED, Json, Model
 from reft_edge.errors import ReftEdgeError
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from reft_edge.commands.screen import Screen
 
 
 def _take_recipe(context: typer.Context, name: str | None) -> str | None:
@@ -102,12 +102,17 @@ def train(
     beta: Annotated[
         float, typer.Option(help="DPO's beta: how firmly the base's own preferences are kept.")
     ] = 0.1,
-    seed: Annotated[int, typer.Option(help="Seed of initial weights, row order and dropout.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MOST_SEED, help="Seed of initial weights, row order and dropout.")
+    ] = 0,
     dtype: Annotated[
         str, typer.Option(help="Base model arithmetic: fp32, bf16, or auto (bf16 where the hardware has it).")
     ] = "auto",
     max_length: Annotated[
-        int, typer.Option(help="Leave out rows of more tokens than this; an encoder's texts are cut to it.")
+        int,
+        typer.Option(
+            min=1, help="Leave out rows of more tokens than this; an encoder's texts are cut to it."
+        ),
     ] = 1024,
     pooling: Annotated[
         str | None,
@@ -128,7 +133,7 @@ def train(
         Path | None,
         typer.Option("--eval", help="Held-out rows; their loss is printed and saved.", show_default=False),
     ] = None,
-    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
+    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 50,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the checkpoint of an interrupted run.")
     ] = False,
@@ -152,13 +157,13 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train an adapter for MODEL on DATA and write it to one small file."""
-    from rich.console import Console
+    from reft_edge.commands.screen import Screen
 
     with plain_errors(), extra("train"):
         from reft_edge.distributed import launched_processes
 
         processes = launched_processes(device)
-        console = Console(stderr=True, quiet=not processes.main)
+        console = Screen(stderr=True, quiet=not processes.main)
         from reft_edge.classification import LabelledTexts, load_labelled
         from reft_edge.data import load_dataset
         from reft_edge.encoders import check_task, default_pooling, load_encoder, load_text_tokens
@@ -171,7 +176,7 @@ def train(
         if recipe is not None:
             _print_recipe(recipe, context, console)
         with processes.main_first():
-            folder = resolve_model(model, plain(console))
+            folder = resolve_model(model, console.say)
         check_task(task, folder)
         classifies = task == "classification"
         if classifies and base_weights:
@@ -241,7 +246,7 @@ def train(
                 save_every=save_every,
                 execution=execution,
                 base_weights=base_weights,
-                report=plain(console),
+                report=console.say,
                 on_step=on_step,
             )
         processes.end()
@@ -251,14 +256,14 @@ def train(
         print_json({**vars(result), "path": str(result.path)})
         return
     share = result.parameters / result.base_parameters
-    typer.echo(
+    say(
         f"wrote {result.path}: {result.size / 1000:,.1f} kB, {result.parameters:,} parameters "
         f"({share:.4%} of the base's {result.base_parameters / 1e6:,.1f} M)"
     )
     held = "" if result.evaluation is None else f", held-out loss {result.evaluation:.4f}"
     if result.accuracy is not None:
         held += f", held-out accuracy {result.accuracy:.4f}"
-    typer.echo(f"{result.steps} steps in {result.seconds:,.0f} s, training loss {result.loss:.4f}{held}")
+    say(f"{result.steps} steps in {result.seconds:,.0f} s, training loss {result.loss:.4f}{held}")
     if result.profile is not None:
         _print_profile(result.profile)
 
@@ -269,13 +274,13 @@ def _print_profile(seconds: dict[str, float]) -> None:
         (section, f"{spent * 1000:,.1f} ms", f"{spent / total:.1%}") for section, spent in seconds.items()
     ]
     for line in table([("a step", "", ""), *rows, ("all", f"{total * 1000:,.1f} ms", "")]):
-        typer.echo(line)
+        say(line)
 
 
-def _print_recipe(name: str, context: typer.Context, console: "Console") -> None:
+def _print_recipe(name: str, context: typer.Context, console: "Screen") -> None:
     from reft_edge.recipes import recipe
 
-    say = plain(console)
+    say = console.say
     say(f"recipe {name}:")
     for option, value in recipe(name).items():
         used = context.params[option]

@@ -23,7 +23,7 @@ from reft_edge.algebra import Array
 from reft_edge.base import Base
 from reft_edge.convert.tensor_file import read_tensors
 from reft_edge.errors import ReftEdgeError
-from reft_edge.files import name_to_store
+from reft_edge.files import name_to_store, read_text
 from reft_edge.interventions import activation
 from reft_edge.positions import UNLIMITED, parse_positions
 
@@ -232,7 +232,7 @@ def _read_config(folder: Path) -> _Described | None:
     try:
         if path.stat().st_size > _MAX_CONFIG:
             raise ReftEdgeError(f"{path} has more than {_MAX_CONFIG:,} bytes")
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = json.loads(read_text(path))
         types = fields["intervention_types"]
         representations = fields["representations"]
         keys = fields["sorted_keys"]

@@ -19,6 +19,7 @@ import httpx
 
 from reft_edge.adapter import parse_json
 from reft_edge.errors import ReftEdgeError
+from reft_edge.files import read_text
 from reft_edge.shipping.http import Web, is_loopback, read
 from reft_edge.shipping.release import SUFFIX, Goods, Release, digest_of, next_releases
 
@@ -177,10 +178,10 @@ class OciRepository:
         """Basic credentials for this host in docker's config.json; None if there are none."""
         folder = Path(os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker")
         try:
-            known = json.loads((folder / "config.json").read_text(encoding="utf-8"))["auths"]
+            known = json.loads(read_text(folder / "config.json"))["auths"]
             secret = known[_HUB_LOGIN if self._host == _HUB else self._host]["auth"]
             return "Basic " + base64.b64encode(base64.b64decode(secret, validate=True)).decode()
-        except (OSError, ValueError, KeyError, TypeError):
+        except (ReftEdgeError, ValueError, KeyError, TypeError):
             return None
 
 

@@ -132,7 +132,7 @@ def parse_index(content: bytes) -> list[Release]:
     if len(content) > MAX_INDEX:
         raise ReftEdgeError(f"the index has more than {MAX_INDEX:,} bytes")
     try:
-        index = parse_json(content.decode(), "content")
+        index = parse_json(content.decode("utf-8-sig"), "content")
     except UnicodeDecodeError as error:
         raise ReftEdgeError("the index is not UTF-8") from error
     if index.get("format") != FORMAT:
