@@ -46,13 +46,17 @@ def open_regular(path: Path, follow: bool = True) -> BinaryIO:
         raise
 
 
-def read_text(path: Path) -> str:
-    """A text file that the user named, as `decode_text` reads it. Raises ReftEdgeError if it cannot be read, too."""
+def read_text(path: Path, name: object = None) -> str:
+    """A text file that the user named, as `decode_text` reads it. Raises ReftEdgeError if it cannot be read, too.
+
+    `name` is what errors call it, by default its path.
+    """
+    name = path if name is None else name
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise ReftEdgeError(f"cannot read {path}: {error.strerror}") from error
-    return decode_text(content, path)
+        raise ReftEdgeError(f"cannot read {name}: {error.strerror}") from error
+    return decode_text(content, name)
 
 
 def decode_text(content: bytes, name: object) -> str:

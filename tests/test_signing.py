@@ -424,7 +424,7 @@ def test_trusted_keys_files(tmp_path: Path, keys: Path) -> None:
         load_trusted(path)
     with pytest.raises(ReftEdgeError, match="cannot read the trusted keys"):
         load_trusted(tmp_path / "none")
-    with pytest.raises(ReftEdgeError, match="no text file"):
+    with pytest.raises(ReftEdgeError, match="is UTF-16 text"):
         parse_trusted(b"\xff\xfe", "trusted.keys")
 
 

@@ -91,7 +91,7 @@ def _api_key(file: Path | None) -> str | None:
     """The key that clients must send, from a file or the environment; None if there is neither."""
     if file is None:
         return os.environ.get("REFT_EDGE_API_KEY") or None
-    key = read_text(file).strip()
+    key = read_text(file, f"the API key in {file}").strip()
     if not key or not key.isascii():
         raise ReftEdgeError(f"{file} holds no API key; expected one line of ASCII text")
     return key
