@@ -35,6 +35,69 @@ def pyreft_target(folder: Path) -> Target:
     return Target(read, seeds, len(seeds))
 
 
+def torch_pickle_target(folder: Path) -> Target:
+    """The pickle of a tensor file, in a zip whose checksums are right, beside the numbers that it may ask for."""
+    import io
+    import zipfile
+
+    import torch
+
+    from reft_edge.convert.tensor_file import parse_tensors
+
+    stored = {"W": torch.ones(2, 8), "b": torch.ones(2).bfloat16(), "count": torch.tensor(8)}
+    linear = torch.nn.Linear(8, 2, bias=False)
+    seeds = []
+    for state in (stored, linear.state_dict(), {"weight": linear.weight}, {"view": torch.ones(2, 8)[1:].mT}):
+        content = io.BytesIO()
+        torch.save(state, content)
+        with zipfile.ZipFile(content) as archive:
+            seeds.append(archive.read("archive/data.pkl"))
+    unsafe = [
+        b"\x80\x02cbuiltins\nbytearray\nJ\x00\x00\x00\x40\x85R.",
+        b"\x80\x02cos\nsystem\n(X\x02\x00\x00\x00idtR.",
+    ]
+
+    def read(content: bytes) -> None:
+        whole = io.BytesIO()
+        with zipfile.ZipFile(whole, "w") as archive:
+            archive.writestr("archive/data.pkl", content)
+            for key, numbers in enumerate((64, 4, 8)):
+                archive.writestr(f"archive/data/{key}", bytes(numbers))
+        for array in parse_tensors(whole.getvalue(), 1 << 12).values():
+            assert array.nbytes <= 4 << 12
+
+    return Target(read, [*seeds, *unsafe], len(seeds))
+
+
+def torch_zip_target(folder: Path) -> Target:
+    """The zip of a tensor file: what our reader takes, Python's takes for the same entries."""
+    import io
+    import zipfile
+
+    import torch
+
+    from reft_edge.convert.torch_zip import read_entries
+
+    seeds = []
+    for state in ({"W": torch.ones(2, 8)}, {"W": torch.ones(2), "b": torch.ones(1)}):
+        content = io.BytesIO()
+        torch.save(state, content)
+        seeds.append(content.getvalue())
+    plain = io.BytesIO()
+    with zipfile.ZipFile(plain, "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02}.")
+    seeds.append(plain.getvalue())
+
+    def read(content: bytes) -> None:
+        entries = read_entries(content)
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            assert archive.namelist() == list(entries)
+            for name, data in entries.items():
+                assert archive.read(name) == bytes(data)
+
+    return Target(read, seeds, len(seeds))
+
+
 def pyreft_config_target(folder: Path) -> Target:
     """The config.json of a pyreft folder whose tensors are sound."""
     from reft_edge.convert.from_pyreft import Asked, from_pyreft

@@ -4,7 +4,14 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from foreign_targets import control_vector_target, onnx_adapter_target, pyreft_config_target, pyreft_target
+from foreign_targets import (
+    control_vector_target,
+    onnx_adapter_target,
+    pyreft_config_target,
+    pyreft_target,
+    torch_pickle_target,
+    torch_zip_target,
+)
 from harness import Target
 from own_targets import adapter_target, manifest_target, signature_target, trusted_keys_target
 from repository_targets import index_target, oci_manifest_target
@@ -15,6 +22,8 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "trusted-keys": trusted_keys_target,
     "signature": signature_target,
     "pyreft": pyreft_target,
+    "torch-zip": torch_zip_target,
+    "torch-pickle": torch_pickle_target,
     "pyreft-config": pyreft_config_target,
     "control-vector": control_vector_target,
     "onnx-adapter": onnx_adapter_target,

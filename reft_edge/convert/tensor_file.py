@@ -1,79 +1,104 @@
-"""Reading the `.bin` files of strangers: torch.save's zip format, looked at before anything in it is unpickled."""
+"""Reading the `.bin` files of strangers: torch.save's zip format and the pickle in it, by readers of our own that run nothing."""
 
-import zipfile
+import math
+import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
+from numpy.lib.stride_tricks import as_strided
 
 from reft_edge.algebra import Array
+from reft_edge.convert.folder import open_inside
+from reft_edge.convert.torch_pickle import View, read_views
+from reft_edge.convert.torch_zip import read_entries
 from reft_edge.errors import ReftEdgeError
 
-_MAX_ENTRIES = 64
-_MAX_PICKLE = 1 << 16
-_SLACK = 1 << 16
-"""For the zip's own bookkeeping: names, versions and the alignment of tensors."""
+_SLACK, _SLACK_ENTRY = 1 << 16, 1 << 10
+"""For what a file holds beside numbers: the pickle, and names and alignment of each tensor."""
+_BFLOAT16 = "BFloat16Storage"
+_TYPES = {
+    "DoubleStorage": "<f8",
+    "FloatStorage": "<f4",
+    "HalfStorage": "<f2",
+    _BFLOAT16: "<u2",
+    "LongStorage": "<i8",
+    "IntStorage": "<i4",
+    "ShortStorage": "<i2",
+    "CharStorage": "i1",
+    "ByteStorage": "u1",
+    "BoolStorage": "u1",
+}
 
 
-def read_tensors(path: Path, limit: int) -> dict[str, Array]:
+def read_tensors(path: Path, limit: int, count: int = 8) -> dict[str, Array]:
     """The tensors of a state dict, as float32; whole numbers, which describe, as float32 too.
 
-    `limit`: bytes of tensor data that the caller expects at most. Raises ReftEdgeError for a file that is
-    larger, compressed, of torch's old format, or holds anything but dense tensors of numbers, each with bytes of
-    its own in the file; it is loaded with `weights_only=True`.
+    `limit`: bytes of tensor data that the caller expects at most, in `count` tensors. The file is read once, and only if
+    it is no larger than that. Raises ReftEdgeError for a file that is larger, compressed, of torch's old format, or holds
+    anything but dense tensors of numbers, each with bytes of its own in the file.
     """
     try:
-        limit = min(limit, _check_zip(path, limit))
-        return _arrays(path, torch.load(path, map_location="cpu", weights_only=True), limit)
+        with open_inside(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > limit + _SLACK + _SLACK_ENTRY * count:
+                raise ReftEdgeError(
+                    f"it has {size:,} bytes; its tensors can have {limit:,} at most, by the shapes of its adapter"
+                )
+            return parse_tensors(file.read(size), limit)
     except OSError as error:
         raise ReftEdgeError(f"cannot read {path}: {error.strerror or error}") from error
-    except zipfile.BadZipFile as error:
+    except ReftEdgeError as error:
+        raise ReftEdgeError(f"{path}: {error}") from error
+
+
+def parse_tensors(content: bytes, limit: int) -> dict[str, Array]:
+    """The same from a file's bytes."""
+    entries = read_entries(content)
+    pickles = [name for name in entries if name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise ReftEdgeError("it is not laid out as torch.save writes: expected one data.pkl")
+    home = pickles[0].removesuffix("data.pkl")
+    if not all(name.startswith(home) for name in entries):
+        raise ReftEdgeError("it is not laid out as torch.save writes: entries are in more than one folder")
+    if bytes(entries.get(f"{home}byteorder", b"little")) != b"little":
         raise ReftEdgeError(
-            f"{path} is not a whole file of torch.save's zip format ({error}); save it again with a current PyTorch"
-        ) from error
-    except ReftEdgeError:
-        raise
-    except (
-        Exception
-    ) as error:  # torch raises RuntimeError, UnpicklingError, KeyError, AttributeError and more
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ReftEdgeError(f"{path} cannot be loaded with weights_only=True: {reason:.200}") from error
+            "it was written on a machine with another byte order; save it again on a little-endian one"
+        )
+    views = read_views(bytes(entries[pickles[0]]))
+    _check_claims(views, min(limit, len(content)))
+    place = f"{home}data/"
+    storages = {name[len(place) :]: data for name, data in entries.items() if name.startswith(place)}
+    return {name: _array(name, view, storages) for name, view in views.items()}
 
 
-def _arrays(path: Path, state: Any, limit: int) -> dict[str, Array]:
-    if not isinstance(state, dict):
-        raise ReftEdgeError(f"{path} holds a {type(state).__name__}; expected a dictionary of tensors")
-    tensors: dict[str, Array] = {}
+def _check_claims(views: dict[str, View], limit: int) -> None:
     taken = 0
-    for name, tensor in state.items():
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise ReftEdgeError(f"{path} holds {name!r:.80}, which is not a named tensor")
-        if tensor.layout != torch.strided or tensor.is_complex() or tensor.device.type != "cpu":
-            raise ReftEdgeError(f"{path}: {name:.80} is not a dense tensor of real numbers")
-        taken += tensor.numel() * tensor.element_size()
+    for name, view in views.items():
+        taken += math.prod(max(size, 1) for size in view.shape) * np.dtype(_TYPES[view.storage.kind]).itemsize
         if taken > limit:
             raise ReftEdgeError(
-                f"{path}: {name:.80} claims {list(tensor.shape)} numbers, more than the file holds or its shapes allow"
+                f"{name:.80} claims {list(view.shape)} numbers, more than the file holds or its shapes allow"
             )
-        tensors[name] = np.ascontiguousarray(tensor.detach().to(torch.float32).numpy())
-    return tensors
 
 
-def _check_zip(path: Path, limit: int) -> int:
-    """The file's size in bytes, once that and its layout are plausible."""
-    size = path.stat().st_size
-    if size > limit + _SLACK:
-        raise ReftEdgeError(
-            f"{path} has {size:,} bytes; its tensors can have {limit:,} at most, by the shapes of its adapter"
-        )
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-        if len(entries) > _MAX_ENTRIES:
-            raise ReftEdgeError(f"{path} is a zip of {len(entries)} entries; expected at most {_MAX_ENTRIES}")
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-            raise ReftEdgeError(f"{path} is a compressed zip, which torch.save never writes; not unpacked")
-        pickles = [entry.file_size for entry in entries if entry.filename.endswith(".pkl")]
-        if len(pickles) != 1 or pickles[0] > _MAX_PICKLE or sum(entry.file_size for entry in entries) > size:
-            raise ReftEdgeError(f"{path} is not laid out as torch.save writes a few tensors; not unpacked")
-    return size
+def _array(name: str, view: View, storages: dict[str, memoryview]) -> Array:
+    """One tensor's numbers, once they are known to lie within its storage and that within the file."""
+    storage = view.storage
+    kind = np.dtype(_TYPES[storage.kind])
+    data = storages.get(storage.key)
+    if data is None or len(data) != storage.count * kind.itemsize:
+        raise ReftEdgeError(f"{name:.80} has {storage.count:,} numbers that the file does not hold")
+    if 0 in view.shape:
+        return np.zeros(view.shape, np.float32)
+    last = view.offset + sum(
+        (size - 1) * stride for size, stride in zip(view.shape, view.strides, strict=True)
+    )
+    if last >= storage.count:
+        raise ReftEdgeError(f"{name:.80} reaches beyond the numbers that the file holds for it")
+    numbers = np.frombuffer(data, kind)[view.offset :]
+    strides = [stride * kind.itemsize for stride in view.strides]
+    found = as_strided(numbers, view.shape, strides, writeable=False)
+    if storage.kind == _BFLOAT16:
+        return (found.astype(np.uint32) << 16).view(np.float32)
+    with np.errstate(over="ignore"):
+        return np.array(found, np.float32, order="C")
