@@ -230,18 +230,46 @@ class StoredAdapter:
             return Adapter(self.config, decode(self.tensors))
 
 
+@dataclass(frozen=True)
+class OpenedFile:
+    """An adapter file that is open already: what is read is this file, whatever its name has become since."""
+
+    path: Path
+    """The name that it was opened by, for messages."""
+    file: BinaryIO
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+
+AdapterSource = Path | str | OpenedFile
+"""A file by its name, or one that is open."""
+
+
 def load_adapter(path: Path | str) -> Adapter:
     """Read and check an adapter file. Raises AdapterFileError that names the file and what is wrong with it."""
     return read_stored(path).adapter()
 
 
-def read_stored(path: Path | str) -> StoredAdapter:
+def read_stored(path: AdapterSource) -> StoredAdapter:
     """Read an adapter file, once. Raises AdapterFileError that names the file and what is wrong with it.
 
     The header is checked, against itself and against the file's size, before tensor data is read.
     """
-    with _about(path), open(path, "rb") as file:
+    with _about(path), _opened(path) as file:
         return _read_stored(file, os.fstat(file.fileno()).st_size, str(path))
+
+
+@contextmanager
+def _opened(source: AdapterSource) -> Iterator[BinaryIO]:
+    if isinstance(source, OpenedFile):
+        yield source.file
+        return
+    with open(source, "rb") as file:
+        yield file
 
 
 def parse_stored(content: bytes, name: str) -> StoredAdapter:
@@ -257,7 +285,7 @@ def read_config(path: Path | str) -> AdapterConfig:
 
 
 @contextmanager
-def _about(path: Path | str) -> Iterator[None]:
+def _about(path: AdapterSource) -> Iterator[None]:
     try:
         yield
     except OSError as error:

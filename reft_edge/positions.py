@@ -16,12 +16,17 @@ may overlap; where they do, both edits are computed from the same hidden state a
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from reft_edge.errors import ReftEdgeError
 
 UNLIMITED = 2**31 - 1
 _MAX_COUNT = 9_999_999
+MAX_GROUPS = 64
+"""Position groups of one adapter: every step of a model opens and shuts each group's gate at every token."""
+_MAX_SPEC = 2000
+"""Characters of a spec; the longest that says MAX_GROUPS groups is shorter."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +66,24 @@ def parse_positions(spec: str, tied: bool) -> tuple[Span, ...]:
     """The gates of a spec: one a part if untied, one for all parts if tied, one a group where groups are set
     apart by `|`.
 
-    Raises ReftEdgeError for an unknown, repeated or overlapping part, and for a repeated group.
+    Raises ReftEdgeError for an unknown, repeated or overlapping part, for a repeated group, and for more than MAX_GROUPS
+    groups.
     """
+    count = spec.count("|") + 1
+    if count > MAX_GROUPS or len(spec) > _MAX_SPEC:
+        raise ReftEdgeError(
+            f"positions {spec[:40]!r}... have {count:,} groups in {len(spec):,} characters; "
+            f"at most {MAX_GROUPS} groups in {_MAX_SPEC:,} characters are accepted"
+        )
+    return _parse(spec, tied)
+
+
+@lru_cache(maxsize=256)
+def _parse(spec: str, tied: bool) -> tuple[Span, ...]:
     if "|" in spec:
         if tied:
             raise ReftEdgeError(f"positions {spec!r}: `|` already says which parts share weights; drop tied")
-        groups = tuple(span for group in spec.split("|") for span in parse_positions(group, tied=True))
+        groups = tuple(span for group in spec.split("|") for span in _parse(group, tied=True))
         if len(set(groups)) < len(groups):
             raise ReftEdgeError(f"positions {spec!r}: a group is given twice; name each group once")
         return groups

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors.numpy import save
 
-from reft_edge.adapter import Adapter, StoredAdapter, parse_stored, read_stored
+from reft_edge.adapter import Adapter, AdapterSource, StoredAdapter, parse_stored, read_stored
 from reft_edge.errors import ReftEdgeError, SignatureError
 from reft_edge.files import decode_text, write_atomically
 
@@ -320,7 +320,7 @@ def verify(
         raise SignatureError(f"{stored.name} is refused: {error}") from error
 
 
-def load_verified(path: Path | str, trusted: TrustedKeys | None) -> tuple[Adapter, Signature | None]:
+def load_verified(path: AdapterSource, trusted: TrustedKeys | None) -> tuple[Adapter, Signature | None]:
     """Read an adapter file, once, and verify what was read; without trusted keys nothing is verified.
 
     Who signed is logged at level INFO. Raises SignatureError and AdapterFileError.

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from reft_edge.adapter import AdapterConfig, fold
+from reft_edge.adapter import AdapterConfig, AdapterSource, fold
 from reft_edge.algebra import Edit, scale
 from reft_edge.encoders import Text, TextTokens, Tokens
 from reft_edge.errors import ReftEdgeError
@@ -94,7 +94,7 @@ class SteeredEncoder:
         """Who signed the loaded adapters, by name; empty unless `trusted` keys were given."""
         return {name: loaded.signature for name, loaded in self._adapters.items() if loaded.signature}
 
-    def load_adapter(self, path: Path | str, name: str | None = None) -> str:
+    def load_adapter(self, path: AdapterSource, name: str | None = None) -> str:
         """Read, check and fold an adapter file; returns its name (by default the file's, without its ending).
 
         A name that is loaded already is replaced. Raises AdapterFileError for a malformed file, BaseMismatchError

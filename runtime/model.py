@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from reft_edge.adapter import AdapterConfig, fold
+from reft_edge.adapter import AdapterConfig, AdapterSource, fold
 from reft_edge.algebra import Edit, concat, scale
 from reft_edge.errors import ReftEdgeError
 from reft_edge.manifest import load_manifest
@@ -105,7 +105,7 @@ class SteeredModel:
         """`cpu` or `cuda`: where the graph runs."""
         return self.graph.device
 
-    def load_adapter(self, path: Path | str, name: str | None = None) -> str:
+    def load_adapter(self, path: AdapterSource, name: str | None = None) -> str:
         """Read, check and fold an adapter file; returns its name (by default the file's, without its ending).
 
         A name that is loaded already is replaced. Raises AdapterFileError for a malformed file, BaseMismatchError

@@ -52,3 +52,18 @@ def test_prefix_and_suffix_are_pyrefts(first: int, last: int, n: int) -> None:
 def test_bad_specs_are_named(spec: str) -> None:
     with pytest.raises(ReftEdgeError, match="positions"):
         parse_positions(spec, tied=False)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["|".join(f"f{i}" for i in range(1, 100_001)), "|".join(["all"] * 65), "f1" + " " * 5000, "+".join(["f1"] * 900)],
+)
+def test_specs_without_end_are_refused_before_they_are_read(spec: str) -> None:
+    with pytest.raises(ReftEdgeError, match="at most 64 groups in 2,000 characters") as caught:
+        parse_positions(spec, tied=False)
+    assert len(str(caught.value)) < 300
+
+
+def test_as_many_groups_as_are_allowed() -> None:
+    spec = "|".join(f"f{9_999_900 + i}+l9999999+gen" for i in range(64))
+    assert len(parse_positions(spec, tied=False)) == 64

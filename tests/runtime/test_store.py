@@ -1,13 +1,16 @@
 """A folder of adapters: listed without opening, loaded on use, reloaded when replaced, forgotten over the budget."""
 
+import contextlib
 import os
+import shutil
+import threading
 import time
 
 import pytest
 
-from reft_edge.errors import AdapterFileError
+from reft_edge.errors import AdapterFileError, ReftEdgeError
 from reft_edge.runtime import SteeredModel
-from reft_edge.runtime.store import AdapterStore, UnknownAdapterError
+from reft_edge.runtime.store import AdapterMemoryError, AdapterStore, UnknownAdapterError
 
 
 @pytest.fixture
@@ -63,9 +66,221 @@ def test_the_least_recently_used_go_when_memory_is_short(model, folder, device_f
         store.use([f"task{i}"])
     assert store.loaded == ["task2", "task0", "task3"]
     assert set(model.adapters) == {"task2", "task0", "task3"}
+    store.budget = store.size // 3
+    with pytest.raises(ReftEdgeError, match="at most .* bytes of adapters are kept in memory"):
+        store.use(["task0", "task1"])
+    store.use(["task1"])
+    assert set(model.adapters) == {"task1"}
     store.budget = 1
-    store.use(["task0", "task1"])
-    assert set(model.adapters) == {"task0", "task1"}
+    with pytest.raises(ReftEdgeError, match="--adapter-memory"):
+        store.use(["task1"])
+    assert not model.adapters
+
+
+def test_what_is_held_stays_until_it_is_let_go(model, folder, device_folder):
+    store = AdapterStore(model, folder)
+    alone = {name: model_of(device_folder, name) for name in ("first", "everywhere")}
+    with store.hold({"first": 1.0}) as old:
+        os.replace(folder / "everywhere.safetensors", folder / "first.safetensors")
+        with store.hold({"first": 1.0}) as new:
+            assert len(model.adapters) == 2
+            assert model.generate("ice", old, max_tokens=8) == alone["first"]
+            assert model.generate("ice", new, max_tokens=8) == alone["everywhere"]
+            (folder / "first.safetensors").unlink()
+            with pytest.raises(UnknownAdapterError):
+                store.use(["first"])
+            assert model.generate("ice", new, max_tokens=8) == alone["everywhere"]
+        assert list(model.adapters) == list(old)
+    assert not model.adapters
+    assert store.size == 0
+
+
+def model_of(device_folder, name):
+    """The answer of a model that holds nothing else."""
+    alone = SteeredModel(device_folder / "export", device="cpu")
+    alone.load_adapter(device_folder / f"{name}.safetensors")
+    return alone.generate("ice", name, max_tokens=8)
+
+
+def test_held_adapters_and_mixes_are_bounded(model, folder):
+    store = AdapterStore(model, folder)
+    store.use(["first"])
+    store.budget = int(1.5 * store.size)
+    with store.hold({"first": 1.0}):
+        with pytest.raises(AdapterMemoryError, match="try again later"):
+            store.use(["everywhere"])
+        with store.hold({"first": 1.0}):
+            pass
+        with pytest.raises(AdapterMemoryError, match="mixes"), store.hold({"first": 0.5}):
+            pass
+    with store.hold({"first": 0.5}):
+        pass
+    store.use(["everywhere"])
+    assert store.loaded == ["everywhere"]
+
+
+class Counting:
+    """Stands for a model and counts what is asked of it."""
+
+    def __init__(self, error=None):
+        self.error, self.read, self.held = error, [], {}
+
+    def load_adapter(self, path, name=None):
+        self.read.append(name)
+        content = path.file.read()
+        if self.error is not None:
+            raise self.error
+        self.held[name] = content
+        return name
+
+    def unload_adapter(self, name):
+        del self.held[name]
+
+    def adapter_size(self, name):
+        return len(self.held[name])
+
+
+def test_a_refusal_is_remembered_until_the_file_changes(tmp_path):
+    path = tmp_path / "task.safetensors"
+    path.write_bytes(b"one")
+    model = Counting(AdapterFileError("it is broken"))
+    store = AdapterStore(model, tmp_path)
+    for _ in range(5):
+        with pytest.raises(AdapterFileError, match="it is broken"):
+            store.use(["task"])
+    assert model.read == ["task"]
+    path.write_bytes(b"three")
+    with pytest.raises(AdapterFileError):
+        store.use(["task"])
+    assert model.read == ["task"] * 2
+    model.error = None
+    path.write_bytes(b"seven")
+    store.use(["task"])
+    assert model.held == {"task": b"seven"}
+
+
+@pytest.mark.parametrize("cause", [OSError("disk"), MemoryError()])
+def test_what_was_not_the_files_fault_is_tried_again(tmp_path, cause):
+    (tmp_path / "task.safetensors").write_bytes(b"one")
+    error = AdapterFileError("cannot read")
+    error.__cause__ = cause
+    model = Counting(error)
+    store = AdapterStore(model, tmp_path)
+    for _ in range(2):
+        with pytest.raises(AdapterFileError):
+            store.use(["task"])
+    assert model.read == ["task"] * 2
+
+
+def test_a_slow_file_delays_no_request_for_what_is_loaded(tmp_path):
+    for name in ("slow", "quick"):
+        (tmp_path / f"{name}.safetensors").write_bytes(name.encode())
+    model = Counting()
+    store = AdapterStore(model, tmp_path)
+    store.use(["quick"])
+    begun, go_on = threading.Event(), threading.Event()
+    load = model.load_adapter
+
+    def wait(path, name=None):
+        begun.set()
+        assert go_on.wait(30)
+        return load(path, name)
+
+    model.load_adapter = wait
+    thread = threading.Thread(target=store.use, args=(["slow"],))
+    thread.start()
+    assert begun.wait(30)
+    store.use(["quick"])
+    assert store.names() == ["quick", "slow"]
+    go_on.set()
+    thread.join()
+    assert store.loaded == ["quick", "slow"]
+
+
+@pytest.mark.parametrize("step", ["readlink", "open", "fstat"])
+@pytest.mark.parametrize("call", range(1, 8))
+def test_links_swapped_in_at_any_moment_show_no_other_files(tmp_path, monkeypatch, step, call):
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"root:x:0:0")
+    folder = tmp_path / "adapters"
+    folder.mkdir()
+    path = folder / "task.safetensors"
+    path.write_bytes(b"good")
+    model = Counting()
+    real, calls = getattr(os, step), []
+
+    def swap(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == call:
+            path.unlink()
+            path.symlink_to(secret)
+        return real(*arguments, **options)
+
+    store = AdapterStore(model, folder)
+    monkeypatch.setattr(os, step, swap)
+    with contextlib.suppress(ReftEdgeError):
+        store.use(["task"])
+    monkeypatch.undo()
+    assert set(model.held.values()) <= {b"good"}
+    with contextlib.suppress(ReftEdgeError):
+        store.use(["task"])
+    assert model.read in (["task"], [])
+
+
+ODD = ["a" * 300, "é" * 200, "loop", "fifo", "folder", "dangling", "zero", "outside", "through", "._first", "bad\udcff", "\udc80", "a\\b"]
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_names_are_neither_listed_nor_used(model, folder, name):
+    inner = folder / "inner"
+    (inner / "sub").mkdir(parents=True)
+    first = (folder / "first.safetensors").read_bytes()
+    for place in ("first", "._first", "sub/deep"):
+        (inner / f"{place}.safetensors").write_bytes(first)
+    for place, target in {
+        "loop": "loop.safetensors", "dangling": "nothing", "zero": "/dev/zero",
+        "outside": folder / "first.safetensors", "through": "sub/deep.safetensors", "alias": "first.safetensors",
+        "again": "../inner/alias.safetensors",
+    }.items():
+        (inner / f"{place}.safetensors").symlink_to(target)
+    os.mkfifo(inner / "fifo.safetensors")
+    (inner / "folder.safetensors").mkdir()
+    with open(os.fsencode(inner) + b"/bad\xff.safetensors", "wb"):
+        pass
+    store = AdapterStore(model, inner)
+    assert store.names() == ["again", "alias", "first"]
+    with pytest.raises(UnknownAdapterError) as caught:
+        store.use([name])
+    assert len(str(caught.value)) < 1000
+    assert not store.has(name)
+    store.use(["again"])
+    assert store.has("alias")
+    shutil.rmtree(inner)
+    assert store.names() == []
+    with pytest.raises(UnknownAdapterError):
+        store.use(["first"])
+
+
+def test_files_that_vanish_while_they_are_listed(tmp_path, monkeypatch):
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.safetensors").write_bytes(b"")
+    store = AdapterStore(Counting(), tmp_path)
+
+    class Vanished:
+        name = "gone.safetensors"
+
+        def is_symlink(self):
+            raise FileNotFoundError
+
+    real = os.scandir
+
+    @contextlib.contextmanager
+    def scan(folder):
+        with real(folder) as entries:
+            yield [Vanished(), *entries]
+
+    monkeypatch.setattr(os, "scandir", scan)
+    assert store.names() == ["one", "two"]
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../first", "sub/first", "first\0", "nobody", "/etc/passwd"])
