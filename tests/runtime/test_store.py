@@ -67,7 +67,7 @@ def test_the_least_recently_used_go_when_memory_is_short(model, folder, device_f
     assert store.loaded == ["task2", "task0", "task3"]
     assert set(model.adapters) == {"task2", "task0", "task3"}
     store.budget = store.size // 3
-    with pytest.raises(ReftEdgeError, match="at most .* bytes of adapters are kept in memory"):
+    with pytest.raises(ReftEdgeError, match=r"at most .* bytes of adapters are kept in memory"):
         store.use(["task0", "task1"])
     store.use(["task1"])
     assert set(model.adapters) == {"task1"}
