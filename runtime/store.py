@@ -172,7 +172,9 @@ class AdapterStore:
                 stamps.append(_stamp(source))
         with self._lock:
             entries = [self._loaded.get(name) for name in names]
-            found = [entry for entry, stamp in zip(entries, stamps, strict=True) if entry and entry.stamp == stamp]
+            found = [
+                entry for entry, stamp in zip(entries, stamps, strict=True) if entry and entry.stamp == stamp
+            ]
             if len(found) < len(names):
                 return None
             self._make_room(0, names)
@@ -209,14 +211,18 @@ class AdapterStore:
                     self._remember(name, stamp, error)
                 raise
             except MemoryError as error:
-                raise AdapterMemoryError(f"there is no memory left for adapter {name!r}; try again later") from error
+                raise AdapterMemoryError(
+                    f"there is no memory left for adapter {name!r}; try again later"
+                ) from error
             with self._lock:
                 self._loaded[name] = _Loaded(key, stamp, self._model.adapter_size(key))
 
     def _make_room(self, more: int, wanted: list[str]) -> None:
         """Forget the least recently used until `more` bytes fit. Raises ReftEdgeError if `wanted` alone do not fit,
         AdapterMemoryError if those in use do not."""
-        for name in [name for name, entry in self._loaded.items() if not entry.holders and name not in wanted]:
+        for name in [
+            name for name, entry in self._loaded.items() if not entry.holders and name not in wanted
+        ]:
             if self.size + more <= self.budget:
                 return
             self._forget(name)
@@ -269,7 +275,9 @@ class AdapterStore:
                 self._forget(name)
             raise
         except OSError as error:
-            raise ReftEdgeError(f"cannot read adapter {self.folder / (name + SUFFIX)}: {error.strerror}") from error
+            raise ReftEdgeError(
+                f"cannot read adapter {self.folder / (name + SUFFIX)}: {error.strerror}"
+            ) from error
         with source.file:
             yield source
 
@@ -342,4 +350,3 @@ def _stamp(source: OpenedFile) -> _Stamp:
 def _quoted(names: list[str]) -> str:
     shown = ", ".join(repr(name[:_LONGEST_NAME]) for name in names[:4])
     return f"{shown} and {len(names) - 4} more" if len(names) > 4 else shown
-

@@ -56,7 +56,12 @@ def test_bad_specs_are_named(spec: str) -> None:
 
 @pytest.mark.parametrize(
     "spec",
-    ["|".join(f"f{i}" for i in range(1, 100_001)), "|".join(["all"] * 65), "f1" + " " * 5000, "+".join(["f1"] * 900)],
+    [
+        "|".join(f"f{i}" for i in range(1, 100_001)),
+        "|".join(["all"] * 65),
+        "f1" + " " * 5000,
+        "+".join(["f1"] * 900),
+    ],
 )
 def test_specs_without_end_are_refused_before_they_are_read(spec: str) -> None:
     with pytest.raises(ReftEdgeError, match="at most 64 groups in 2,000 characters") as caught:

@@ -227,7 +227,21 @@ def test_links_swapped_in_at_any_moment_show_no_other_files(tmp_path, monkeypatc
     assert model.read in (["task"], [])
 
 
-ODD = ["a" * 300, "é" * 200, "loop", "fifo", "folder", "dangling", "zero", "outside", "through", "._first", "bad\udcff", "\udc80", "a\\b"]
+ODD = [
+    "a" * 300,
+    "é" * 200,
+    "loop",
+    "fifo",
+    "folder",
+    "dangling",
+    "zero",
+    "outside",
+    "through",
+    "._first",
+    "bad\udcff",
+    "\udc80",
+    "a\\b",
+]
 
 
 @pytest.mark.parametrize("name", ODD)
@@ -238,8 +252,12 @@ def test_odd_names_are_neither_listed_nor_used(model, folder, name):
     for place in ("first", "._first", "sub/deep"):
         (inner / f"{place}.safetensors").write_bytes(first)
     for place, target in {
-        "loop": "loop.safetensors", "dangling": "nothing", "zero": "/dev/zero",
-        "outside": folder / "first.safetensors", "through": "sub/deep.safetensors", "alias": "first.safetensors",
+        "loop": "loop.safetensors",
+        "dangling": "nothing",
+        "zero": "/dev/zero",
+        "outside": folder / "first.safetensors",
+        "through": "sub/deep.safetensors",
+        "alias": "first.safetensors",
         "again": "../inner/alias.safetensors",
     }.items():
         (inner / f"{place}.safetensors").symlink_to(target)
