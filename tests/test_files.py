@@ -1,14 +1,22 @@
 """Opening strangers' files, and text made safe for terminals."""
 
+import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from reft_edge.commands.serve import _api_key
 from reft_edge.errors import ReftEdgeError
-from reft_edge.files import open_regular
+from reft_edge.files import decode_text, open_regular, read_text
+from reft_edge.jsonl import read_rows
+from reft_edge.manifest import load_manifest
+from reft_edge.prompts import load_prompts
+from reft_edge.shipping.release import FORMAT, VERSION, parse_index
+from reft_edge.signing import generate_key, load_private_key, load_trusted
 from reft_edge.terminal import printable
 
 
@@ -63,3 +71,66 @@ def test_printable_text_has_no_control_characters_and_loses_nothing_else(text: s
 def test_what_a_terminal_would_obey_is_escaped(text: str, shown: str) -> None:
     assert printable(text) == shown
     assert str(ReftEdgeError(text)) == shown
+
+
+BOM = b"\xef\xbb\xbf"
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (BOM + "é\r\nb\n".encode(), "é\nb\n"),
+        (b"a\rb\r\rc", "a\nb\n\nc"),
+        (BOM, ""),
+        (b"", ""),
+        (b"a" + BOM + b"b", "a\ufeffb"),
+        ("👍".encode(), "👍"),
+    ],
+)
+def test_text_is_utf8_with_or_without_a_mark(tmp_path: Path, content: bytes, text: str) -> None:
+    (tmp_path / "a").write_bytes(content)
+    assert read_text(tmp_path / "a") == text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a,b\n".encode("utf-16"), "names is UTF-16 text; save it as UTF-8"),
+        ("a,b\n".encode("utf-16-be"), "names is UTF-16 text"),
+        ("é\n".encode("utf-16-le"), "names is UTF-16 text"),
+        ("a,b\n".encode("utf-32"), "names is UTF-16 text"),
+        ("a\nb\né\n".encode("latin-1"), "names is not UTF-8 text: line 3 has the byte 0xe9"),
+        (b"a row of text\n and \0\n", "names holds a zero byte"),
+    ],
+)
+def test_text_of_another_encoding_is_named(content: bytes, message: str) -> None:
+    with pytest.raises(ReftEdgeError, match=message):
+        decode_text(content, "names")
+
+
+def test_every_file_of_text_may_begin_with_a_mark(device_folder: Path, tmp_path: Path) -> None:
+    row = {"prompt": "2+2=", "choices": ["4", "5"], "answer": "4"}
+    (tmp_path / "rows.jsonl").write_bytes(BOM + json.dumps(row).encode() + b"\r\n" + json.dumps(row).encode())
+    assert [number for number, _ in read_rows(tmp_path / "rows.jsonl", lambda row: row)] == [1, 2]
+    (tmp_path / "key.txt").write_bytes(BOM + b"sesame\r\n")
+    assert _api_key(tmp_path / "key.txt") == "sesame"
+    (tmp_path / "key.txt").write_text("sesame", encoding="utf-16")
+    with pytest.raises(ReftEdgeError, match=r"the API key in .* is UTF-16"):
+        _api_key(tmp_path / "key.txt")
+    generate_key(tmp_path / "fleet.key", "fleet")
+    for name in ("fleet.key", "fleet.pub"):
+        path = tmp_path / name
+        path.write_bytes(BOM + path.read_bytes().replace(b"\n", b"\r\n"))
+    private = load_private_key(tmp_path / "fleet.key")
+    assert list(load_trusted(tmp_path / "fleet.pub").keys) == [private.id]
+    folder = tmp_path / "export"
+    shutil.copytree(device_folder / "export", folder)
+    before = load_prompts(folder)
+    for path in (folder / "reft_edge.json", folder / "tokenizer_config.json", folder / "chat_template.jinja"):
+        if path.is_file():
+            path.write_bytes(BOM + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert load_manifest(folder).base_name == "tiny-llama"
+    after = load_prompts(folder)
+    assert (after.template, after.special_tokens) == (before.template, before.special_tokens)
+    index = json.dumps({"format": FORMAT, "version": VERSION, "releases": []}).encode()
+    assert parse_index(BOM + index) == parse_index(index)
