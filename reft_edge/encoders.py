@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 from reft_edge.errors import ReftEdgeError
 from reft_edge.files import read_text
 from reft_edge.models import ModelFolder, load_model_prompts
+from reft_edge.prompts import encode
 
 MODEL_TYPES = ("bert", "distilbert", "roberta")
 TASKS = ("completion", "classification", "preference")
@@ -43,7 +44,7 @@ class TextTokens:
     def __call__(self, text: Text) -> Tokens:
         """Raises ReftEdgeError if nothing is left to read."""
         first, second = (text, None) if isinstance(text, str) else text
-        encoded = self.tokenizer.encode(first, second)
+        encoded = encode(self.tokenizer, first, second)
         if not encoded.ids:
             raise ReftEdgeError("the text is empty; an encoder needs at least one token")
         return Tokens(tuple(encoded.ids), tuple(encoded.type_ids))

@@ -1,18 +1,26 @@
 """Text to tokens and back, the same in training and on a device: a tokenizer and a chat template, no transformers."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import datetime
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from reft_edge.errors import ReftEdgeError
 from reft_edge.files import read_text
 
-Message = dict[str, str]
+if TYPE_CHECKING:
+    from reft_edge.templates import Template
+
+Message = Mapping[str, Any]
+"""Of a conversation, as OpenAI's chat API has it: `role`, `content`, and `tool_calls` and the like where there are any."""
+
+ANSWER = "~0answer0~"
+"""Stands for an answer where it is asked what a template writes around one."""
+_TEXTS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 @dataclass(frozen=True)
@@ -23,18 +31,27 @@ class Prompts:
     template: str | None
     special_tokens: dict[str, str]
     """bos_token, eos_token and the like, as the template names them."""
+    tool_template: str | None = None
+    """The template of conversations with tools, where the model has one of its own for them."""
+    end_ids: tuple[int, ...] = field(default=())
+    """Tokens that end an answer by the model's generation_config.json or config.json."""
 
     def encode_raw(self, text: str) -> list[int]:
-        """Token ids of text as it stands, with the special tokens the tokenizer adds by itself."""
-        return list(self.tokenizer.encode(text).ids)
+        """Token ids of text as it stands, with the special tokens the tokenizer adds by itself.
 
-    def encode_chat(self, messages: list[Message]) -> list[int]:
+        Like all that encode, raises ReftEdgeError for text that is not valid Unicode.
+        """
+        return list(encode(self.tokenizer, text).ids)
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation, ending where the assistant's answer begins. Raises ReftEdgeError without a template."""
+        for number, message in enumerate(messages, start=1):
+            _check_texts(message, f"message {number}")
         return self.encode_plain(self.render(messages))
 
     def encode_plain(self, text: str) -> list[int]:
         """Token ids of text that already holds its special tokens."""
-        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        return list(encode(self.tokenizer, text, special_tokens=False).ids)
 
     def encode_after(self, before: str, text: str) -> list[int]:
         """Token ids of text that continues `before`: those that both have beyond the tokens of `before`.
@@ -59,30 +76,133 @@ class Prompts:
         """Token ids of what `prompt_text` gave."""
         return self.encode_raw(text) if prompt_format == "raw" else self.encode_plain(text)
 
-    def render(self, messages: list[Message], add_generation_prompt: bool = True) -> str:
-        """The conversation as text. Raises ReftEdgeError if there is no template or it refuses the messages.
+    def render(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
+        """The conversation as text, as transformers' `apply_chat_template` writes it.
 
-        Templates come with models from strangers: they run in jinja2's immutable sandbox.
+        Templates come with models from strangers: they run in a sandbox, with bounds. Raises ReftEdgeError if there is no
+        template, or it refuses the messages or does not end.
         """
-        from jinja2.exceptions import SecurityError, TemplateError
-
         if self.template is None:
             raise ReftEdgeError("the model has no chat template; give prompts as raw text (--raw)")
+        template = self._compiled_for_tools if tools and self.tool_template else self._compiled
+        return template.render(
+            messages,
+            tools=list(tools) if tools else None,
+            documents=None,
+            add_generation_prompt=add_generation_prompt,
+            **self.special_tokens,
+        )
+
+    @cached_property
+    def _compiled(self) -> "Template":
+        from reft_edge.templates import Template
+
+        return Template(self.template or "")
+
+    @cached_property
+    def _compiled_for_tools(self) -> "Template":
+        from reft_edge.templates import Template
+
+        return Template(self.tool_template or "")
+
+    @cached_property
+    def eos(self) -> str:
+        """The text of the token that ends an answer, by the tokenizer or the model's configuration; "" if none is known."""
+        if "eos_token" in self.special_tokens:
+            return self.special_tokens["eos_token"]
+        texts = (self.tokenizer.id_to_token(token) for token in self.end_ids)
+        return next((text for text in texts if text is not None), "")
+
+    @cached_property
+    def turn_tail(self) -> str:
+        """What the template writes behind an answer; "" if that is nothing, or if there is no template."""
         try:
-            template = _environment().from_string(self.template)
-            text: str = template.render(
-                messages=messages,
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                **self.special_tokens,
+            text = self.render(
+                [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": ANSWER}], False
             )
-            return text
-        except (SecurityError, TemplateError, OverflowError, MemoryError, RecursionError) as error:
-            raise ReftEdgeError(f"the model's chat template failed: {error}") from error
+        except ReftEdgeError:
+            return ""
+        return text.rpartition(ANSWER)[2] if ANSWER in text else ""
+
+    @cached_property
+    def turn_end(self) -> int | None:
+        """The token by which the template ends an answer; None if it writes none."""
+        added = self.tokenizer.get_added_tokens_decoder()
+        return next((token for token in self.encode_plain(self.turn_tail) if token in added), None)
+
+    @cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that an answer ends with: the model's own, its tokenizer's and its template's."""
+        eos = self.tokenizer.token_to_id(self.eos) if self.eos else None
+        found = (*self.end_ids, eos, self.turn_end)
+        return tuple(dict.fromkeys(token for token in found if token is not None))
+
+    def stop_ids_with(self, known: Sequence[int]) -> tuple[int, ...]:
+        """The same, behind those known from elsewhere."""
+        return tuple(dict.fromkeys((*known, *self.stop_ids)))
 
     def decode(self, ids: list[int]) -> str:
         """Text of generated tokens, special tokens left out."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def encode(
+    tokenizer: Tokenizer, text: str, second: str | None = None, special_tokens: bool = True
+) -> Encoding:
+    """A text, or pair of texts, as tokens. Raises ReftEdgeError for what is not Unicode, or what the tokenizer fails at."""
+    check_text(text)
+    if second is not None:
+        check_text(second)
+    with _told("the model's tokenizer cannot take this text"):
+        return tokenizer.encode(text, second, add_special_tokens=special_tokens)
+
+
+def check_text(text: str) -> None:
+    """Raise ReftEdgeError if a text holds half a character, as cut JSON escapes and invalid UTF-8 leave it."""
+    if text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ReftEdgeError(
+            f"character {error.start + 1} of the text is half of one (U+{ord(text[error.start]):04X}): "
+            "an emoji that was cut in two, or bytes that are not UTF-8"
+        ) from error
+
+
+def _check_texts(message: Any, where: str) -> None:
+    """`check_text` of all that a message holds, naming its place."""
+    todo = [message]
+    while todo:
+        part = todo.pop()
+        if isinstance(part, str):
+            try:
+                check_text(part)
+            except ReftEdgeError as error:
+                raise ReftEdgeError(f"{where}: {error}") from error
+        elif isinstance(part, Mapping):
+            todo += [*part.keys(), *part.values()]
+        elif isinstance(part, list | tuple):
+            todo += part
+
+
+class _told:  # noqa: N801
+    """What a tokenizer raises inside the block, a Rust panic included, is a ReftEdgeError."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, Exception) or kind is not None and kind.__name__ == "PanicException":
+            raise ReftEdgeError(f"{self.what}: {error}") from error
 
 
 def choose_format(given: bool | None, adapters: Sequence[str], has_template: bool) -> str:
@@ -101,34 +221,51 @@ def choose_format(given: bool | None, adapters: Sequence[str], has_template: boo
 
 
 def load_prompts(folder: Path) -> Prompts:
-    """Read `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`. Raises ReftEdgeError if there is no tokenizer."""
+    """Read a model folder's `tokenizer.json`, the files that describe its special tokens, and its chat templates.
+
+    Raises ReftEdgeError if there is no tokenizer, or one of them cannot be read.
+    """
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise ReftEdgeError(f"{folder} has no tokenizer.json; save the model's fast tokenizer there")
-    try:
+    with _told(f"cannot read {path}"):
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises bare Exception for a file it cannot parse
-        raise ReftEdgeError(f"cannot read {path}: {error}") from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
     config = _read_json(folder / "tokenizer_config.json")
-    special = {
-        name: text
-        for name in ("bos_token", "eos_token", "unk_token", "pad_token")
-        if (text := _token_text(config.get(name))) is not None
-    }
-    return Prompts(tokenizer, _template(folder, config), special)
+    named = {**_read_json(folder / "special_tokens_map.json"), **config}
+    special = {name: text for name in _TEXTS if (text := _token_text(named.get(name))) is not None}
+    templates = _templates(folder, config)
+    return Prompts(
+        tokenizer, templates.get("default"), special, templates.get("tool_use"), _end_ids(folder)
+    )
 
 
-def _template(folder: Path, config: dict[str, Any]) -> str | None:
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return read_text(path)
+def _templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    """By name, as transformers finds them: files come before what stands in tokenizer_config.json."""
+    names = {"default": "chat_template.jinja", "tool_use": "additional_chat_templates/tool_use.jinja"}
+    paths = {name: folder / path for name, path in names.items()}
+    if files := {name: read_text(path) for name, path in paths.items() if path.is_file()}:
+        return files
     template = config.get("chat_template")
     if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
+        entries = [entry for entry in template if isinstance(entry, dict)]
+        found = {str(entry.get("name")): entry.get("template") for entry in entries}
+    else:
+        found = {"default": template}
+    return {name: text for name, text in found.items() if isinstance(text, str)}
+
+
+def _end_ids(folder: Path) -> tuple[int, ...]:
+    """`eos_token_id`, one or several, of the first file that has it."""
+    for name in ("generation_config.json", "config.json"):
+        config = _read_json(folder / name)
+        text = config.get("text_config")
+        found = config.get("eos_token_id", text.get("eos_token_id") if isinstance(text, dict) else None)
+        ids = found if isinstance(found, list) else [found]
+        if ids := [token for token in ids if isinstance(token, int) and 0 <= token < 2**31]:
+            return tuple(ids)
+    return ()
 
 
 def _token_text(token: Any) -> str | None:
@@ -142,28 +279,6 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         parsed = json.loads(read_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ReftEdgeError(f"cannot read {path}: {error}") from error
     return parsed if isinstance(parsed, dict) else {}
-
-
-def _environment() -> Any:
-    from jinja2.exceptions import TemplateError
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
-
-    def strftime_now(pattern: str) -> str:
-        return datetime.now().strftime(pattern)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
-    return environment
