@@ -201,7 +201,7 @@ class _told:  # noqa: N801
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, Exception) or kind is not None and kind.__name__ == "PanicException":
+        if isinstance(error, Exception) or (kind is not None and kind.__name__ == "PanicException"):
             raise ReftEdgeError(f"{self.what}: {error}") from error
 
 
@@ -236,9 +236,7 @@ def load_prompts(folder: Path) -> Prompts:
     named = {**_read_json(folder / "special_tokens_map.json"), **config}
     special = {name: text for name in _TEXTS if (text := _token_text(named.get(name))) is not None}
     templates = _templates(folder, config)
-    return Prompts(
-        tokenizer, templates.get("default"), special, templates.get("tool_use"), _end_ids(folder)
-    )
+    return Prompts(tokenizer, templates.get("default"), special, templates.get("tool_use"), _end_ids(folder))
 
 
 def _templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:

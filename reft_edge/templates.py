@@ -280,8 +280,33 @@ _FILTERS: dict[str, Callable[..., None]] = {
 """The same, of filters."""
 
 _SHALLOW = {
-    *("attr", "batch", "count", "d", "default", "dictsort", "first", "groupby", "items", "last", "length", "list"),
-    *("map", "max", "min", "random", "reject", "rejectattr", "reverse", "select", "selectattr", "slice", "sort"),
+    *(
+        "attr",
+        "batch",
+        "count",
+        "d",
+        "default",
+        "dictsort",
+        "first",
+        "groupby",
+        "items",
+        "last",
+        "length",
+        "list",
+    ),
+    *(
+        "map",
+        "max",
+        "min",
+        "random",
+        "reject",
+        "rejectattr",
+        "reverse",
+        "select",
+        "selectattr",
+        "slice",
+        "sort",
+    ),
     *("sum", "unique"),
 }
 """Filters that hand elements on, and make no text of what these hold."""
@@ -308,33 +333,38 @@ def _paid_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 class _Counted(NodeTransformer):
     """Loops, macros, literals and joined texts that pay."""
 
-    def visit_For(self, node: nodes.For) -> nodes.For:
+    def get_visitor(self, node: nodes.Node) -> Any:
+        if isinstance(node, nodes.For):
+            return self.loop
+        if isinstance(node, nodes.Macro | nodes.CallBlock):
+            return self.macro
+        if isinstance(node, nodes.Concat):
+            return self.joined
+        if isinstance(node, nodes.List | nodes.Dict) or (
+            isinstance(node, nodes.Tuple) and node.ctx == "load"
+        ):
+            return self.literal
+        return None
+
+    def loop(self, node: nodes.For) -> nodes.For:
         self.generic_visit(node)
         node.body.insert(0, _step(node))
         if node.test is not None:
             node.test = nodes.And(_paid(node), node.test, lineno=node.lineno)
         return node
 
-    def visit_Macro(self, node: Any) -> Any:
+    def macro(self, node: Any) -> Any:
         self.generic_visit(node)
         node.body.insert(0, _step(node))
         return node
 
-    visit_CallBlock = visit_Macro
-
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Expr:
+    def joined(self, node: nodes.Concat) -> nodes.Expr:
         self.generic_visit(node)
         return _call("joined", nodes.List(node.nodes, lineno=node.lineno))
 
-    def visit_List(self, node: Any) -> nodes.Expr:
+    def literal(self, node: nodes.Expr) -> nodes.Expr:
         self.generic_visit(node)
         return _call("literal", node)
-
-    visit_Dict = visit_List
-
-    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Expr:
-        self.generic_visit(node)
-        return _call("literal", node) if node.ctx == "load" else node
 
 
 def _paid(node: nodes.Node) -> nodes.Expr:
@@ -411,7 +441,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return value
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        if isinstance(obj, bytes) and attr != "decode" or attr in ("to_bytes", "from_bytes"):
+        if (isinstance(obj, bytes) and attr != "decode") or attr in ("to_bytes", "from_bytes"):
             return False
         return super().is_safe_attribute(obj, attr, value)
 
