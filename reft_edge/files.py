@@ -112,18 +112,19 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise
 
 
-def replace_file(path: Path, content: bytes, temporary: Path) -> None:
+def replace_file(path: Path, content: bytes, temporary: Path, mode: int = 0o666) -> None:
     """Write a file so that after a power cut, too, it has its old content or the new one: flushed to disk before and after
     it gets its name. Missing folders are made.
 
-    `temporary` is on the same file system and always the same one for the same writers, who take turns: whatever becomes of
+    `mode` are its permissions, before the user's umask. `temporary` is on the same file system and always the same one for the same writers, who take turns: whatever becomes of
     them, there is never more than one left over. Raises ReftEdgeError if `path` cannot be written; it is then as it was.
     """
     try:
         make_folder(path.parent)
         # never written through: it may be a link, or another name of `path`
         temporary.unlink(missing_ok=True)
-        with temporary.open("xb") as file:
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), mode)
+        with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

@@ -1,6 +1,6 @@
 """A process that is killed, or a machine that loses power, at any step of what it does to files.
 
-`Disk` stands between the code and `Path.open`, `Path.unlink`, `Path.mkdir`, `os.replace` and `os.fsync`, for one folder. Every
+`Disk` stands between the code and `Path.unlink`, `Path.mkdir`, `os.open` with `os.fdopen`, `os.replace` and `os.fsync`, for one folder. Every
 call is a step, a write two: its first half, and the rest. It kills the process before a step, or records them all;
 `after_power_cut` then makes the folders that may be found when the power went after some of them.
 
@@ -25,6 +25,7 @@ class Disk:
         self.steps: list[tuple[str, Any, Any]] = []
         self._saved: list[tuple[Any, str, Any]] = []
         self._descriptors: dict[int, Path] = {}
+        self._written: dict[int, Path] = {}
         self._seen: list[str] = []
 
     def step(self, kind: str, first: Any, second: Any = None) -> None:
@@ -34,29 +35,21 @@ class Disk:
 
     def __enter__(self) -> "Disk":
         disk = self
-        plain_open, plain_unlink, plain_mkdir = Path.open, Path.unlink, Path.mkdir
-        plain_replace, plain_fsync, plain_os_open = os.replace, os.fsync, os.open
+        plain_unlink, plain_mkdir, plain_fdopen = Path.unlink, Path.mkdir, os.fdopen
+        plain_replace, plain_fsync, plain_open = os.replace, os.fsync, os.open
 
         class Watched(io.FileIO):
             def write(self, data: Any) -> int:
                 data = bytes(data)
                 half = len(data) // 2
                 for piece in (data[:half], data[half:]):
-                    disk.step("write", Path(str(self.name)), piece)
+                    disk.step("write", disk._written[self.fileno()], piece)
                     super().write(piece)
                 return len(data)
 
             def truncate(self, size: int | None = None) -> int:
-                disk.step("truncate", Path(str(self.name)), size)
+                disk.step("truncate", disk._written[self.fileno()], size)
                 return super().truncate(size)
-
-        def open_(path: Path, mode: str = "r", *rest: Any, **options: Any) -> Any:
-            if not disk.holds(path) or not set(mode) & set("wax+"):
-                return plain_open(path, mode, *rest, **options)
-            disk.step("open", path, mode)
-            file = Watched(path, mode.replace("b", ""))
-            disk._descriptors[file.fileno()] = path
-            return file
 
         def unlink(path: Path, missing_ok: bool = False) -> None:
             if disk.holds(path):
@@ -73,10 +66,21 @@ class Disk:
                 disk.step("replace", Path(source), Path(target))
             plain_replace(source, target)
 
-        def os_open(path: Any, *rest: Any, **options: Any) -> int:
-            descriptor = plain_os_open(path, *rest, **options)
+        def open_(path: Any, flags: int, *rest: Any, **options: Any) -> int:
+            watched = disk.holds(path) and flags & (os.O_WRONLY | os.O_RDWR)
+            if watched:
+                disk.step("open", Path(path), "w" if flags & os.O_TRUNC else "a")
+            descriptor = plain_open(path, flags, *rest, **options)
             disk._descriptors[descriptor] = Path(os.fsdecode(path))
+            disk._written.pop(descriptor, None)
+            if watched:
+                disk._written[descriptor] = Path(path)
             return descriptor
+
+        def fdopen(descriptor: int, mode: str = "r", *rest: Any, **options: Any) -> Any:
+            if descriptor in disk._written:
+                return Watched(descriptor, mode.replace("b", ""))
+            return plain_fdopen(descriptor, mode, *rest, **options)
 
         def fsync(descriptor: int) -> None:
             path = disk._descriptors[descriptor]
@@ -85,11 +89,11 @@ class Disk:
             plain_fsync(descriptor)
 
         for owner, name, new in (
-            (Path, "open", open_),
             (Path, "unlink", unlink),
             (Path, "mkdir", mkdir),
             (os, "replace", replace),
-            (os, "open", os_open),
+            (os, "open", open_),
+            (os, "fdopen", fdopen),
             (os, "fsync", fsync),
         ):
             self._saved.append((owner, name, getattr(owner, name)))

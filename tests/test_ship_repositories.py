@@ -17,8 +17,9 @@ from reft_edge.manifest import Manifest
 from reft_edge.shipping import http as shipping_http
 from reft_edge.shipping import pull as pulling
 from reft_edge.shipping.folder import FolderRepository
-from reft_edge.shipping.http import is_loopback
+from reft_edge.shipping.wire import is_loopback
 from reft_edge.shipping.oci import parse_manifest, render_manifest
+from reft_edge.shipping.parts import Parts
 from reft_edge.shipping.pull import pull
 from reft_edge.shipping.release import (
     MAX_INDEX,
@@ -80,6 +81,15 @@ def store(tmp_path: Path) -> DeviceStore:
 
 def push(repository: Repository, path: Path, name: str = "task") -> Release:
     return repository.publish([read_goods(path, name)])[0]
+
+
+def begin(store: DeviceStore, address: str, release: Release, content: bytes) -> None:
+    """Leave a download that was broken off."""
+    with store.changing():
+        part = Parts(store, address).take(release)
+        assert part is not None
+        part.add(content)
+        part.put_away()
 
 
 # The index
@@ -268,9 +278,7 @@ def test_a_server_without_ranges_sends_it_all_again(site, store, adapters):
 
 def test_a_wrong_beginning_is_dropped_and_a_wrong_file_refused(site, store, adapters):
     release = FolderRepository(site.folder).releases()[0]
-    with store.changing():
-        part = store.part(release)
-    part.write_bytes(b"of another time")
+    begin(store, site.url, release, b"of another time")
     assert pull(open_repository(site.url), store)[0].status == "installed"
     store.path("task").unlink()
     shutil.rmtree(store.folder)
@@ -281,7 +289,7 @@ def test_a_wrong_beginning_is_dropped_and_a_wrong_file_refused(site, store, adap
     assert not list(store.folder.rglob("*.part"))
     (site.folder / release.path).write_bytes(b"x" * (release.size + 1))
     assert "more than the" in pull(open_repository(site.url), store)[0].reason
-    part.write_bytes(b"y" * (release.size + 5))
+    begin(store, site.url, release, b"y" * (release.size + 5))
     shutil.copy(adapters[0], site.folder / release.path)
     assert pull(open_repository(site.url), store)[0].status == "installed"
 

@@ -1,12 +1,14 @@
 """A folder as a repository, which any static web server can serve as one, too."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from reft_edge.errors import ReftEdgeError
-from reft_edge.files import replace_file
+from reft_edge.files import open_regular, replace_file
 from reft_edge.shipping.locking import locked
 from reft_edge.shipping.release import (
     INDEX,
@@ -34,7 +36,7 @@ class FolderRepository:
     def releases(self, version: int | None = None) -> list[Release]:
         index = self.folder / INDEX
         try:
-            with index.open("rb") as file:
+            with open_regular(index, follow=False) as file:
                 return parse_index(file.read(MAX_INDEX + 1))
         except FileNotFoundError as error:
             raise ReftEdgeError(
@@ -48,25 +50,56 @@ class FolderRepository:
     @contextmanager
     def open(self, release: Release, start: int) -> Iterator[tuple[int, Iterator[bytes]]]:
         path = self.folder / release.path
-        try:
-            with path.open("rb") as file:
-                file.seek(start)
-                yield start, iter(lambda: file.read(_PIECE), b"")
-        except OSError as error:
-            raise ReftEdgeError(f"cannot read {path}: {error.strerror}") from error
+        with _reading(path):
+            _check_inside(path.parent)
+            file = open_regular(path, follow=False)
+        with file:
+            yield start, _pieces(file, path, start)
 
     def publish(self, goods: Sequence[Goods]) -> list[Release]:
         """The files are written before the index that names them, each of them atomically."""
-        try:
+        with _writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ReftEdgeError(f"cannot write to {self.folder}: {error.strerror}") from error
         temporary = self.folder / ".new"
-        with locked(self.folder):
-            known = self.releases() if (self.folder / INDEX).exists() else []
+        with _writing(self.folder), locked(self.folder):
+            known = self.releases() if os.path.lexists(self.folder / INDEX) else []
             made = next_releases(known, goods)
             index = render_index(dict.fromkeys([*known, *made]))
             for item, release in zip(goods, made, strict=True):
+                _check_inside(self.folder / release.name)
                 replace_file(self.folder / release.path, item.content, temporary)
             replace_file(self.folder / INDEX, index, temporary)
         return made
+
+
+def _check_inside(folder: Path) -> None:
+    """Raise ReftEdgeError if a folder of a repository is a link, which may lead out of it."""
+    if folder.is_symlink():
+        raise ReftEdgeError(f"{folder} is a link, which no folder inside a repository may be")
+
+
+def _pieces(file: BinaryIO, path: Path, start: int) -> Iterator[bytes]:
+    while True:
+        with _reading(path):
+            file.seek(start)
+            piece = file.read(_PIECE)
+        if not piece:
+            return
+        start += len(piece)
+        yield piece
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ReftEdgeError(f"cannot read {path}: {error.strerror}") from error
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ReftEdgeError(f"cannot write to {folder}: {error.strerror}") from error

@@ -7,7 +7,7 @@ from typing import Any
 
 from reft_edge.adapter import StoredAdapter, parse_stored
 from reft_edge.errors import ReftEdgeError, SignatureError
-from reft_edge.shipping.release import MAX_FILE, digest_of
+from reft_edge.shipping.release import digest_of
 from reft_edge.shipping.store import DeviceStore, State
 from reft_edge.signing import TrustedKeys, read_signature, verify
 
@@ -43,8 +43,7 @@ def list_store(store: DeviceStore, trusted: TrustedKeys | None = None) -> list[I
 
 def _describe(store: DeviceStore, name: str, trusted: TrustedKeys | None) -> Installed:
     path = store.path(name)
-    with path.open("rb") as file:
-        content = file.read(MAX_FILE)
+    content = store.read(name)
     state = store.state(name)
     fields: dict[str, Any]
     try:

@@ -20,8 +20,9 @@ import httpx
 from reft_edge.adapter import parse_json
 from reft_edge.errors import ReftEdgeError
 from reft_edge.files import read_text
-from reft_edge.shipping.http import Web, is_loopback, read
+from reft_edge.shipping.http import Web, parse_url
 from reft_edge.shipping.release import SUFFIX, Goods, Release, digest_of, next_releases
+from reft_edge.shipping.wire import is_loopback
 
 ARTIFACT = "application/vnd.reft-edge.adapter.v1"
 LAYER = "application/vnd.reft-edge.adapter.v1.safetensors"
@@ -81,8 +82,7 @@ class OciRepository:
 
     @contextmanager
     def open(self, release: Release, start: int) -> Iterator[tuple[int, Iterator[bytes]]]:
-        url = f"{self._root}/blobs/{release.digest}"
-        with self._web.open(url, start, release.size) as opened:
+        with self._web.open(self._at("blobs", release.digest), start, release.size) as opened:
             yield opened
 
     def publish(self, goods: Sequence[Goods]) -> list[Release]:
@@ -111,30 +111,27 @@ class OciRepository:
         return [made]
 
     def _manifest(self, tag: str) -> Release | None:
-        url = f"{self._root}/manifests/{tag}"
-        with self._web.send("GET", url, accept=(200, 404), headers={"accept": MANIFEST}) as response:
-            if response.status_code == 404:
-                return None
-            return parse_manifest(b"".join(read(response, _MAX_MANIFEST)), tag)
+        url = self._at("manifests", tag)
+        with self._web.send("GET", url, accept=(200, 404), headers={"accept": MANIFEST}) as answer:
+            return None if answer.status == 404 else parse_manifest(answer.whole(_MAX_MANIFEST), tag)
 
     def _tag_manifest(self, tag: str, manifest: bytes) -> None:
-        url = f"{self._root}/manifests/{tag}"
+        url = self._at("manifests", tag)
         with self._web.send("PUT", url, accept=(201,), headers={"content-type": MANIFEST}, content=manifest):
             pass
 
     def _versions(self) -> list[int]:
         """The tags that are versions; none where the repository does not exist yet."""
-        url: httpx.URL | None = httpx.URL(f"{self._root}/tags/list")
+        url: httpx.URL | None = self._at("tags", "list")
         found: list[int] = []
         for _ in range(_MAX_PAGES):
             if url is None:
                 return found
-            with self._web.send("GET", url, accept=(200, 404)) as response:
-                if response.status_code == 404:
+            with self._web.send("GET", url, accept=(200, 404)) as answer:
+                if answer.status == 404:
                     return found
-                tags = _parse(b"".join(read(response, _MAX_TAGS))).get("tags") or []
-                following = response.links.get("next", {}).get("url")
-                url = response.url.join(following) if following else None
+                tags = _parse(answer.whole(_MAX_TAGS)).get("tags") or []
+                url = answer.following
             if not isinstance(tags, list):
                 raise ReftEdgeError(f"{self.address} has tags that are not a list")
             found += [int(tag) for tag in tags if isinstance(tag, str) and _VERSION.fullmatch(tag)]
@@ -142,13 +139,13 @@ class OciRepository:
 
     def _upload(self, content: bytes) -> None:
         digest = digest_of(content)
-        with self._web.send("HEAD", f"{self._root}/blobs/{digest}", accept=(200, 404)) as response:
-            if response.status_code == 200:
+        with self._web.send("HEAD", self._at("blobs", digest), accept=(200, 404)) as answer:
+            if answer.status == 200:
                 return
-        with self._web.send("POST", f"{self._root}/blobs/uploads/", accept=(202,)) as response:
-            if "location" not in response.headers:
-                raise ReftEdgeError(f"{response.url} does not say where to upload to")
-            place = response.url.join(response.headers["location"])
+        with self._web.send("POST", self._at("blobs", "uploads/"), accept=(202,)) as answer:
+            if "location" not in answer.headers:
+                raise ReftEdgeError(f"{answer.url} does not say where to upload to")
+            place = answer.place("location")
         octets = {"content-type": "application/octet-stream"}
         url = place.copy_merge_params({"digest": digest})
         with self._web.send("PUT", url, accept=(201,), headers=octets, content=content):
@@ -163,16 +160,19 @@ class OciRepository:
         asked = dict(_PARAMETER.findall(rest))
         if scheme.lower() != "bearer" or "realm" not in asked:
             return None
-        realm = httpx.URL(asked.pop("realm")).copy_merge_params(
+        realm = parse_url(asked.pop("realm")).copy_merge_params(
             {name: value for name, value in asked.items() if name in ("service", "scope")}
         )
-        self._web.check(realm)
-        web = Web(str(realm), self._plain_http, {"authorization": login} if login else {})
+        credentials = {"authorization": login} if login else {}
+        web = Web(str(realm), self._plain_http, credentials, wire=self._web.wire)
         answer = _parse(web.get(realm, _MAX_TOKEN))
         token = answer.get("token") or answer.get("access_token")
         return (
             f"Bearer {token}" if isinstance(token, str) and token.isascii() and token.isprintable() else None
         )
+
+    def _at(self, kind: str, name: str) -> httpx.URL:
+        return parse_url(f"{self._root}/{kind}/{name}")
 
     def _login(self) -> str | None:
         """Basic credentials for this host in docker's config.json; None if there are none."""

@@ -18,6 +18,7 @@ from typing import Any
 
 from reft_edge.adapter import parse_json, parse_stored
 from reft_edge.errors import ReftEdgeError
+from reft_edge.files import open_regular
 
 INDEX = "index.json"
 FORMAT = "reft-edge index"
@@ -106,7 +107,7 @@ def read_goods(path: Path, name: str | None = None) -> Goods:
     name = path.name.removesuffix(SUFFIX) if name is None else name
     check_name(name)
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             content = file.read(MAX_FILE + 1)
     except OSError as error:
         raise ReftEdgeError(f"cannot read {path}: {error.strerror}") from error

@@ -2,30 +2,37 @@
 
     STORE/NAME.safetensors                                 what the runtime loads
     STORE/.reft-edge/NAME/ORDER-VERSION-HEX.safetensors    what was installed, oldest first, HEX being the SHA-256
-    STORE/.reft-edge/NAME/HEX.part                         a download under way
+    STORE/.reft-edge/.parts/                               downloads under way
     STORE/.reft-edge/NAME/new                              a file about to get its name
     STORE/.reft-edge/.lock                                 held by whoever changes the store
 
 Which version is installed is not written anywhere: it is the one whose content NAME.safetensors has. So one rename decides,
 and a device that loses power at any moment has the old file or the new one. What comes after the installed version in that
 order was rolled back.
+
+Links are not followed: what is a link in the store is no file of it, is never copied, and never written through.
 """
 
+import hashlib
 import os
 import re
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from reft_edge.adapter import parse_stored
 from reft_edge.errors import ReftEdgeError
-from reft_edge.files import make_folder, replace_file, sha256_of
+from reft_edge.files import make_folder, open_regular, replace_file
 from reft_edge.shipping.release import MAX_FILE, SUFFIX, Release, check_name, digest_of
 
 KEEP = 3
 """Versions of an adapter that a store keeps, the installed one among them."""
 HIDDEN = ".reft-edge"
+PUBLIC = 0o666
+"""Permissions of a file for everybody, before the user's umask."""
 
 _KEPT = re.compile(r"(\d{6,12})-(\d{1,10})-([0-9a-f]{64})\.safetensors", re.ASCII)
 
@@ -102,7 +109,8 @@ class DeviceStore:
         """What is installed of a name, and what was. Raises ReftEdgeError if it cannot be read."""
         path = self.path(name)
         try:
-            digest = f"sha256:{sha256_of(path)}" if path.is_file() else None
+            with _opened(path) as file:
+                digest = _digest(file) if file is not None else None
         except OSError as error:
             raise ReftEdgeError(f"cannot read {path}: {error.strerror}") from error
         kept = [
@@ -112,28 +120,48 @@ class DeviceStore:
         ]
         return State(name, digest, tuple(sorted(kept, key=lambda entry: entry.order)))
 
+    def read(self, name: str) -> bytes:
+        """The file that the runtime loads; no bytes if there is none. Raises ReftEdgeError if it cannot be read.
+
+        Those are the first MAX_FILE of a longer one, which is no adapter.
+        """
+        path = self.path(name)
+        try:
+            with _opened(path.resolve() if path.is_symlink() and self._holds(path) else path) as file:
+                return file.read(MAX_FILE) if file is not None else b""
+        except OSError as error:
+            raise ReftEdgeError(f"cannot read {path}: {error.strerror}") from error
+
     @contextmanager
     def changing(self) -> Iterator[None]:
-        """Hold the store's lock; made if it is not there. Raises ReftEdgeError if the folder cannot be written."""
+        """Hold the store's lock; made if it is not there. Only the store's own files are read and written meanwhile.
+
+        Raises ReftEdgeError if the folder cannot be written, now or inside.
+        """
         from reft_edge.shipping.locking import locked
 
         try:
-            make_folder(self._hidden)
+            with locked(self.own_folder()):
+                yield
         except OSError as error:
-            raise ReftEdgeError(f"cannot write to {self.folder}: {error.strerror}") from error
-        with locked(self._hidden):
-            yield
+            raise ReftEdgeError(f"cannot write to {self.folder}: {error.strerror or error}") from error
 
-    def part(self, release: Release) -> Path:
-        """Where a release is downloaded to. Downloads of other releases of its name are dropped; hold the lock."""
-        check_name(release.name)
-        folder = self._hidden / release.name
+    def own_folder(self, *parts: str) -> Path:
+        """A folder of this store's own, made if it is not there. Raises OSError, and ReftEdgeError if it is a link."""
+        folder = self._hidden.joinpath(*parts)
+        for own in {self._hidden, folder}:
+            if own.is_symlink():
+                raise ReftEdgeError(f"{own} is a link, which no folder of a store's own is; remove it")
         make_folder(folder)
-        path = folder / f"{release.hex_digest}.part"
-        for other in folder.glob("*.part"):
-            if other != path:
-                other.unlink()
-        return path
+        return folder
+
+    def remove_old_parts(self) -> None:
+        """Those that earlier versions of reft-edge left among the versions; hold the lock."""
+        for folder in os.scandir(self._hidden):
+            if folder.is_dir(follow_symlinks=False):
+                for file in self._files(folder.name):
+                    if file.suffix == ".part" and folder.name != ".parts":
+                        file.unlink()
 
     def install(self, release: Release, content: bytes) -> None:
         """Make a release's file the installed one; hold the lock, and have its content checked.
@@ -144,12 +172,13 @@ class DeviceStore:
             raise ReftEdgeError(f"{release} has another digest than {release.digest}")
         state = self.state(release.name)
         if (state.digest, state.version) != (release.digest, release.version):
-            self._keep_foreign(state)
+            mode = self._keep_foreign(state)
             for kept in state.undone:
                 kept.path.unlink()
             if state.digest != release.digest:
                 replace_file(self.path(release.name), content, self._new(release.name))
-            self._keep(release.name, release.version, content)
+                mode = PUBLIC
+            self._keep(release.name, release.version, content, mode)
         self.tidy(release.name)
 
     def rollback(self, name: str, version: int | None = None) -> tuple[State, Kept]:
@@ -165,11 +194,12 @@ class DeviceStore:
                 raise ReftEdgeError(f"{self.folder} keeps no earlier version of {name}")
             self._keep_foreign(before)
             target = self._target(before, version)
-            content = target.path.read_bytes()
+            with open_regular(target.path, follow=False) as file:
+                content, mode = file.read(MAX_FILE + 1), _mode(file)
             if digest_of(content) != target.digest:
                 raise ReftEdgeError(f"{target.path} was damaged; version {target.version} cannot be restored")
             parse_stored(content, str(target.path)).adapter()
-            replace_file(self.path(name), content, self._new(name))
+            replace_file(self.path(name), content, self._new(name), mode)
             self.tidy(name)
         return before, target
 
@@ -177,7 +207,7 @@ class DeviceStore:
         """Remove what an interrupted change left, repeated versions, and the oldest beyond KEEP; hold the lock."""
         state = self.state(name)
         for file in self._files(name):
-            if file.name == "new" or file.suffix == ".part":
+            if file.name == "new":
                 file.unlink()
         last = {kept.digest: kept for kept in state.history}
         for kept in state.history:
@@ -206,24 +236,58 @@ class DeviceStore:
             f"{self.folder} does not keep version {version} of {state.name}; it keeps {known}"
         )
 
-    def _keep_foreign(self, state: State) -> None:
-        """A file that was put there by hand becomes version 0, so that it can be had again."""
-        path = self.path(state.name)
-        if state.digest is not None and state.installed is None and path.stat().st_size <= MAX_FILE:
-            self._keep(state.name, 0, path.read_bytes())
+    def _holds(self, path: Path) -> bool:
+        return path.resolve().parent == self.folder.resolve()
 
-    def _keep(self, name: str, version: int, content: bytes) -> None:
+    def _keep_foreign(self, state: State) -> int:
+        """A file that was put there by hand becomes version 0, so that it can be had again. Gives the file's permissions,
+        beyond which no copy of it goes."""
+        with _opened(self.path(state.name)) as file:
+            if file is None:
+                return PUBLIC
+            mode = _mode(file)
+            if state.installed is None and os.fstat(file.fileno()).st_size <= MAX_FILE:
+                self._keep(state.name, 0, file.read(MAX_FILE), mode)
+            return mode
+
+    def _keep(self, name: str, version: int, content: bytes, mode: int) -> None:
         history = self.state(name).history
         order = history[-1].order + 1 if history else 1
         digest = digest_of(content).removeprefix("sha256:")
         path = self._hidden / name / f"{order:06}-{version}-{digest}{SUFFIX}"
-        replace_file(path, content, self._new(name))
+        replace_file(path, content, self._new(name), mode)
 
     def _new(self, name: str) -> Path:
-        folder = self._hidden / name
-        make_folder(folder)
-        return folder / "new"
+        return self.own_folder(name) / "new"
 
     def _files(self, name: str) -> list[Path]:
+        """What is kept of a name, links and folders left out."""
         folder = self._hidden / name
-        return [Path(entry.path) for entry in os.scandir(folder)] if folder.is_dir() else []
+        if folder.is_symlink() or self._hidden.is_symlink() or not folder.is_dir():
+            return []
+        return [Path(entry.path) for entry in os.scandir(folder) if not entry.is_dir(follow_symlinks=False)]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO | None]:
+    """A plain file, opened once; None for what is missing, a link, or no file. Raises OSError for one that cannot be read."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        found = None
+    if found is None or not stat.S_ISREG(found.st_mode):
+        yield None
+        return
+    with open_regular(path, follow=False) as file:
+        yield file
+
+
+def _mode(file: BinaryIO) -> int:
+    return stat.S_IMODE(os.fstat(file.fileno()).st_mode) & PUBLIC
+
+
+def _digest(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return f"sha256:{digest.hexdigest()}"
