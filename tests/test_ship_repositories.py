@@ -17,7 +17,6 @@ from reft_edge.manifest import Manifest
 from reft_edge.shipping import http as shipping_http
 from reft_edge.shipping import pull as pulling
 from reft_edge.shipping.folder import FolderRepository
-from reft_edge.shipping.wire import is_loopback
 from reft_edge.shipping.oci import parse_manifest, render_manifest
 from reft_edge.shipping.parts import Parts
 from reft_edge.shipping.pull import pull
@@ -33,6 +32,7 @@ from reft_edge.shipping.release import (
 )
 from reft_edge.shipping.repository import Repository, open_repository
 from reft_edge.shipping.store import DeviceStore
+from reft_edge.shipping.wire import is_loopback
 from reft_edge.signing import generate_key, load_private_key, load_trusted, sign
 from tests.servers import Answer, Hub, Registry, Server, StaticServer
 from tests.test_algebra import make_adapter

@@ -293,7 +293,9 @@ def _told(url: httpx.URL) -> Iterator[None]:
         raise
     except (httpcore.NetworkError, httpcore.TimeoutException, httpcore.RemoteProtocolError) as error:
         raise BrokenOffError(f"{url}: {str(error) or type(error).__name__}") from error
-    except Exception as error:  # names, ports, proxies, headers: httpcore, h11, idna and the system have one each
+    except (
+        Exception
+    ) as error:  # names, ports, proxies, headers: httpcore, h11, idna and the system have one each
         raise ReftEdgeError(f"{url}: {str(error) or type(error).__name__}") from error
 
 
