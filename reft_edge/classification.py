@@ -13,6 +13,7 @@ from reft_edge.errors import ReftEdgeError
 from reft_edge.files import sha256_of
 from reft_edge.interventions import Interventions
 from reft_edge.jsonl import read_rows
+from reft_edge.likelihood import check_tokens, readable
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ def pooled_states(
     encoder: Any, rows: Sequence[Tokens], pooling: str, device: torch.device, autocast: bool = False
 ) -> Tensor:
     """The vector that a head reads, `[rows, d]` in float32, from one right-padded batch."""
+    check_tokens(encoder, [row.ids for row in rows])
     length = max(len(row.ids) for row in rows)
     ids, types, mask = torch.zeros(3, len(rows), length, dtype=torch.long).unbind()
     for i, row in enumerate(rows):
@@ -80,7 +82,7 @@ def pooled_states(
         mask[i, :count] = 1
     mask = mask.to(device)
     second = {"token_type_ids": types.to(device)} if has_token_types(encoder) else {}
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast), readable(encoder, length):
         hidden = encoder(input_ids=ids.to(device), attention_mask=mask, **second).last_hidden_state
     return pool(hidden.float(), mask, pooling)
 

@@ -52,13 +52,10 @@ class Processes:
         return (mine, 1.0) if mine else (rows[:1], 0.0)
 
     def add_up(self, loss: float, parameters: Sequence[nn.Parameter]) -> float:
-        """Sum over processes of the loss, returned, and of the parameters' gradients, in place."""
+        """Sum over processes of the loss, returned, and of the parameters' gradients, which all have one, in place."""
         if self.count == 1:
             return loss
-        gradients = [
-            torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            for parameter in parameters
-        ]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         flat = torch.cat(
             [torch.tensor([loss], device=gradients[0].device), *(g.flatten() for g in gradients)]
         )
@@ -67,6 +64,14 @@ class Processes:
         for parameter, part in zip(parameters, parts, strict=True):
             parameter.grad = part.view_as(parameter).clone()
         return float(total[0])
+
+    def any(self, here: bool) -> bool:
+        """Whether it is so in any process; the same in all of them."""
+        if self.count == 1:
+            return here
+        device = self.accelerator.device
+        total: Tensor = self.accelerator.reduce(torch.tensor(float(here), device=device), reduction="sum")
+        return bool(total > 0)
 
     def from_main(self, make: Callable[[], T]) -> T:
         """What `make` gives in the main process, in all of them; its ReftEdgeError is raised in all of them."""

@@ -18,6 +18,7 @@ from reft_edge.errors import ReftEdgeError
 
 _UNFINISHED = ".unfinished-"
 _STALE = 24 * 60 * 60
+_PIECE = 1 << 20
 
 
 def open_regular(path: Path, follow: bool = True) -> BinaryIO:
@@ -80,12 +81,25 @@ def decode_text(content: bytes, name: object) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def check_place(path: Path) -> None:
-    """Raise ReftEdgeError if a file cannot get this name: to be called before long work whose result it is to hold."""
-    if not path.parent.is_dir():
-        raise ReftEdgeError(f"the folder of {path} does not exist; make it first")
-    if path.is_dir():
-        raise ReftEdgeError(f"{path} is a folder; give the name of a file")
+def check_place(path: Path, room: int = 1) -> None:
+    """Raise ReftEdgeError if a file of `room` bytes cannot be written here: to be called before long work whose result it holds.
+
+    It is tried, since neither permissions nor free space alone tell: read-only disks, quotas, an administrator's account.
+    """
+    try:
+        if not path.parent.is_dir():
+            raise ReftEdgeError(f"the folder of {path} does not exist; make it first")
+        if path.is_dir():
+            raise ReftEdgeError(f"{path} is a folder; give the name of a file")
+        if path.exists() and not path.is_file():
+            raise ReftEdgeError(f"{path} is not a regular file; give another name")
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.") as probe:
+            for start in range(0, room, _PIECE):
+                probe.write(bytes(min(_PIECE, room - start)))
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as error:
+        raise ReftEdgeError(f"cannot write {path}: {error.strerror}; choose another place") from error
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reft_edge.errors import ReftEdgeError
 from reft_edge.steering import Steering
 
 Ids = Sequence[int]
@@ -35,6 +36,7 @@ def joined_logits(
 
     `rows`: prompt, and the tokens behind it (a completion without its last token). They run as one right-padded batch.
     """
+    check_tokens(model, [[*prompt, *behind] for prompt, behind in rows])
     length = max(len(prompt) + len(behind) for prompt, behind in rows)
     ids, mask = torch.zeros(2, len(rows), length, dtype=torch.long).unbind()
     counts = torch.zeros(len(rows), length, dtype=torch.bool)
@@ -48,6 +50,7 @@ def joined_logits(
         steering.prompts(lengths),
         only_logits_of(model, counts.to(device)),
         torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast),
+        readable(model, length),
     ):
         logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
     joined: Tensor = logits[0].float()
@@ -63,3 +66,34 @@ def only_logits_of(model: Any, tokens: Tensor) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def check_tokens(model: Any, rows: Sequence[Ids]) -> None:
+    """Raise ReftEdgeError for token ids that the model has no embedding for."""
+    _check_below(int(model.get_input_embeddings().num_embeddings), rows, "embeddings")
+
+
+def check_targets(logits: Tensor, rows: Sequence[Ids]) -> None:
+    """Raise ReftEdgeError for token ids that `logits [..., vocabulary]` say nothing of."""
+    _check_below(logits.shape[-1], rows, "logits")
+
+
+def _check_below(count: int, rows: Sequence[Ids], of: str) -> None:
+    largest = max((max(row, default=0) for row in rows), default=0)
+    if largest >= count:
+        raise ReftEdgeError(
+            f"a row has the token {largest}; the model has {count} {of}, 0 to {count - 1}: its tokenizer has tokens that "
+            "were never added to it (resize_token_embeddings does that), or is another model's"
+        )
+
+
+@contextmanager
+def readable(model: Any, length: int) -> Iterator[None]:
+    """Raise ReftEdgeError where a row of `length` tokens, all with embeddings, is longer than a table of the model."""
+    try:
+        yield
+    except IndexError as error:
+        limit = getattr(model.config, "max_position_embeddings", None)
+        raise ReftEdgeError(
+            f"the model cannot read {length} tokens; it has positions for {limit}: give shorter rows (--max-length)"
+        ) from error

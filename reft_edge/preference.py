@@ -20,7 +20,7 @@ from reft_edge.errors import ReftEdgeError
 from reft_edge.files import sha256_of
 from reft_edge.interventions import dropout_off
 from reft_edge.jsonl import read_rows
-from reft_edge.likelihood import completion_logits
+from reft_edge.likelihood import check_targets, completion_logits
 from reft_edge.prompts import Prompts
 from reft_edge.steering import Steering
 
@@ -131,6 +131,7 @@ def answer_log_likelihoods(
     """Each row's whole completion, `[rows]`, in nats; differentiable."""
     inputs = [(row.prompt, row.completion[:-1]) for row in rows]
     logits = completion_logits(model, steering, inputs, device, autocast)
+    check_targets(logits[0], [row.completion for row in rows])
     return torch.stack(
         [
             -nn.functional.cross_entropy(

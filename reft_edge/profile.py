@@ -36,6 +36,17 @@ class Profile:
         self.seconds[self._section] += now - self._since
         self._section, self._since = section, now
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time inside the block is nobody's."""
+        self.switch(self._section)
+        kept = dict(self.seconds), self._section
+        try:
+            yield
+        finally:
+            self.seconds, self._section = kept
+            self._since = time.perf_counter()
+
     def end_step(self) -> None:
         """Count a step, or forget it if it was the first."""
         self.switch("other")

@@ -14,7 +14,7 @@ from reft_edge.errors import BaseMismatchError, ReftEdgeError
 from reft_edge.evaluation import Continuations
 from reft_edge.fingerprint import fingerprint
 from reft_edge.interventions import Interventions
-from reft_edge.likelihood import completion_logits
+from reft_edge.likelihood import check_targets, check_tokens, completion_logits, readable
 from reft_edge.prompts import Prompts
 from reft_edge.steering import Steering, steered
 
@@ -36,6 +36,7 @@ class TorchDecoder:
         """See `evaluation.Decoder`."""
         rows = [(item.prompt, item.shared) for item in batch]
         logits = completion_logits(self.model, self.steering, rows, self.device, self.autocast)
+        check_targets(logits[0], [(*item.shared, *item.last) for item in batch])
         found = []
         for item, row in zip(batch, logits, strict=True):
             known = row.log_softmax(dim=-1)
@@ -48,6 +49,7 @@ class TorchDecoder:
         """See `evaluation.Decoder`; a repetition penalty and the like of the model's own are left out."""
         from transformers import GenerationConfig
 
+        check_tokens(self.model, batch)
         length = max(len(ids) for ids in batch)
         ids, mask = torch.zeros(2, len(batch), length, dtype=torch.long).unbind()
         for i, row in enumerate(batch):
@@ -60,7 +62,10 @@ class TorchDecoder:
         own = self.model.generation_config
         self.model.generation_config = greedy
         try:
-            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):
+            with (
+                torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast),
+                readable(self.model, length + max_tokens),
+            ):
                 output = self.model.generate(
                     input_ids=ids.to(self.device), attention_mask=mask.to(self.device)
                 )

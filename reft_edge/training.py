@@ -5,33 +5,36 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from reft_edge.adapter import AdapterConfig, save_adapter
+from reft_edge.adapter import Adapter, AdapterConfig, save_adapter
 from reft_edge.arithmetic import checkpointed, compiled, quick_attention, rounded_once
 from reft_edge.checkpoint import Checkpoint
-from reft_edge.classification import LabelledText, LabelledTexts, class_scores
-from reft_edge.data import Dataset, Example
+from reft_edge.classification import LabelledTexts
 from reft_edge.distributed import ALONE, Processes
 from reft_edge.errors import ReftEdgeError
-from reft_edge.files import check_place
+from reft_edge.files import check_place, write_atomically
 from reft_edge.fingerprint import fingerprint
 from reft_edge.graph_weights import use_exported_weights
-from reft_edge.interventions import Interventions, dropout_off
+from reft_edge.interrupts import Interrupts, interrupts
+from reft_edge.interventions import Interventions
 from reft_edge.layers import parse_layers
-from reft_edge.likelihood import joined_logits
+from reft_edge.locks import held
+from reft_edge.objectives import Data, evaluate, label_accuracy, objective_of
+from reft_edge.objectives import batch_loss as batch_loss
 from reft_edge.preference import PreferenceObjective, Preferences, preferred
 from reft_edge.profile import Profile, watched
+from reft_edge.rescue import is_full, written_elsewhere
 from reft_edge.steering import Steering, decoder_layers, steered
 
 SCHEDULES = ("linear", "cosine", "constant")
@@ -43,8 +46,8 @@ GROUPED = 50
 """Most batches among whose rows those of like length are brought together."""
 CHECK_EVERY = 10
 """Steps between checks that the parameters are sound."""
-
-Data = Dataset | LabelledTexts | Preferences
+_SETTLE = 2.0
+"""Seconds within which a launcher passes on a signal that its processes have got already."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,8 @@ class StepReport:
     lr: float
     tokens_per_second: float
     """Prompt and completion tokens, padding left out."""
+    evaluation: float | None = None
+    """Loss on the held-out rows after this step, where they were evaluated; it may not be finite."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +142,7 @@ class TrainResult:
     loss: float
     """Mean training loss of the last tenth of the steps, in nats a token."""
     evaluation: float | None
-    """Loss on the held-out file, in nats a token."""
+    """Loss on the held-out file, in nats a token; None also where it is not finite."""
     seconds: float
     accuracy: float | None = None
     """Share of the held-out rows whose label is right, or of held-out pairs in which the chosen answer gained more."""
@@ -200,6 +205,8 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(groups, lr=self.settings.lr)
         self.autocast = chosen_dtype(self.settings.dtype, self.device) == torch.bfloat16
         self.losses: list[float] = []
+        self.held_out: list[float] = []
+        """By step; NaN where held-out rows were not evaluated, infinite where their loss was not finite."""
 
     @property
     def steps(self) -> int:
@@ -208,8 +215,13 @@ class Trainer:
             return self.settings.max_steps
         return max(1, math.ceil(self.settings.epochs * self._steps_an_epoch()))
 
-    def run(self, steering: Steering, on_step: Callable[[StepReport], None]) -> None:
-        """Train to the end. Raises ReftEdgeError if the loss or a parameter stops being finite."""
+    def run(
+        self, steering: Steering, on_step: Callable[[StepReport], None], interrupts: Interrupts | None = None
+    ) -> None:
+        """Train to the end. Raises ReftEdgeError if the loss, a gradient or a parameter stops being finite.
+
+        KeyboardInterrupt comes after a whole step if `interrupts` noted a signal, in all processes after the same one.
+        """
         while self.step < self.steps:
             started = time.perf_counter()
             rows = self.rows(self.step)
@@ -224,13 +236,18 @@ class Trainer:
                     f"the loss is {loss} at step {self.step + 1}; lower the learning rate (--lr)"
                 )
             self._enter("optimiser")
+            norm = nn.utils.clip_grad_norm_(self.interventions.parameters(), self.settings.clip)
+            if not math.isfinite(norm):
+                raise ReftEdgeError(
+                    f"the gradient is not finite at step {self.step + 1}; lower the learning rate (--lr)"
+                )
             self.between_steps = False
-            nn.utils.clip_grad_norm_(self.interventions.parameters(), self.settings.clip)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             self._enter("other")
             self.step += 1
             self.losses.append(loss)
+            self.held_out.append(math.nan)
             self.between_steps = True
             if self.step % CHECK_EVERY == 0 or self.step == self.steps:
                 self.interventions.check_sound()
@@ -238,6 +255,8 @@ class Trainer:
             if self.profile is not None:
                 self.profile.end_step()
             on_step(StepReport(self.step, self.steps, loss, lr, tokens / (time.perf_counter() - started)))
+            if interrupts is not None and self.processes.any(interrupts.count > 0):
+                raise interrupts.as_error()
 
     def _gradients(self, steering: Steering, rows: list[Any]) -> float:
         """Compute the gradient of the rows' mean loss, over all processes; returns that loss."""
@@ -250,6 +269,9 @@ class Trainer:
             if part.requires_grad:  # not where a prompt is too short for any position
                 part.backward()  # type: ignore[no-untyped-call]
             loss += float(part.detach())
+        for parameter in self.interventions.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         return self.processes.add_up(loss, list(self.interventions.parameters()))
 
     def _enter(self, section: str) -> None:
@@ -264,15 +286,42 @@ class Trainer:
         for name, parameter in self.interventions.named_parameters():
             for key, moment in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer.{name}.{key}"] = moment
-        tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
+        for name, values in (("losses", self.losses), ("held_out", self.held_out)):
+            tensors[name] = torch.tensor(values, dtype=torch.float64)
         return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
+    def expected_state(self, step: int) -> dict[str, Tensor]:
+        """Tensors of the names, shapes and types of `state()` after `step` steps, without values.
+
+        Raises ReftEdgeError for a step that this training does not have.
+        """
+        if not 1 <= step <= self.steps:
+            raise ReftEdgeError(f"it is of step {step}; this training has {self.steps}")
+        tensors = {f"module.{name}": tensor for name, tensor in self.interventions.state_dict().items()}
+        for name, parameter in self.interventions.named_parameters():
+            moments = {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
+            tensors |= {f"optimizer.{name}.{key}": tensor for key, tensor in moments.items()}
+        for name in ("losses", "held_out"):
+            tensors[name] = torch.empty(step, dtype=torch.float64, device="meta")
+        return {name: tensor.detach().to("meta") for name, tensor in tensors.items()}
+
     def restore(self, tensors: dict[str, Tensor], step: int) -> None:
-        """Continue from `state()` as it was after `step` steps."""
+        """Continue from `state()` as it was after `step` steps, its tensors being as `expected_state` says.
+
+        Raises ReftEdgeError, before anything is taken, for values that no training leaves.
+        """
+        for name, tensor in tensors.items():
+            if name != "held_out" and not bool(torch.isfinite(tensor).all()):
+                raise ReftEdgeError(f"{name} is not finite")
+            if name.endswith(".exp_avg_sq") and bool((tensor < 0).any()):
+                raise ReftEdgeError(f"{name} is negative")
+            if name.startswith("optimizer.") and name.endswith(".step") and float(tensor) != step:
+                raise ReftEdgeError(f"{name} is {float(tensor):g} after {step} steps")
         prefix = "module."
         self.interventions.load_state_dict(
             {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         )
+        self.interventions.check_sound()
         for name, parameter in self.interventions.named_parameters():
             moments = f"optimizer.{name}."
             self.optimizer.state[parameter] = {
@@ -280,8 +329,18 @@ class Trainer:
                 for key, tensor in tensors.items()
                 if key.startswith(moments)
             }
-        self.losses = tensors["losses"].tolist()
+        self.losses, self.held_out = tensors["losses"].tolist(), tensors["held_out"].tolist()
         self.step = step
+
+    @property
+    def learnt(self) -> bool:
+        """Whether a gradient other than 0 ever came to the interventions, a classification head left aside."""
+        edits = [
+            parameter
+            for name, parameter in self.interventions.named_parameters()
+            if not name.startswith("head.")
+        ]
+        return any(bool(self.optimizer.state[parameter]["exp_avg"].any()) for parameter in edits)
 
     @cached_property
     def _lengths(self) -> NDArray[np.int64]:
@@ -314,6 +373,7 @@ def train(
     base_weights: Path | None = None,
     report: Callable[[str], None] = lambda message: None,
     on_step: Callable[[StepReport], None] = lambda step: None,
+    eval_every: int | None = None,
 ) -> TrainResult:
     """Train an adapter for a frozen model and write it to `output`.
 
@@ -323,13 +383,21 @@ def train(
     With `base_weights`, a folder that this model was exported to, the model is given that folder's 16-bit or quantised
     weights first, so that the adapter is trained on what it will meet on the device.
 
+    The loss on the rows of `evaluation` is measured at the end, and every `eval_every` steps.
+
     A checkpoint beside `output` is written every `save_every` steps, after the last one and when interrupted, and removed
-    once `output` is written; `resume` continues from it. Raises ReftEdgeError for settings the model cannot follow, a checkpoint of another
-    training, or a loss that is not finite.
+    once `output` is written; `resume` continues from it. One that cannot be written is reported and the training goes on.
+    If `output` cannot be written at the end, the adapter goes to another folder, which the error names. One process at
+    a time trains to an output. Raises ReftEdgeError for settings the model cannot follow, a place that cannot be written
+    or that another training writes to, a checkpoint of another training, a loss that is not finite, or rows too short
+    for any of the positions.
     """
     started = time.perf_counter()
-    if save_every < 1:
-        raise ReftEdgeError(f"save_every is {save_every}; expected 1 or more")
+    for name, every in (("save_every", save_every), ("eval_every", eval_every)):
+        if every is not None and every < 1:
+            raise ReftEdgeError(f"{name} is {every}; expected 1 or more")
+    if eval_every is not None and evaluation is None:
+        raise ReftEdgeError("eval_every needs held-out rows; give a file with --eval")
     processes = execution.processes
     processes.from_main(lambda: check_place(output))
     place = execution.place()
@@ -361,92 +429,288 @@ def train(
             "weights": weights,
         },
     )
-    if resume:
-        found = processes.from_main(checkpoint.load)
-        if found:
-            trainer.restore(*found)
-        report(
-            f"continuing after step {trainer.step}"
-            if found
-            else "there is no checkpoint; starting from the beginning"
-        )
-    elif processes.main and checkpoint.path.exists():
-        report(
-            f"starting from the beginning; {checkpoint.path}, which --resume would continue, will be replaced"
-        )
+    run = _Run(model, trainer, checkpoint, evaluation, save_every, eval_every, report, on_step)
+    with ExitStack() as stack:
+        processes.from_main(lambda: stack.enter_context(training_to(output, report)) and None)
+        processes.from_main(lambda: _check_room(output, checkpoint.path, trainer.interventions))
+        run.begin(resume)
+        caught = stack.enter_context(interrupts(settle=_SETTLE if processes.count > 1 else 0.0))
+        stack.enter_context(frozen(model, trainer.autocast and not processes.sharded))
+        stack.enter_context(checkpointed(model) if execution.checkpointing else nullcontext())
+        stack.enter_context(compiled(model) if execution.compile else nullcontext())
+        steering = stack.enter_context(steered(model, (trainer.interventions, 1.0)))
+        run.steps(steering, caught)
 
-    def after_step(step: StepReport) -> None:
-        if step.step % save_every == 0 or step.step == step.steps:
-            trainer.interventions.check_sound()
-            if processes.main:
-                checkpoint.save(trainer.state(), trainer.step)
-        on_step(step)
+        def write(found: HeldOut) -> tuple[Adapter, int]:
+            adapter = trainer.interventions.to_adapter(
+                dataclasses.replace(config, training=_provenance(settings, data, trainer, found, weights))
+            )
+            return adapter, processes.from_main(lambda: _write(adapter, output, checkpoint))
 
-    with (
-        frozen(model, trainer.autocast and not processes.sharded),
-        checkpointed(model) if execution.checkpointing else nullcontext(),
-        compiled(model) if execution.compile else nullcontext(),
-        steered(model, (trainer.interventions, 1.0)) as steering,
-    ):
-        try:
-            with watched(model, steering, trainer.profile) if trainer.profile else nullcontext():
-                trainer.run(steering, after_step)
-        except KeyboardInterrupt:
-            if trainer.step and trainer.between_steps and processes.main:
-                checkpoint.save(trainer.state(), trainer.step)
-                report(f"saved a checkpoint after step {trainer.step}; --resume continues from it")
-            raise
-        held_out = accuracy = None
+        found = HeldOut()
         if evaluation is not None:
             report("evaluating on the held-out file")
-            held_out = evaluate(
-                model,
-                steering,
-                evaluation.examples,
-                settings.batch_size,
-                place,
-                trainer.autocast,
-                trainer.objective,
-            )
-            if isinstance(evaluation, LabelledTexts):
-                accuracy = label_accuracy(
-                    model, trainer.interventions, evaluation, settings.batch_size, place, trainer.autocast
-                )
-            elif isinstance(evaluation, Preferences):
-                accuracy = preferred(
-                    model,
-                    steering,
-                    evaluation,
-                    PreferenceObjective(settings.beta),
-                    settings.batch_size,
-                    place,
-                    trainer.autocast,
-                )
-    loss = float(np.mean(trainer.losses[-max(1, len(trainer.losses) // 10) :]))
-    provenance = _provenance(settings, data, trainer, loss, held_out)
-    if accuracy is not None:
-        provenance["evaluation_accuracy"] = round(accuracy, 6)
-    if weights:
-        provenance["base_weights"] = weights
-    adapter = trainer.interventions.to_adapter(dataclasses.replace(config, training=provenance))
-
-    def save() -> int:
-        save_adapter(adapter, output)
-        checkpoint.path.unlink(missing_ok=True)
-        return output.stat().st_size
-
+            try:
+                found = run.measure(steering)
+            except BaseException as error:
+                write(found)
+                said = f"{output} is written, without the held-out rows' loss"
+                if isinstance(error, Exception):
+                    raise ReftEdgeError(
+                        f"the held-out rows could not be evaluated: {error}. {said}"
+                    ) from error
+                report(said)
+                raise
+        adapter, size = write(found)
+        processes.from_main(lambda: checkpoint.remove() and None)
     return TrainResult(
         output,
-        processes.from_main(save),
+        size,
         adapter.num_parameters,
         base_parameters,
         trainer.steps,
-        loss,
-        held_out,
+        _last_tenth(trainer.losses),
+        found.loss,
         time.perf_counter() - started,
-        accuracy,
+        found.accuracy,
         trainer.profile.a_step() if trainer.profile else None,
     )
+
+
+@contextmanager
+def training_to(output: Path, report: Callable[[str], None] = lambda message: None) -> Iterator[None]:
+    """Be the one training that writes to `output`. Raises ReftEdgeError at once if another one is under way."""
+    busy = f"another training writes to {output}; wait for its end, stop it, or give another output with -o"
+    with held(output.with_name(f".{output.name}.lock"), busy) as locks:
+        if not locks:
+            report(f"this disk has no locks; let no other training write to {output}")
+        yield
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What was measured on held-out rows; None where it was not, or is not finite."""
+
+    loss: float | None = None
+    accuracy: float | None = None
+
+
+@dataclass
+class _Run:
+    """A training's steps with what is done between them: checkpoints, held-out rows, interrupts."""
+
+    model: Any
+    trainer: Trainer
+    checkpoint: Checkpoint
+    evaluation: Data | None
+    save_every: int
+    eval_every: int | None
+    report: Callable[[str], None]
+    on_step: Callable[[StepReport], None]
+    saved: int = 0
+    """The step of the checkpoint on disk; 0 if there is none of this training."""
+
+    def begin(self, resume: bool) -> None:
+        """Continue from the checkpoint, or make place for a new one. Raises ReftEdgeError if it cannot be continued."""
+        processes, checkpoint = self.trainer.processes, self.checkpoint
+        if not resume:
+            if moved := processes.from_main(checkpoint.move_aside):
+                self.report(
+                    f"{checkpoint.path} is of another training; it is kept as {moved}, and --resume continues it "
+                    "under its old name"
+                )
+            elif processes.main and checkpoint.path.exists():
+                self.report(
+                    f"starting from the beginning; {checkpoint.path}, which --resume would continue, will be replaced"
+                )
+            return
+        found = processes.from_main(lambda: checkpoint.load(self.trainer.expected_state))
+        if found is None:
+            self.report("there is no checkpoint; starting from the beginning")
+            return
+        try:
+            self.trainer.restore(*found)
+        except ReftEdgeError as error:
+            raise checkpoint.unusable(error) from error
+        self.saved = self.trainer.step
+        self.report(f"continuing after step {self.trainer.step}")
+
+    def steps(self, steering: Steering, interrupts: Interrupts) -> None:
+        """Train to the end. What was reached is saved if an interrupt or an error ends it before."""
+        trainer = self.trainer
+        clock = watched(self.model, steering, trainer.profile) if trainer.profile else nullcontext()
+        try:
+            with clock, interrupts.noted():
+                trainer.run(steering, lambda step: self._after(step, steering), interrupts)
+            if not trainer.learnt:
+                raise NothingLearntError(
+                    "no token of any row was edited, so nothing was learnt and nothing is written: the prompts are too "
+                    f"short for the positions {trainer.settings.positions}; choose others, such as l1 or all"
+                )
+        except NothingLearntError:
+            if trainer.processes.main:
+                self.checkpoint.remove()
+            raise
+        except ReftEdgeError as error:
+            kept = self._rescue()
+            raise ReftEdgeError(f"{error}{kept and f'. {kept}'}") from error
+        except KeyboardInterrupt:
+            self.report(
+                "stopped at once"
+                if interrupts.count > 1
+                else self._rescue() or "no step was done: nothing to save"
+            )
+            raise
+
+    def _after(self, step: StepReport, steering: Steering) -> None:
+        trainer = self.trainer
+        if self.eval_every and step.step % self.eval_every == 0 and step.step < step.steps:
+            step = dataclasses.replace(step, evaluation=self._measure_between(steering))
+        if step.step % self.save_every == 0 or step.step == step.steps:
+            trainer.interventions.check_sound()
+            if trainer.processes.main:
+                self._save_or_say()
+        self.on_step(step)
+
+    def _measure_between(self, steering: Steering) -> float | None:
+        """The held-out loss after a step; one that cannot be measured is reported and does not end the training."""
+        step = self.trainer.step
+        try:
+            with self.trainer.profile.paused() if self.trainer.profile else nullcontext():
+                loss = self.measure_loss(steering)
+        except (ReftEdgeError, RuntimeError, MemoryError) as error:
+            self.report(f"the held-out rows could not be evaluated after step {step}: {error}")
+            return None
+        self.trainer.held_out[-1] = loss if math.isfinite(loss) else math.inf
+        return loss
+
+    def measure_loss(self, steering: Steering) -> float:
+        """On the held-out rows, in nats."""
+        assert self.evaluation is not None
+        trainer = self.trainer
+        return evaluate(
+            self.model,
+            steering,
+            self.evaluation.examples,
+            trainer.settings.batch_size,
+            trainer.device,
+            trainer.autocast,
+            trainer.objective,
+        )
+
+    def measure(self, steering: Steering) -> HeldOut:
+        """All that is told of the held-out rows; a loss that is not finite is reported."""
+        loss = self.measure_loss(steering)
+        if not math.isfinite(loss):
+            self.report(f"the held-out loss is {loss}; the file says null in its place")
+        settings, place, autocast = self.trainer.settings, self.trainer.device, self.trainer.autocast
+        accuracy = None
+        if isinstance(self.evaluation, LabelledTexts):
+            accuracy = label_accuracy(
+                self.model,
+                self.trainer.interventions,
+                self.evaluation,
+                settings.batch_size,
+                place,
+                autocast,
+            )
+        elif isinstance(self.evaluation, Preferences):
+            objective = PreferenceObjective(settings.beta)
+            accuracy = preferred(
+                self.model, steering, self.evaluation, objective, settings.batch_size, place, autocast
+            )
+        return HeldOut(loss if math.isfinite(loss) else None, accuracy)
+
+    def _save_or_say(self) -> None:
+        trainer = self.trainer
+        try:
+            self.checkpoint.save(trainer.state(), trainer.step)
+        except ReftEdgeError as error:
+            old = f"; that of step {self.saved} is kept" if self.saved else ""
+            self.report(f"no checkpoint after step {trainer.step}: {error}{old}. The training goes on")
+        else:
+            self.saved = trainer.step
+
+    def _rescue(self) -> str:
+        """Save the last whole step where an interrupt or an error ends the training; says where it is, or why nowhere."""
+        trainer = self.trainer
+        if not trainer.processes.main:
+            return ""
+        if trainer.between_steps and trainer.step > self.saved:
+            try:
+                trainer.interventions.check_sound()
+                state = trainer.state()
+                self.checkpoint.save(state, trainer.step)
+                self.saved = trainer.step
+            except ReftEdgeError as error:
+                if not isinstance(error.__cause__, OSError):
+                    return self._kept()
+                elsewhere = written_elsewhere(
+                    lambda path: self.checkpoint.save_to(path, state, trainer.step), self.checkpoint.path.name
+                )
+                if elsewhere is not None:
+                    return f"{error}. The checkpoint of step {trainer.step} is at {elsewhere}: move it to {self.checkpoint.path} and continue with --resume"
+                return f"no checkpoint after step {trainer.step}: {error}. {self._kept()}".rstrip()
+            return f"saved a checkpoint after step {trainer.step}; --resume continues from it"
+        return self._kept()
+
+    def _kept(self) -> str:
+        return (
+            f"{self.checkpoint.path} keeps step {self.saved}; --resume continues from it"
+            if self.saved
+            else ""
+        )
+
+
+class NothingLearntError(ReftEdgeError):
+    """A training in which the interventions never received a gradient."""
+
+
+def _check_room(output: Path, checkpoint: Path, interventions: Interventions) -> None:
+    """Raise ReftEdgeError unless the adapter can be written, and a checkpoint could have its name."""
+    parameters = sum(tensor.numel() for tensor in interventions.tensors().values())
+    check_place(output, room=4 * parameters)
+    check_place(checkpoint)
+
+
+def _write(adapter: Adapter, output: Path, checkpoint: Checkpoint) -> int:
+    """The size of the file that was written.
+
+    Where `output` cannot be written: first another folder is tried; then, if it is for want of room, the checkpoint, which
+    the adapter replaces, gives way. Raises ReftEdgeError that says where the adapter is if it is not at `output`.
+    """
+    try:
+        save_adapter(adapter, output)
+    except ReftEdgeError as error:
+        elsewhere = written_elsewhere(lambda path: save_adapter(adapter, path), output.name)
+        if not (is_full(error) and _without_checkpoint(adapter, output, checkpoint)):
+            where = f"the trained adapter is at {elsewhere}: move it from there" if elsewhere else ""
+            if elsewhere is None and checkpoint.is_mine():
+                where = f"{checkpoint.path} is kept: --resume writes the adapter once that can be"
+            raise ReftEdgeError(f"{error}; {where or 'no other folder takes the adapter'}") from error
+        if elsewhere is not None:
+            elsewhere.unlink()
+            elsewhere.parent.rmdir()
+    return output.stat().st_size
+
+
+def _without_checkpoint(adapter: Adapter, output: Path, checkpoint: Checkpoint) -> bool:
+    """Whether the adapter could be written in place of the checkpoint, which is put back if not."""
+    if not checkpoint.is_mine():
+        return False
+    content = checkpoint.path.read_bytes()
+    checkpoint.remove()
+    try:
+        save_adapter(adapter, output)
+    except ReftEdgeError:
+        with suppress(ReftEdgeError):
+            write_atomically(checkpoint.path, content)
+        return False
+    return True
+
+
+def _last_tenth(losses: Sequence[float]) -> float:
+    return float(np.mean(losses[-max(1, len(losses) // 10) :]))
 
 
 def _digest(rows: Sequence[Any]) -> str:
@@ -481,79 +745,6 @@ def adapter_config(
     )
 
 
-class Objective(Protocol):
-    """What a training minimises, over rows of its own kind."""
-
-    def count(self, rows: Sequence[Any]) -> int:
-        """What a sum of losses is divided by."""
-
-    def tokens(self, rows: Sequence[Any]) -> int:
-        """Tokens that the model reads."""
-
-    def loss(
-        self, model: Any, steering: Steering, rows: Sequence[Any], device: torch.device, autocast: bool
-    ) -> Tensor:
-        """Summed negative log-likelihood, in nats."""
-
-
-class Completions:
-    """Every token of the completions, given the prompts."""
-
-    def count(self, rows: Sequence[Example]) -> int:
-        return sum(len(row.completion) for row in rows)
-
-    def tokens(self, rows: Sequence[Example]) -> int:
-        return sum(len(row.prompt) + len(row.completion) for row in rows)
-
-    def loss(
-        self, model: Any, steering: Steering, rows: Sequence[Example], device: torch.device, autocast: bool
-    ) -> Tensor:
-        return batch_loss(model, steering, rows, device, autocast)
-
-
-_COMPLETIONS = Completions()
-
-
-class Labels:
-    """The label of every text."""
-
-    def count(self, rows: Sequence[LabelledText]) -> int:
-        return len(rows)
-
-    def tokens(self, rows: Sequence[LabelledText]) -> int:
-        return sum(len(row.tokens.ids) for row in rows)
-
-    def loss(
-        self,
-        model: Any,
-        steering: Steering,
-        rows: Sequence[LabelledText],
-        device: torch.device,
-        autocast: bool,
-    ) -> Tensor:
-        ((interventions, _),) = steering.adapters
-        scores = class_scores(model, interventions, [row.tokens for row in rows], device, autocast)
-        targets = torch.tensor([row.label for row in rows], device=device)
-        return nn.functional.cross_entropy(scores, targets, reduction="sum")
-
-
-def objective_of(data: Data, beta: float) -> Objective:
-    """What such data trains; `beta` is for preferences."""
-    if isinstance(data, Preferences):
-        return PreferenceObjective(beta)
-    return Labels() if isinstance(data, LabelledTexts) else _COMPLETIONS
-
-
-def batch_loss(
-    model: Any, steering: Steering, rows: Sequence[Example], device: torch.device, autocast: bool
-) -> Tensor:
-    """Summed negative log-likelihood, in nats, of the rows' completions; logits are only computed where they count."""
-    inputs = [(row.prompt, row.completion[:-1]) for row in rows]
-    logits = joined_logits(model, steering, inputs, device, autocast)
-    targets = torch.tensor([token for row in rows for token in row.completion], device=device)
-    return nn.functional.cross_entropy(logits, targets, reduction="sum")
-
-
 @contextmanager
 def frozen(model: Any, autocast: bool = False) -> Iterator[None]:
     """Inside the block, no parameter of the model takes a gradient and the model is in evaluation mode.
@@ -570,44 +761,6 @@ def frozen(model: Any, autocast: bool = False) -> Iterator[None]:
         model.train(training)
         for parameter, required in before:
             parameter.requires_grad_(required)
-
-
-@torch.no_grad()
-def evaluate(
-    model: Any,
-    steering: Steering,
-    rows: Sequence[Any],
-    batch_size: int,
-    device: torch.device,
-    autocast: bool,
-    objective: Objective = _COMPLETIONS,
-) -> float:
-    """Mean negative log-likelihood, in nats a completion token or label, dropout off."""
-    with dropout_off(*(interventions for interventions, _ in steering.adapters)):
-        total = sum(
-            float(objective.loss(model, steering, rows[start : start + batch_size], device, autocast))
-            for start in range(0, len(rows), batch_size)
-        )
-    return total / objective.count(rows)
-
-
-@torch.no_grad()
-def label_accuracy(
-    model: Any,
-    interventions: Interventions,
-    data: LabelledTexts,
-    batch_size: int,
-    device: torch.device,
-    autocast: bool = False,
-) -> float:
-    """Share of rows whose likeliest label is theirs, dropout off; the model is steered by `interventions`."""
-    right = 0
-    with dropout_off(interventions):
-        for start in range(0, len(data.examples), batch_size):
-            rows = data.examples[start : start + batch_size]
-            scores = class_scores(model, interventions, [row.tokens for row in rows], device, autocast)
-            right += sum(int(found) == row.label for found, row in zip(scores.argmax(1), rows, strict=True))
-    return right / len(data.examples)
 
 
 def rate(settings: TrainSettings, step: int, steps: int) -> float:
@@ -668,12 +821,19 @@ def curve(losses: Sequence[float], points: int = CURVE_POINTS) -> list[list[floa
     return [[int(end), float(f"{stretch.mean():.5g}")] for end, stretch in zip(ends, stretches, strict=True)]
 
 
+def held_out_curve(losses: Sequence[float], points: int = CURVE_POINTS) -> list[list[float | None]]:
+    """Steps after which held-out rows were evaluated and their loss, None where it is not finite; the last `points`.
+
+    `losses` are by step: NaN where they were not evaluated, infinite where the loss is not finite.
+    """
+    measured = [(step, loss) for step, loss in enumerate(losses, start=1) if not math.isnan(loss)]
+    return [
+        [step, float(f"{loss:.5g}") if math.isfinite(loss) else None] for step, loss in measured[-points:]
+    ]
+
+
 def _provenance(
-    settings: TrainSettings,
-    data: Data,
-    trainer: Trainer,
-    loss: float,
-    evaluation: float | None,
+    settings: TrainSettings, data: Data, trainer: Trainer, found: HeldOut, weights: dict[str, Any]
 ) -> dict[str, Any]:
     described = (
         "intervention",
@@ -693,8 +853,11 @@ def _provenance(
         "steps": trainer.steps,
         "rows": len(data.examples),
         "data_sha256": data.digest,
-        "loss": round(loss, 6),
-        "evaluation_loss": None if evaluation is None else round(evaluation, 6),
+        "loss": round(_last_tenth(trainer.losses), 6),
+        "evaluation_loss": None if found.loss is None else round(found.loss, 6),
         "curve": curve(trainer.losses),
         "versions": {package: version(package) for package in ("reft-edge", "torch", "transformers")},
+        **({} if found.accuracy is None else {"evaluation_accuracy": round(found.accuracy, 6)}),
+        **({"evaluation_curve": held_out} if (held_out := held_out_curve(trainer.held_out)) else {}),
+        **({"base_weights": weights} if weights else {}),
     }

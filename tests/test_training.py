@@ -15,6 +15,7 @@ from reft_edge.errors import ReftEdgeError
 from reft_edge.export import Quantisation, export_model
 from reft_edge.interventions import Interventions
 from reft_edge.models import ModelFolder, load_model
+from reft_edge.objectives import batch_loss, evaluate
 from reft_edge.prompts import load_prompts
 from reft_edge.runtime import SteeredModel
 from reft_edge.steering import steered
@@ -23,9 +24,7 @@ from reft_edge.training import (
     Execution,
     Trainer,
     TrainSettings,
-    batch_loss,
     curve,
-    evaluate,
     grouped,
     rate,
     train,

@@ -168,9 +168,10 @@ def train(
         from reft_edge.data import load_dataset
         from reft_edge.encoders import check_task, default_pooling, load_encoder, load_text_tokens
         from reft_edge.models import load_model, load_model_prompts, resolve_model
+        from reft_edge.objectives import Data
         from reft_edge.preference import load_preferences
         from reft_edge.quantised import load_quantised
-        from reft_edge.training import Data, Execution, TrainSettings, chosen_dtype
+        from reft_edge.training import Execution, TrainSettings, chosen_dtype
         from reft_edge.training import train as run_training
 
         if recipe is not None:

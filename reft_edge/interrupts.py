@@ -1,0 +1,77 @@
+"""Ctrl-C and SIGTERM while work runs that can be saved: the first is noted, the second ends it at once."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+_NOTED = b"\nstopping after this step; once more stops at once\n"
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came."""
+
+
+@dataclass
+class Interrupts:
+    """What came so far."""
+
+    count: int = 0
+    number: int = signal.SIGINT
+    """The last signal."""
+    settle: float = 0.0
+    """Seconds after the first in which further ones are the same interrupt."""
+    patient: bool = False
+    """Whether the first one is only noted, since somebody looks at `count` soon."""
+    _first: float = 0.0
+
+    def as_error(self) -> KeyboardInterrupt:
+        """The exception that stands for the last signal."""
+        return Terminated() if self.number == signal.SIGTERM else KeyboardInterrupt()
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Inside the block the first signal only counts."""
+        self.patient = True
+        try:
+            yield
+        finally:
+            self.patient = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.count and now - self._first < self.settle:
+            return
+        self._first = self._first or now
+        self.count += 1
+        self.number = number
+        if not self.patient or self.count > 1:
+            raise self.as_error()
+        os.write(2, _NOTED)  # print could be in the middle of a line's bytes
+
+
+@contextmanager
+def interrupts(settle: float = 0.0) -> Iterator[Interrupts]:
+    """Inside the block SIGINT and SIGTERM raise KeyboardInterrupt and Terminated, or are noted.
+
+    A signal that was ignored stays so, as for a shell's background jobs. Outside the main thread nothing changes.
+    """
+    found = Interrupts(settle=settle)
+    if threading.current_thread() is not threading.main_thread():
+        yield found
+        return
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        kept = signal.getsignal(number)
+        if kept not in (signal.SIG_IGN, None):
+            before[number] = kept
+            signal.signal(number, found._handle)
+    try:
+        yield found
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
