@@ -120,7 +120,10 @@ def launched_processes(device: str | None) -> Processes:
 
     Raises ReftEdgeError if a launch of several processes names one device, ModuleNotFoundError without accelerate.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    size = os.environ.get("WORLD_SIZE", "1")
+    if not size.isascii() or not size.isdigit():
+        raise ReftEdgeError(f"the environment says WORLD_SIZE={size!r}; expected the number of processes")
+    if int(size) <= 1:
         return ALONE
     if device not in (None, "cpu"):
         raise ReftEdgeError(
@@ -131,6 +134,21 @@ def launched_processes(device: str | None) -> Processes:
     accelerator = Accelerator(cpu=device == "cpu" or not torch.cuda.is_available())
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
     return Processes(accelerator, accelerator.process_index, accelerator.num_processes, sharded)
+
+
+def launch_note(processes: Processes) -> str | None:
+    """How many processes train, where a launcher started this one; None where nobody did."""
+    if processes.count > 1:
+        return f"{processes.count} processes train"
+    if "WORLD_SIZE" not in os.environ and "ACCELERATE_MIXED_PRECISION" not in os.environ:
+        return None
+    # accelerate launch gives several processes an address to meet at, also where it then starts a single one
+    if "WORLD_SIZE" not in os.environ and "MASTER_ADDR" in os.environ:
+        return (
+            "one process trains, though several were asked for: this form of accelerate launch starts one. "
+            "On GPUs add --multi_gpu; on CPUs use torchrun --nproc_per_node N -m reft_edge train ..."
+        )
+    return "one process trains"
 
 
 def _is_on(model: Any, device: torch.device) -> bool:

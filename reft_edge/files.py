@@ -102,6 +102,13 @@ def check_place(path: Path, room: int = 1) -> None:
         raise ReftEdgeError(f"cannot write {path}: {error.strerror}; choose another place") from error
 
 
+def check_apart(output: Path, *inputs: Path | None) -> None:
+    """Raise ReftEdgeError if a file to be written is one of those that are read."""
+    for given in inputs:
+        if given is not None and output.exists() and given.exists() and output.samefile(given):
+            raise ReftEdgeError(f"{output} is read as {given}, and would be replaced; give another name")
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write to a temporary name beside `path`, flush to disk, rename.
 

@@ -59,32 +59,6 @@ def extra(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def training_bar(screen: "Screen") -> Iterator[Any]:
-    """A progress bar with loss and tokens a second; gives the callback that moves it."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[figures]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=screen) as progress:
-        task = progress.add_task("training", total=None, figures="")
-
-        def on_step(step: Any) -> None:
-            progress.update(
-                task,
-                completed=step.step,
-                total=step.steps,
-                figures=f"loss {step.loss:.4f}  {step.tokens_per_second:,.0f} tokens/s",
-            )
-
-        yield on_step
-
-
-@contextmanager
 def progress_bar(screen: "Screen", name: str, total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar; gives the callback that moves it on by a count."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

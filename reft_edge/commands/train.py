@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from reft_edge.commands.console import extra, plain_errors, print_json, say, table, training_bar
+from reft_edge.commands.console import extra, plain_errors, print_json, say, table
 from reft_edge.commands.options import MOST_SEED, Json, Model
 from reft_edge.errors import ReftEdgeError
 
@@ -133,6 +133,20 @@ def train(
         Path | None,
         typer.Option("--eval", help="Held-out rows; their loss is printed and saved.", show_default=False),
     ] = None,
+    eval_every: Annotated[
+        int | None,
+        typer.Option(
+            help="Steps between evaluations on the held-out rows.", show_default="only after the last step"
+        ),
+    ] = None,
+    loss_log: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.jsonl",
+            show_default=False,
+            help="Write every step's loss, and held-out losses, while training.",
+        ),
+    ] = None,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 50,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the checkpoint of an interrupted run.")
@@ -160,20 +174,40 @@ def train(
     from reft_edge.commands.screen import Screen
 
     with plain_errors(), extra("train"):
-        from reft_edge.distributed import launched_processes
+        from reft_edge.distributed import launch_note, launched_processes
 
         processes = launched_processes(device)
         console = Screen(stderr=True, quiet=not processes.main)
+        if (note := launch_note(processes)) is not None:
+            console.say(note)
         from reft_edge.classification import LabelledTexts, load_labelled
+        from reft_edge.commands.training_progress import training_progress, working_on
         from reft_edge.data import load_dataset
         from reft_edge.encoders import check_task, default_pooling, load_encoder, load_text_tokens
+        from reft_edge.files import check_apart, check_place
+        from reft_edge.interrupts import Terminated
+        from reft_edge.loss_log import LossLog
         from reft_edge.models import load_model, load_model_prompts, resolve_model
         from reft_edge.objectives import Data
         from reft_edge.preference import load_preferences
         from reft_edge.quantised import load_quantised
-        from reft_edge.training import Execution, TrainSettings, chosen_dtype
+        from reft_edge.training import Execution, StepReport, TrainSettings, chosen_dtype, training_to
         from reft_edge.training import train as run_training
 
+        def begin() -> LossLog | None:
+            """What would stop the training at its end is found before a model is loaded."""
+            for path in (output, loss_log):
+                if path is not None:
+                    check_apart(path, data, evaluate)
+            check_place(output)
+            with training_to(output):
+                pass
+            if loss_log is None:
+                return None
+            check_apart(loss_log, output)
+            return LossLog(loss_log, resume, console.say)
+
+        log = begin() if processes.main else None
         if recipe is not None:
             _print_recipe(recipe, context, console)
         with processes.main_first():
@@ -217,12 +251,14 @@ def train(
         held_out: Data | None
         if classifies:
             tokens = load_text_tokens(folder, max_length)
-            rows = load_labelled(data, tokens)
-            held_out = load_labelled(evaluate, tokens, rows.labels) if evaluate else None
+            with working_on(console, f"reading {data}"):
+                rows = load_labelled(data, tokens)
+                held_out = load_labelled(evaluate, tokens, rows.labels) if evaluate else None
         else:
             load = load_preferences if task == "preference" else load_dataset
-            rows = load(data, prompts, prompt_format, max_length)
-            held_out = load(evaluate, prompts, prompt_format, max_length) if evaluate else None
+            with working_on(console, f"reading {data}"):
+                rows = load(data, prompts, prompt_format, max_length)
+                held_out = load(evaluate, prompts, prompt_format, max_length) if evaluate else None
         if not isinstance(rows, LabelledTexts) and rows.left_out:
             console.print(
                 f"{rows.left_out} of {rows.left_out + len(rows.examples)} rows are longer than "
@@ -235,21 +271,36 @@ def train(
                 return load_quantised(folder, load_in, place, chosen_dtype(dtype, place))
             return load_encoder(folder) if classifies else load_model(folder)
 
-        with training_bar(console) as on_step:
-            result = run_training(
-                base(),
-                folder.name,
-                rows,
-                output,
-                settings,
-                evaluation=held_out,
-                resume=resume,
-                save_every=save_every,
-                execution=execution,
-                base_weights=base_weights,
-                report=console.say,
-                on_step=on_step,
-            )
+        with working_on(console, f"loading {folder.name}"):
+            loaded = base()
+        with training_progress(console) as show:
+
+            def on_step(step: StepReport) -> None:
+                show(step)
+                if log is not None:
+                    log(step)
+
+            try:
+                result = run_training(
+                    loaded,
+                    folder.name,
+                    rows,
+                    output,
+                    settings,
+                    evaluation=held_out,
+                    resume=resume,
+                    save_every=save_every,
+                    execution=execution,
+                    base_weights=base_weights,
+                    report=console.say,
+                    on_step=on_step,
+                    eval_every=eval_every,
+                )
+            except Terminated:
+                say("terminated", err=True)
+                raise typer.Exit(143) from None
+        if log is not None and evaluate is not None:
+            log.end(result.steps, result.evaluation)
         processes.end()
     if not processes.main:
         return
