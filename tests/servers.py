@@ -4,10 +4,11 @@ import base64
 import hashlib
 import json
 import re
+import socket
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,36 @@ class Server(ABC):
             server.shutdown()
             server.server_close()
             thread.join()
+
+
+@contextmanager
+def raw_server(talk: Callable[[socket.socket], None]) -> Iterator[tuple[str, list[int]]]:
+    """The URL of a server that talks to each connection as it likes, and the connections' numbers as they come.
+
+    `talk` ends with the client's: it gets an OSError when that has closed the connection.
+    """
+    seen: list[int] = []
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def one(connection: socket.socket) -> None:
+        with connection, suppress(OSError):
+            talk(connection)
+
+    def accept() -> None:
+        with suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                seen.append(len(seen))
+                threading.Thread(target=one, args=(connection,), daemon=True).start()
+
+    thread = threading.Thread(target=accept, daemon=True)
+    thread.start()
+    try:
+        yield f"127.0.0.1:{listener.getsockname()[1]}", seen
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        thread.join()
 
 
 def ranged(content: bytes, headers: dict[str, str], broken_after: int | None = None) -> Answer:

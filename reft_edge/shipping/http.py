@@ -4,7 +4,9 @@ Servers are strangers: connections are encrypted unless they stay on this machin
 sizes and times are bounded, and credentials go to the server they are for and to no other.
 """
 
+import functools
 import os
+import ssl
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -271,8 +273,14 @@ def parse_url(text: str) -> httpx.URL:
         raise ReftEdgeError(f"{text} is not an address: {error}; give https://HOST/PATH/") from error
 
 
+@functools.cache
+def _encryption() -> ssl.SSLContext:
+    """With the authorities that this machine trusts; reading them takes long."""
+    return httpx.create_ssl_context()
+
+
 def _make_pool(wire: Wire, proxy: str | None) -> httpcore.ConnectionPool:
-    context = httpx.create_ssl_context()
+    context = _encryption()
     if proxy is None:
         return httpcore.ConnectionPool(context, network_backend=wire)
     known = httpx.Proxy(proxy if "://" in proxy else f"http://{proxy}")

@@ -145,7 +145,7 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
     finally:
         held.release()
-    lock.unlink(missing_ok=True)
+        lock.unlink(missing_ok=True)
 
 
 def _open_own(path: Path) -> int:

@@ -45,6 +45,8 @@ def open_repository(address: str, plain_http: bool = False) -> Repository:
     `plain_http` allows unencrypted connections to other machines. Raises ReftEdgeError for an address of no known kind.
     """
     scheme, separator, rest = address.partition("://")
+    if "\0" in address or (separator and any("\ud800" <= letter <= "\udfff" for letter in address)):
+        raise ReftEdgeError(f"{address} holds characters that no address has; give {KINDS}")
     if not separator:
         from reft_edge.shipping.folder import FolderRepository
 

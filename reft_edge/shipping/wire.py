@@ -86,8 +86,8 @@ class Wire(httpcore.NetworkBackend):
             try:
                 if not own:
                     self._check_address(host, address)
-                left = self.time_left(timeout)
-                stream = self._network.connect_tcp(address, port, left, local_address, socket_options)
+                with self.timed(timeout) as left:
+                    stream = self._network.connect_tcp(address, port, left, local_address, socket_options)
             except (httpcore.ConnectError, httpcore.ConnectTimeout, WireError) as error:
                 failure = error
                 continue
@@ -106,6 +106,15 @@ class Wire(httpcore.NetworkBackend):
         if left <= 0:
             raise WireError(f"it takes longer than {self._seconds:,.0f} s")
         return left if timeout is None else min(timeout, left)
+
+    @contextmanager
+    def timed(self, timeout: float | None) -> Iterator[float]:
+        """The seconds that one step may take. Raises WireError when the exchange's time is up, before the step or in it."""
+        try:
+            yield self.time_left(timeout)
+        except httpcore.TimeoutException:
+            self.time_left(timeout)
+            raise
 
     def count(self, arrived: int) -> None:
         """Raise WireError if more has arrived than was allowed."""
@@ -136,17 +145,15 @@ class _Stream(httpcore.NetworkStream):
         self._wire = wire
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        try:
-            data = self._stream.read(max_bytes, self._wire.time_left(timeout))
-        except httpcore.ReadTimeout:
-            self._wire.time_left(timeout)  # whose time was up
-            raise
+        with self._wire.timed(timeout) as left:
+            data = self._stream.read(max_bytes, left)
         self._wire.count(len(data))
         return data
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
         for start in range(0, len(buffer), _PIECE):
-            self._stream.write(buffer[start : start + _PIECE], self._wire.time_left(timeout))
+            with self._wire.timed(timeout) as left:
+                self._stream.write(buffer[start : start + _PIECE], left)
 
     def close(self) -> None:
         self._stream.close()
@@ -154,8 +161,8 @@ class _Stream(httpcore.NetworkStream):
     def start_tls(
         self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
     ) -> httpcore.NetworkStream:
-        left = self._wire.time_left(timeout)
-        return _Stream(self._stream.start_tls(ssl_context, server_hostname, left), self._wire)
+        with self._wire.timed(timeout) as left:
+            return _Stream(self._stream.start_tls(ssl_context, server_hostname, left), self._wire)
 
     def get_extra_info(self, info: str) -> Any:
         return self._stream.get_extra_info(info)
