@@ -1,6 +1,7 @@
 """Encoders: which model folders hold one, their text as tokens, and their PyTorch model."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,13 @@ class TextTokens:
         tokenizer.enable_truncation(limit)
         tokenizer.no_padding()
         return cls(tokenizer)
+
+    def batch(self, texts: Sequence[Text]) -> list[Tokens]:
+        """Several texts at once; other threads run meanwhile. Raises ReftEdgeError if nothing is left to read of one."""
+        found = self.tokenizer.encode_batch(list(texts))
+        if not all(encoded.ids for encoded in found):
+            raise ReftEdgeError("the text is empty; an encoder needs at least one token")
+        return [Tokens(tuple(encoded.ids), tuple(encoded.type_ids)) for encoded in found]
 
     def __call__(self, text: Text) -> Tokens:
         """Raises ReftEdgeError if nothing is left to read."""

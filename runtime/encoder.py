@@ -18,6 +18,8 @@ from reft_edge.runtime.session import open_graph, plain_failure
 from reft_edge.signing import Signature, TrustedKeys, load_verified
 
 Floats = NDArray[np.float32]
+Input = Text | list[int]
+"""A text, a pair of texts, or the tokens of a text with its special tokens."""
 _FLOAT = np.dtype(np.float32)
 
 
@@ -125,18 +127,32 @@ class SteeredEncoder:
         return loaded.edit.nbytes + loaded.weight.nbytes + loaded.bias.nbytes
 
     def embed(
-        self, texts: Sequence[Text], adapter: str | None = None, batch_size: int = 32
+        self, inputs: Sequence[Input], adapter: str | None = None, batch_size: int = 32
     ) -> tuple[list[Floats], int]:
-        """Unit vectors `[d]` of texts, pooled as the adapter's head does (mean without one), and how many tokens were
-        read. Raises ReftEdgeError for an unknown adapter or an empty text."""
+        """Unit vectors `[d]` of texts or their tokens, pooled as the adapter's head does (mean without one), and how many
+        tokens were read. Raises ReftEdgeError for an unknown adapter, an empty text, tokens that the encoder does not have,
+        or an adapter under which its numbers are not finite."""
         loaded = self._loaded(adapter) if adapter is not None else None
         ports = port_inputs(loaded.edit, self.manifest, _FLOAT) if loaded else {}
         pooling = loaded.config.pooling if loaded else "mean"
-        rows = [self._tokens(text) for text in texts]
+        rows = self._rows(inputs)
         vectors = []
         for pooled in self._pooled(rows, ports, pooling, batch_size):
             vectors.append(pooled / max(float(np.linalg.norm(pooled)), 1e-12))
         return vectors, sum(len(row.ids) for row in rows)
+
+    def _rows(self, inputs: Sequence[Input]) -> list[Tokens]:
+        rows = [self._given(item) if isinstance(item, list) else None for item in inputs]
+        texts = iter(self._tokens.batch([item for item in inputs if not isinstance(item, list)]))
+        return [row if row is not None else next(texts) for row in rows]
+
+    def _given(self, ids: list[int]) -> Tokens:
+        vocabulary, context = self._tokens.tokenizer.get_vocab_size(), self.manifest.context_length
+        if not 0 < len(ids) <= context:
+            raise ReftEdgeError(f"{len(ids)} tokens were given; this encoder reads 1 to {context}")
+        if not all(0 <= token < vocabulary for token in ids):
+            raise ReftEdgeError(f"a token id is outside the vocabulary of {vocabulary}")
+        return Tokens(tuple(ids), (0,) * len(ids))
 
     def classify(
         self, texts: Sequence[Text], adapter: str, factor: float = 1.0, batch_size: int = 32
@@ -144,14 +160,14 @@ class SteeredEncoder:
         """Classify texts, or pairs of texts, of any lengths; what the encoder cannot read is cut off.
 
         `factor` scales the adapter's edits, not its head. Raises ReftEdgeError for an unknown adapter, a factor that
-        is not finite, or an empty text.
+        is not finite, an empty text, or an adapter under which the encoder's numbers are not finite.
         """
         loaded = self._loaded(adapter)
         if isinstance(texts, str):
             raise ReftEdgeError("texts is one text; give a list of texts")
         if not np.isfinite(factor):
             raise ReftEdgeError(f"the scale of adapter {adapter!r} is {factor}; expected a finite number")
-        return list(self._classify([self._tokens(text) for text in texts], loaded, factor, batch_size))
+        return list(self._classify(self._tokens.batch(texts), loaded, factor, batch_size))
 
     def _loaded(self, name: str) -> _Loaded:
         if name not in self._adapters:
@@ -180,7 +196,12 @@ class SteeredEncoder:
         """One vector `[d]` a row."""
         for start in range(0, len(rows), batch_size):
             for hidden in self._graph.hidden_states(rows[start : start + batch_size], ports):
-                yield hidden[0] if pooling == "cls" else hidden.mean(axis=0)
+                pooled = hidden[0] if pooling == "cls" else hidden.mean(axis=0)
+                if not np.isfinite(pooled).all():
+                    raise ReftEdgeError(
+                        "the encoder's numbers are not finite with this adapter; train it again"
+                    )
+                yield pooled
 
 
 def _softmax(scores: Floats) -> NDArray[np.float64]:

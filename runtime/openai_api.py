@@ -5,13 +5,12 @@ What this server cannot do is refused where a request asks for it, rather than p
 
 import time
 import uuid
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
-from tokenizers import Tokenizer
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, field_validator, model_validator
 
-from reft_edge.runtime.batch import TokenScore
+from reft_edge.runtime.api_errors import ApiError
 from reft_edge.runtime.sampling import Sampling
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -46,16 +45,39 @@ _IGNORED = (
 """Parameters that do not change an answer."""
 
 
-class StreamOptions(BaseModel):
+_MOST_STOPS, _MOST_ADAPTERS = 16, 64
+_HUGE = 1e38
+"""Scales below it are finite in float32."""
+Tokens = list[int]
+
+
+class Body(BaseModel):
+    """An object that a client sends. Fields that are null count as unset; the first that is unknown is named."""
+
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            raise ValueError("expected an object")
+        kept = {name: value for name, value in fields.items() if value is not None and name not in _IGNORED}
+        for name in [name for name in kept if name not in cls.model_fields]:
+            if name not in _NEUTRAL:
+                raise ValueError(f"{name[:100]}: there is no such field")
+            if kept.pop(name) not in _NEUTRAL[name]:
+                raise ValueError(f"{name} is not supported by this server")
+        return kept
+
+
+class StreamOptions(Body):
     include_usage: bool = False
     include_obfuscation: bool = False
 
 
-class Generate(BaseModel):
+class Generate(Body):
     """What chat and text completions have in common."""
 
-    model_config = ConfigDict(extra="forbid")
     model: str
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -65,31 +87,30 @@ class Generate(BaseModel):
     top_k: int = Field(0, ge=0)
     min_p: float = Field(0.0, ge=0, le=1)
     repetition_penalty: float = Field(1.0, gt=0)
-    seed: int | None = Field(None, ge=0)
-    stop: list[str] = Field(default_factory=list, max_length=16)
+    seed: int | None = Field(None, ge=0, lt=1 << 64)
+    stop: list[str] = Field(default_factory=list)
     adapters: dict[str, float] | None = None
     """Not in OpenAI's API: adapters and their scales, in place of the one that `model` names."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_neutral(cls, fields: Any) -> Any:
-        if not isinstance(fields, dict):
-            return fields
-        kept = {}
-        for name, value in fields.items():
-            if value is None or name in _IGNORED:
-                continue
-            if name in _NEUTRAL and name not in cls.model_fields:
-                if value in _NEUTRAL[name]:
-                    continue
-                raise ValueError(f"{name} is not supported by this server")
-            kept[name] = value
-        return kept
-
     @field_validator("stop", mode="before")
     @classmethod
-    def _one_stop(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
+    def _few_stops(cls, value: Any) -> Any:
+        stops = [value] if isinstance(value, str) else value
+        if not _is_list_of(str, stops) or len(stops) > _MOST_STOPS:
+            raise ValueError(f"expected a text, or a list of at most {_MOST_STOPS} texts")
+        return stops
+
+    @field_validator("adapters", mode="before")
+    @classmethod
+    def _few_adapters(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or len(value) > _MOST_ADAPTERS:
+            raise ValueError(
+                f"expected an object of at most {_MOST_ADAPTERS} adapters' names and their scales"
+            )
+        for name, scale in value.items():
+            if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) < _HUGE:
+                raise ValueError(f"the scale of {name[:100]!r} is not a finite number")
+        return value
 
     def sampling(self, index: int) -> Sampling:
         """Of the answer's `index`-th choice: every choice has a seed of its own."""
@@ -97,33 +118,78 @@ class Generate(BaseModel):
         return Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, seed)
 
 
-class TextPart(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class ChatMessage(Body):
     role: str
-    content: str | list[TextPart]
+    content: str
     name: str | None = None
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_nulls(cls, fields: Any) -> Any:
-        return {k: v for k, v in fields.items() if v is not None} if isinstance(fields, dict) else fields
+    def _no_tools(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
+        unused = {name for name in _MESSAGE_EXTRAS if not fields.get(name)}
+        for name in _MESSAGE_EXTRAS.keys() - unused:
+            if name in fields:
+                raise ValueError(f"{name}: {_MESSAGE_EXTRAS[name]} are not supported by this server")
+        if fields.get("role") in ("tool", "function"):
+            raise ValueError("role: results of tools are not supported by this server")
+        return {name: value for name, value in fields.items() if name not in unused}
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _only_text(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return value
+        if not isinstance(value, list):
+            raise ValueError("expected a text, or a list of parts of type `text`")
+        return "".join(map(_part_text, value))
 
     def plain(self) -> dict[str, str]:
         """For the chat template."""
-        text = self.content if isinstance(self.content, str) else "".join(p.text for p in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+        return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+
+
+_MESSAGE_EXTRAS = {
+    "tool_calls": "tool calls",
+    "function_call": "function calls",
+    "tool_call_id": "results of tools",
+    "audio": "audio answers",
+    "refusal": "refusals",
+    "annotations": "annotations",
+}
+"""What messages hold beside their text, as clients send it back; empty, it asks for nothing."""
+_PARTS = {
+    "image_url": "images",
+    "input_image": "images",
+    "input_audio": "audio",
+    "file": "files",
+    "refusal": "refusals",
+}
+
+
+def _part_text(part: Any) -> str:
+    if not isinstance(part, dict):
+        raise ValueError("expected a list of parts, each an object with a `type`")
+    kind = part.get("type")
+    if kind != "text":
+        name = _PARTS.get(kind) if isinstance(kind, str) else None
+        raise ValueError(
+            f"{name} are not supported by this server; send parts of type `text`"
+            if name
+            else "only parts of type `text` are supported by this server"
+        )
+    if not isinstance(text := part.get("text"), str):
+        raise ValueError("a part of type `text` has no text")
+    if unknown := [name for name in part if name not in ("type", "text", "cache_control")]:
+        raise ValueError(f"a part of type `text` has no field {unknown[0][:100]!r}")
+    return text
 
 
 class ChatRequest(Generate):
     """POST /v1/chat/completions."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Annotated[list[ChatMessage], FailFast()] = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
@@ -139,35 +205,82 @@ class ChatRequest(Generate):
 class CompletionRequest(Generate):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: list[str | Tokens]
+    """Texts, or tokens."""
     max_tokens: int = Field(16, ge=1)
     logprobs: int | None = Field(None, ge=0, le=20)
 
-    def prompts(self) -> Sequence[str | list[int]]:
-        """One text, or its tokens, a prompt."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if self.prompt and isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
-        return self.prompt  # type: ignore[return-value]
+    @field_validator("prompt", mode="plain")
+    @classmethod
+    def _prompts(cls, value: Any) -> Any:
+        return _texts_or_tokens(value)
 
 
-class EmbeddingRequest(BaseModel):
+class EmbeddingRequest(Body):
     """POST /v1/embeddings."""
 
-    model_config = ConfigDict(extra="forbid")
     model: str
-    input: str | list[str] = Field(min_length=1)
+    input: list[str | Tokens]
+    """Texts, or tokens."""
     encoding_format: Literal["float", "base64"] = "float"
-    user: str | None = None
+    dimensions: int | None = None
+
+    @field_validator("input", mode="plain")
+    @classmethod
+    def _inputs(cls, value: Any) -> Any:
+        return _texts_or_tokens(value)
 
 
-class ClassifyRequest(BaseModel):
+class ClassifyRequest(Body):
     """POST /v1/classify, which OpenAI's API does not have: texts, or pairs of texts, to labels."""
 
-    model_config = ConfigDict(extra="forbid")
     model: str
-    input: str | list[str | tuple[str, str]] = Field(min_length=1)
+    input: list[str | tuple[str, str]]
+
+    @field_validator("input", mode="plain")
+    @classmethod
+    def _inputs(cls, value: Any) -> Any:
+        texts = [value] if isinstance(value, str) else value
+        if not isinstance(texts, list) or not texts or not all(map(_is_text_or_pair, texts)):
+            raise ValueError("expected a text, or a list of texts and pairs of texts, at least one")
+        return [text if isinstance(text, str) else tuple(text) for text in texts]
+
+
+def _texts_or_tokens(value: Any) -> list[str | Tokens]:
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and value:
+        if _is_list_of(str, value):
+            return value
+        if _is_list_of(int, value):
+            return [value]
+        if all(tokens and _is_list_of(int, tokens) for tokens in value):
+            return value
+    raise ValueError(
+        "expected a text, a list of texts, a list of token ids, or a list of such lists, none empty"
+    )
+
+
+def _is_list_of(kind: type, value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is kind for item in value)
+
+
+def _is_text_or_pair(value: Any) -> bool:
+    return isinstance(value, str) or (_is_list_of(str, value) and len(value) == 2)
+
+
+B = TypeVar("B", bound=Body)
+
+
+def read_body(kind: type[B], fields: Mapping[str, Any]) -> B:
+    """What a client sent, checked. Raises ApiError that names the first field that is wrong."""
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    place = ".".join(str(part)[:100] for part in found["loc"])
+    message = str(found["msg"]).removeprefix("Value error, ")
+    raise ApiError(400, f"{place}: {message}" if place else message, param=place or None)
 
 
 class Answer:
@@ -221,41 +334,4 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
-    }
-
-
-def chat_logprobs(tokenizer: Tokenizer, scores: Sequence[TokenScore]) -> dict[str, Any]:
-    """`logprobs` of a chat choice."""
-
-    def entry(token: int, logprob: float) -> dict[str, Any]:
-        text = tokenizer.decode([token], skip_special_tokens=False)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
-
-    return {
-        "content": [
-            {
-                **entry(score.token, score.logprob),
-                "top_logprobs": [entry(token, logprob) for token, logprob in score.top],
-            }
-            for score in scores
-        ],
-        "refusal": None,
-    }
-
-
-def completion_logprobs(tokenizer: Tokenizer, scores: Sequence[TokenScore], offset: int) -> dict[str, Any]:
-    """`logprobs` of a text completion; `offset`: characters of the answer before these tokens."""
-    texts = [tokenizer.decode([score.token], skip_special_tokens=False) for score in scores]
-    offsets = []
-    for text in texts:
-        offsets.append(offset)
-        offset += len(text)
-    return {
-        "tokens": texts,
-        "token_logprobs": [score.logprob for score in scores],
-        "top_logprobs": [
-            {tokenizer.decode([token], skip_special_tokens=False): logprob for token, logprob in score.top}
-            for score in scores
-        ],
-        "text_offset": offsets,
     }

@@ -39,7 +39,13 @@ def serve(
     queue: Annotated[
         int, typer.Option(min=0, help="Requests that may wait; more are answered with 429.")
     ] = 64,
-    max_body: Annotated[int, typer.Option(help="Largest body of a request, in bytes.")] = 1 << 20,
+    max_body: Annotated[int, typer.Option(min=1, help="Largest body of a request, in bytes.")] = 1 << 20,
+    max_inputs: Annotated[
+        int, typer.Option(min=1, help="Most texts, or prompts times choices, in one request.")
+    ] = 2048,
+    adapter_memory: Annotated[
+        int, typer.Option(min=1, help="MB of adapter weights that are kept in memory.")
+    ] = 256,
     cors_origin: Annotated[
         list[str] | None,
         typer.Option(help="A web origin whose pages may call the server; repeatable.", show_default=False),
@@ -54,12 +60,12 @@ def serve(
 ) -> None:
     """Serve an exported model, and each adapter as a model of its own, with OpenAI's API."""
     with plain_errors(), extra("serve"):
-        import uvicorn
-
+        from reft_edge.runtime.connections import address_of, listen, make_server
+        from reft_edge.runtime.guard import is_loopback
         from reft_edge.runtime.server import LOOPBACK, ServerSettings, create_app
 
         key = _api_key(api_key_file)
-        if host not in LOOPBACK and key is None:
+        if not is_loopback(host) and key is None:
             raise ReftEdgeError(
                 f"{host} can be reached from other machines; set a key with --api-key-file, or keep to 127.0.0.1"
             )
@@ -68,23 +74,31 @@ def serve(
             slots=slots,
             queue_limit=queue,
             max_body=max_body,
+            max_inputs=max_inputs,
             api_key=key,
-            hosts=LOOPBACK if host in LOOPBACK else ("*",),
+            hosts=(*LOOPBACK, host) if is_loopback(host) else ("*",),
             cors_origins=tuple(cors_origin or ()),
             shutdown_seconds=grace,
+            adapter_budget=adapter_memory << 20,
             trusted=trusted_keys(require_signed),
         )
         if ":" in settings.name:
             raise ReftEdgeError(
                 f"the name {settings.name!r} has a colon, which separates adapters; give a --name without"
             )
-        server = create_app(folder, adapters, settings, device, threads, provider_options(provider_option))
-        shown = f"[{host}]" if ":" in host else host
-        say(f"serving {settings.name} at http://{shown}:{port}/v1 (Ctrl-C stops); try")
-        say(f"  curl http://{shown}:{port}/v1/models" + (" -H 'Authorization: Bearer KEY'" if key else ""))
-        uvicorn.run(
-            server, host=host, port=port, log_level="warning", timeout_graceful_shutdown=max(1, round(grace))
-        )
+        sockets = listen(host, port)
+        try:
+            app = create_app(folder, adapters, settings, device, threads, provider_options(provider_option))
+
+            def started() -> None:
+                url = f"http://{address_of(host, sockets)}/v1"
+                say(f"serving {settings.name} at {url} (Ctrl-C stops); try")
+                say(f"  curl {url}/models" + (" -H 'Authorization: Bearer KEY'" if key else ""))
+
+            make_server(app, grace, app.state.metrics.count, started).run(sockets)
+        finally:
+            for made in sockets:
+                made.close()
 
 
 def _api_key(file: Path | None) -> str | None:
