@@ -72,7 +72,7 @@ class Counting:
             await self._app(scope, receive, watched)
         finally:
             asked = scope["path"] if scope["path"] in self._paths else "other"
-            self._metrics.count(getattr(scope.get("route"), "path", asked), status)
+            self._metrics.count(str(getattr(scope.get("route"), "path", asked)), status)
 
 
 class Guard:
