@@ -109,8 +109,8 @@ def check_apart(output: Path, *inputs: Path | None) -> None:
             raise ReftEdgeError(f"{output} is read as {given}, and would be replaced; give another name")
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write to a temporary name beside `path`, flush to disk, rename.
+def write_atomically(path: Path, content: bytes, mode: int | None = None) -> None:
+    """Write to a temporary name beside `path`, flush to disk, rename. `mode`: its permissions; None for a new file's.
 
     Raises ReftEdgeError if the folder is missing or cannot be written; `path` is then as it was before.
     """
@@ -123,7 +123,7 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
+        os.chmod(temporary, 0o666 & ~_umask() if mode is None else mode)
         os.replace(temporary, path)
     except OSError as error:
         Path(temporary).unlink(missing_ok=True)
@@ -137,8 +137,9 @@ def replace_file(path: Path, content: bytes, temporary: Path, mode: int = 0o666)
     """Write a file so that after a power cut, too, it has its old content or the new one: flushed to disk before and after
     it gets its name. Missing folders are made.
 
-    `mode` are its permissions, before the user's umask. `temporary` is on the same file system and always the same one for the same writers, who take turns: whatever becomes of
-    them, there is never more than one left over. Raises ReftEdgeError if `path` cannot be written; it is then as it was.
+    `mode` are its permissions, before the user's umask. `temporary` is on the same file system and always the same one for
+    the same writers, who take turns: whatever becomes of them, there is never more than one left over. Raises ReftEdgeError
+    if `path` cannot be written; it is then as it was.
     """
     try:
         make_folder(path.parent)

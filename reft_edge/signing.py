@@ -273,7 +273,8 @@ def sign(
 ) -> Signature:
     """Sign an adapter file, in place or as `output`, written atomically; a signature that it has is replaced.
 
-    Raises AdapterFileError for a file that is no usable adapter, ReftEdgeError for an expiry in the past.
+    The file keeps its permissions, and a new one gets those of the file that was signed; of a link, the file that it names
+    is signed. Raises AdapterFileError for a file that is no usable adapter, ReftEdgeError for an expiry in the past.
     """
     stored = read_stored(path)
     stored.adapter()
@@ -283,7 +284,9 @@ def sign(
     unsigned = Signature(key.id, created, expires, b"")
     signature = replace(unsigned, value=key.sign(_statement(content_digest(stored), unsigned)))
     metadata = {**stored.metadata, ENTRY: _to_text(signature)}
-    write_atomically(output or path, save(dict(stored.tensors), metadata))
+    target = (output or path).resolve()
+    mode = stat.S_IMODE((target if target.is_file() else path).stat().st_mode)
+    write_atomically(target, save(dict(stored.tensors), metadata), mode)
     return signature
 
 

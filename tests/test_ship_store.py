@@ -294,9 +294,13 @@ def test_without_power_at_every_step_it_holds_the_old_or_the_new(change, store, 
     whole = next(after_power_cut(before, disk, len(disk.steps), tmp_path / "whole"))
     assert tree(whole) == tree(store.folder), "the steps are not all that was done"
     checked = 0
+    seen = set()
     for count in range(len(disk.steps) + 1):
         for folder in after_power_cut(before, disk, count, tmp_path / "cut"):
-            check_and_heal(folder, run, allowed, after, left, what)
+            state = frozenset(tree(folder).items())
+            if state not in seen:
+                check_and_heal(folder, run, allowed, after, left, what)
+            seen.add(state)
             shutil.rmtree(folder)
             checked += 1
     assert checked > len(disk.steps)

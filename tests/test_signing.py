@@ -1,6 +1,7 @@
 """Signatures: what was signed verifies, and everything else is refused with the reason."""
 
 import json
+import os
 import stat
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -319,6 +320,32 @@ def test_only_usable_adapters_are_signed(tmp_path: Path, fleet: PrivateKey) -> N
     save_adapter(make_adapter("loreft"), tmp_path / "a.safetensors")
     with pytest.raises(ReftEdgeError, match="in the past"):
         sign(tmp_path / "a.safetensors", fleet, expires=NOW, now=NOW)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="permissions are POSIX's")
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o664, 0o444])
+def test_a_signed_file_keeps_its_permissions(tmp_path: Path, fleet: PrivateKey, mode: int) -> None:
+    path, copy, there = (tmp_path / f"{name}.safetensors" for name in ("a", "copy", "there"))
+    save_adapter(make_adapter("loreft", 1), path)
+    there.write_bytes(b"")
+    there.chmod(0o604)
+    path.chmod(mode)
+    for output in (None, copy, there):
+        sign(path, fleet, output)
+    assert [stat.S_IMODE(file.stat().st_mode) for file in (path, copy, there)] == [mode, mode, 0o604]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+def test_of_a_link_what_it_names_is_signed(tmp_path: Path, fleet: PrivateKey, trusted: TrustedKeys) -> None:
+    (tmp_path / "versions").mkdir()
+    path, link = tmp_path / "versions" / "a.safetensors", tmp_path / "a.safetensors"
+    save_adapter(make_adapter("loreft", 1), path)
+    path.chmod(0o600)
+    link.symlink_to(path)
+    sign(link, fleet)
+    assert link.is_symlink()
+    verify(path, trusted)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
 def test_private_keys_are_kept_private(tmp_path: Path) -> None:

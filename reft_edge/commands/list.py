@@ -1,5 +1,6 @@
 """`reft-edge list`: what a store holds or a repository offers."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -32,7 +33,7 @@ def list_adapters(
     with plain_errors(), extra("ship"):
         from reft_edge.shipping.release import INDEX
 
-        if "://" in place or (Path(place) / INDEX).is_file():
+        if "://" in place or os.path.lexists(Path(place) / INDEX):
             if trusted is not None:
                 raise ReftEdgeError(
                     f"{place} is a repository, and its index says nothing of signatures; `pull --require-signed` "

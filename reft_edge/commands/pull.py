@@ -40,6 +40,15 @@ def pull(
             show_default=False,
         ),
     ] = None,
+    max_bytes: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Download at most that many bytes in all; of each adapter the store keeps a second copy to roll back to.",
+            show_default="2,000,000,000",
+        ),
+    ] = None,
     require_signed: RequireSigned = None,
     plain_http: PlainHttp = False,
     as_json: Json = False,
@@ -47,6 +56,7 @@ def pull(
     """Install the newest version of adapters from a repository, checked and all at once."""
     with plain_errors(), extra("ship"):
         from reft_edge.manifest import load_manifest
+        from reft_edge.shipping.pull import MAX_BYTES
         from reft_edge.shipping.pull import pull as pull_adapters
         from reft_edge.shipping.repository import open_repository
         from reft_edge.shipping.store import DeviceStore
@@ -60,6 +70,7 @@ def pull(
             load_manifest(folder) if folder is not None else None,
             load_trusted(require_signed) if require_signed is not None else None,
             lambda message: say(message, err=True),
+            MAX_BYTES if max_bytes is None else max_bytes,
         )
     if as_json:
         print_json([vars(one) for one in pulled])

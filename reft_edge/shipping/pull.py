@@ -131,11 +131,11 @@ class _Puller:
                 raise
             with self._store.changing():
                 state = self._store.state(release.name)
-                if reason := self._reason_to_keep(release, state):
-                    return _outcome(release, "kept", _installed(state), reason)
-                self._store.install(release, content)
+                reason = self._reason_to_keep(release, state)
+                if not reason:
+                    self._store.install(release, content)
             part.cut(0)
-            return _outcome(release, "installed", _installed(state))
+            return _outcome(release, "kept" if reason else "installed", _installed(state), reason)
         finally:
             try:
                 with self._store.changing():

@@ -26,6 +26,8 @@ VERSION = 1
 SUFFIX = ".safetensors"
 MAX_INDEX = 3 << 19
 """Bytes; room for about 7,000 releases; a hostile one of that size takes under 64 MB to refuse."""
+MAX_NAMES = 1000
+"""Adapters in one index."""
 MAX_FILE = (1 << 30) + (2 << 20)
 """Bytes; no adapter file that can be loaded is larger."""
 MAX_VERSION = 10**9 - 1
@@ -148,11 +150,18 @@ def parse_index(content: bytes) -> list[Release]:
     releases = [_parse_release(entry) for entry in entries]
     if len({(release.name, release.version) for release in releases}) < len(releases):
         raise ReftEdgeError("the index lists a release twice")
+    if len({release.name for release in releases}) > MAX_NAMES:
+        raise ReftEdgeError(f"the index lists more than {MAX_NAMES:,} adapters")
     return releases
 
 
 def render_index(releases: Iterable[Release]) -> bytes:
     """An index as `parse_index` reads it. Raises ReftEdgeError if there are too many for one."""
+    releases = list(releases)
+    if len({release.name for release in releases}) > MAX_NAMES:
+        raise ReftEdgeError(
+            f"the index would list more than {MAX_NAMES:,} adapters, which nobody reads; begin another repository"
+        )
     head = json.dumps({"format": FORMAT, "version": VERSION})[:-1]
     entries = ",\n".join(json.dumps(vars(release), separators=(",", ":")) for release in releases)
     content = f'{head}, "releases": [\n{entries}\n]}}\n'.encode()
