@@ -18,6 +18,7 @@ from reft_edge.export.build import (
     Quantisation,
     Target,
     build_graph,
+    stop_at,
 )
 from reft_edge.export.gguf_blocks import can_carry, carry_blocks
 from reft_edge.export.ports import insert_ports
@@ -100,7 +101,10 @@ def export_model(
         ir.save(built, graph)
         del built, blocks, sites
 
-        eos = genai["eos_token_id"]
+        prompts = load_prompts(folder)
+        eos = genai.get("eos_token_id")
+        stops = prompts.stop_ids_with(eos if isinstance(eos, list) else [] if eos is None else [eos])
+        stop_at(folder / "genai_config.json", stops)
         manifest = Manifest(
             base_name=model.name,
             base_fingerprint="",
@@ -112,7 +116,7 @@ def export_model(
             components=components,
             head_size=genai["decoder"]["head_size"],
             context_length=genai["context_length"],
-            eos_token_ids=tuple(eos if isinstance(eos, list) else [eos]),
+            eos_token_ids=stops,
             ports=ports,
             versions=package_versions(
                 "reft-edge", "onnxruntime", "onnxruntime-genai", "onnx-ir", "torch", "transformers"
@@ -122,7 +126,6 @@ def export_model(
             quantisation={**asdict(target.quantisation), **carried} if target.quantised else {},
         )
         report("running the graph")
-        prompts = load_prompts(folder)
         rows = [prompts.encode_raw(text) for text in TEXTS]
         found = run_graphs(folder, plain, manifest, rows)
 

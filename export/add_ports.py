@@ -152,7 +152,9 @@ def add_ports(
         report("loading the PyTorch model")
         torch_model = load_model(model)
         manifest = replace(
-            manifest, base_fingerprint=fingerprint(torch_model), eos_token_ids=_eos(torch_model, config)
+            manifest,
+            base_fingerprint=fingerprint(torch_model),
+            eos_token_ids=prompts.stop_ids_with(_eos(torch_model, config)),
         )
         report("verifying against PyTorch")
         verification = compare(ported, found.streams, manifest, torch_model, rows)

@@ -4,7 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,6 +130,14 @@ def build_graph(
 def _run_on_cpu(config: Path) -> None:
     settings = json.loads(read_text(config))
     settings["model"]["decoder"]["session_options"]["provider_options"] = []
+    config.write_text(json.dumps(settings, indent=4), encoding="utf-8")
+
+
+def stop_at(config: Path, tokens: Sequence[int]) -> None:
+    """Have onnxruntime-genai, too, end an answer at these tokens."""
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    if tokens:
+        settings["model"]["eos_token_id"] = tokens[0] if len(tokens) == 1 else list(tokens)
     config.write_text(json.dumps(settings, indent=4), encoding="utf-8")
 
 

@@ -7,6 +7,7 @@ The loss of Rafailov et al. 2023 (arXiv 2305.18290, equation 7), with the frozen
 where log p is a whole answer's log-likelihood under the steered model and p0 is the base's.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reft_edge.data import Example, encode_row
+from reft_edge.data import Example, notices, view_row
 from reft_edge.errors import ReftEdgeError
 from reft_edge.files import sha256_of
 from reft_edge.interventions import dropout_off
@@ -42,6 +43,8 @@ class Preferences:
     """Rows with an answer longer than the limit, which are not trained on."""
     digest: str
     """SHA-256 of the file."""
+    notices: tuple[str, ...] = ()
+    """What of the rows is not trained, or not as it stands in the file."""
 
 
 def load_preferences(path: Path, prompts: Prompts, prompt_format: str, max_length: int) -> Preferences:
@@ -49,22 +52,23 @@ def load_preferences(path: Path, prompts: Prompts, prompt_format: str, max_lengt
 
     Raises ReftEdgeError that names the file and line for anything that is not such a row.
     """
-    pairs, left_out = [], 0
-    for _, pair in read_rows(path, lambda row: encode_pair(row, prompts, prompt_format)):
+    pairs, left_out, told = [], 0, Counter[str]()
+    for _, (pair, notes) in read_rows(path, lambda row: view_pair(row, prompts, prompt_format)):
         if max(len(side.prompt) + len(side.completion) for side in (pair.chosen, pair.rejected)) > max_length:
             left_out += 1
         else:
             pairs.append(pair)
+            told.update(notes)
     if not pairs:
         longer = (
             f": all {left_out} are longer than {max_length} tokens; raise --max-length" if left_out else ""
         )
         raise ReftEdgeError(f"{path} has no pair to train on{longer}")
-    return Preferences(pairs, left_out, sha256_of(path))
+    return Preferences(pairs, left_out, sha256_of(path), notices(told, prompts, prompt_format))
 
 
-def encode_pair(row: Any, prompts: Prompts, prompt_format: str) -> PreferencePair:
-    """One parsed row as tokens. Raises ReftEdgeError if it is not of the known form."""
+def view_pair(row: Any, prompts: Prompts, prompt_format: str) -> tuple[PreferencePair, tuple[str, ...]]:
+    """One parsed row as tokens, and what is to be told of it. Raises ReftEdgeError if it is not of the known form."""
     if not isinstance(row, dict) or not all(
         isinstance(row.get(name), str) for name in ("prompt", "chosen", "rejected")
     ):
@@ -73,10 +77,14 @@ def encode_pair(row: Any, prompts: Prompts, prompt_format: str) -> PreferencePai
     if row["chosen"] == row["rejected"]:
         raise ReftEdgeError("the chosen and the rejected answer are the same")
     chosen, rejected = (
-        encode_row({"prompt": row["prompt"], "completion": row[name]}, prompts, prompt_format)
+        view_row(
+            {"prompt": row["prompt"], "completion": row[name], "tools": row.get("tools")},
+            prompts,
+            prompt_format,
+        )
         for name in ("chosen", "rejected")
     )
-    return PreferencePair(chosen, rejected)
+    return PreferencePair(chosen.example, rejected.example), (*chosen.notes, *rejected.notes)
 
 
 @dataclass(frozen=True)

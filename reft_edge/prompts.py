@@ -43,11 +43,13 @@ class Prompts:
         """
         return list(encode(self.tokenizer, text).ids)
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[int]:
         """Token ids of a conversation, ending where the assistant's answer begins. Raises ReftEdgeError without a template."""
         for number, message in enumerate(messages, start=1):
             _check_texts(message, f"message {number}")
-        return self.encode_plain(self.render(messages))
+        return self.encode_plain(self.render(messages, tools=tools))
 
     def encode_plain(self, text: str) -> list[int]:
         """Token ids of text that already holds its special tokens."""
@@ -59,10 +61,14 @@ class Prompts:
         Alone, a text gets a leading space from tokenizers such as Llama 2's. Where the two melt into one token, it is
         taken alone all the same.
         """
+        return self.encode_both(before, text)[1]
+
+    def encode_both(self, before: str, text: str) -> tuple[list[int], list[int]]:
+        """`encode_plain` of `before`, and `encode_after` of `text`."""
         start, whole = self.encode_plain(before), self.encode_plain(before + text)
         if whole[: len(start)] == start and len(whole) > len(start):
-            return whole[len(start) :]
-        return self.encode_plain(text)
+            return start, whole[len(start) :]
+        return start, self.encode_plain(text)
 
     def prompt_text(self, prompt: str, prompt_format: str) -> str:
         """One user message through the chat template (`chat`), or the text itself (`raw`)."""

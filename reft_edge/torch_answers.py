@@ -55,9 +55,9 @@ class TorchDecoder:
         for i, row in enumerate(batch):
             ids[i, length - len(row) :] = torch.tensor(row)
             mask[i, length - len(row) :] = 1
-        ends = end_tokens(self.model)
+        ends = self.prompts.stop_ids_with(end_tokens(self.model))
         greedy = GenerationConfig(
-            max_new_tokens=max_tokens, do_sample=False, eos_token_id=ends or None, pad_token_id=0
+            max_new_tokens=max_tokens, do_sample=False, eos_token_id=list(ends) or None, pad_token_id=0
         )
         own = self.model.generation_config
         self.model.generation_config = greedy
@@ -89,6 +89,7 @@ class TorchClassifier:
     def probabilities(self, texts: Sequence[Text]) -> list[dict[str, float]]:
         """See `evaluation.Classifier`."""
         rows = [self.tokens(text) for text in texts]
+        check_tokens(self.encoder, [row.ids for row in rows])
         scores = class_scores(self.encoder, self.interventions, rows, self.device, self.autocast)
         return [dict(zip(self.labels, row, strict=True)) for row in scores.softmax(dim=-1).tolist()]
 

@@ -21,6 +21,7 @@ from reft_edge.adapter import Adapter, AdapterConfig, save_adapter
 from reft_edge.arithmetic import checkpointed, compiled, quick_attention, rounded_once
 from reft_edge.checkpoint import Checkpoint
 from reft_edge.classification import LabelledTexts
+from reft_edge.data import Dataset, Example, check_positions
 from reft_edge.distributed import ALONE, Processes
 from reft_edge.errors import ReftEdgeError
 from reft_edge.files import check_place, write_atomically
@@ -29,6 +30,7 @@ from reft_edge.graph_weights import use_exported_weights
 from reft_edge.interrupts import Interrupts, interrupts
 from reft_edge.interventions import Interventions
 from reft_edge.layers import parse_layers
+from reft_edge.likelihood import check_tokens
 from reft_edge.locks import held
 from reft_edge.objectives import Data, evaluate, label_accuracy, objective_of
 from reft_edge.objectives import batch_loss as batch_loss
@@ -266,7 +268,7 @@ class Trainer:
             mine, weight = self.processes.share(rows[start : start + self.settings.batch_size])
             total = self.objective.loss(self.model, steering, mine, self.device, self.autocast)
             part = total * (weight / count)
-            if part.requires_grad:  # not where a prompt is too short for any position
+            if part.requires_grad:  # not where no row of the batch is long enough for any position
                 part.backward()  # type: ignore[no-untyped-call]
             loss += float(part.detach())
         for parameter in self.interventions.parameters():
@@ -403,6 +405,8 @@ def train(
     place = execution.place()
     labels = data.labels if isinstance(data, LabelledTexts) else ()
     config = adapter_config(model, base_name, settings, labels)
+    for notice in _checked_rows(model, data, evaluation, settings):
+        report(notice)
     base_parameters = model.num_parameters()
     if settings.load_in and (base_weights is not None or not hasattr(model, "base_fingerprint")):
         raise ReftEdgeError("load_in is for a model that load_quantised gave, without an export's weights")
@@ -711,6 +715,29 @@ def _without_checkpoint(adapter: Adapter, output: Path, checkpoint: Checkpoint) 
 
 def _last_tenth(losses: Sequence[float]) -> float:
     return float(np.mean(losses[-max(1, len(losses) // 10) :]))
+
+
+def _checked_rows(
+    model: Any, data: Data, evaluation: Data | None, settings: TrainSettings
+) -> tuple[str, ...]:
+    """Notices on rows that cannot be learnt from. Raises ReftEdgeError if all are such rows, or one has a token that the
+    model lacks.
+    """
+    for part in (data, evaluation):
+        if isinstance(part, LabelledTexts):
+            check_tokens(model, [row.tokens.ids for row in part.examples])
+        elif part is not None:
+            check_tokens(model, [(*row.prompt, *row.completion) for row in _answers(part)])
+    if isinstance(data, LabelledTexts):
+        return ()
+    return check_positions(_answers(data), settings.positions, settings.tied)
+
+
+def _answers(data: Dataset | Preferences) -> list[Example]:
+    """Of a pair, both."""
+    if isinstance(data, Dataset):
+        return data.examples
+    return [side for pair in data.examples for side in (pair.chosen, pair.rejected)]
 
 
 def _digest(rows: Sequence[Any]) -> str:

@@ -264,6 +264,9 @@ def train(
                 f"{rows.left_out} of {rows.left_out + len(rows.examples)} rows are longer than "
                 f"{max_length} tokens and are left out"
             )
+        if not isinstance(rows, LabelledTexts):
+            for notice in rows.notices:
+                console.say(notice)
 
         def base() -> Any:
             if load_in:
