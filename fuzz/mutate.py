@@ -71,7 +71,7 @@ def json_frame(content: bytes, source: random.Random) -> bytes:
 
 
 FRAMES = {
-    "adapter": mutate_safetensors,
+    **dict.fromkeys(("adapter", "checkpoint"), mutate_safetensors),
     **dict.fromkeys(("manifest", "signature", "pyreft-config", "index", "oci-manifest"), json_frame),
 }
 """By target."""

@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from checkpoint_targets import checkpoint_target
 from foreign_targets import (
     control_vector_target,
     onnx_adapter_target,
@@ -18,6 +19,7 @@ from repository_targets import index_target, oci_manifest_target
 
 TARGETS: dict[str, Callable[[Path], Target]] = {
     "adapter": adapter_target,
+    "checkpoint": checkpoint_target,
     "manifest": manifest_target,
     "trusted-keys": trusted_keys_target,
     "signature": signature_target,

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from reft_edge.adapter import load_adapter
-from reft_edge.distributed import ALONE, Processes, launched_processes
+from reft_edge.distributed import ALONE, Processes, launch_note, launched_processes
 from reft_edge.errors import ReftEdgeError
 
 ROOT = Path(__file__).parent.parent
@@ -92,6 +92,7 @@ def test_two_processes_train_what_one_trains(device_folder, rows, tmp_path, one,
     done = train(2, device_folder, rows, path, "--max-steps", "9", "--eval", rows, environment=environment)
     assert_same(load_adapter(path), one)
     assert len(done.stdout.strip().splitlines()) == 1  # only one of them reports
+    assert done.stderr.count("2 processes train") == 1
     assert [file.name for file in tmp_path.iterdir()] == ["two.safetensors"]
 
 
@@ -173,3 +174,36 @@ def test_one_device_for_several_processes_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ReftEdgeError, match="cuda:0 is one device for 2 processes"):
         launched_processes("cuda:0")
+
+
+@pytest.mark.parametrize(
+    ("environment", "note"),
+    [
+        ({}, None),
+        ({"ACCELERATE_MIXED_PRECISION": "no"}, "one process trains"),
+        ({"WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}, "one process trains"),
+        ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"}, "though several were asked for"),
+    ],
+)
+def test_a_launch_says_how_many_train(monkeypatch, environment, note):
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    said = launch_note(launched_processes("cpu"))
+    assert said == note or note in said
+    assert launch_note(Processes(count=3)) == "3 processes train"
+
+
+@pytest.mark.parametrize("size", ["", "two", "-1", "1.5"])
+def test_a_count_of_processes_that_is_none(monkeypatch, size):
+    monkeypatch.setenv("WORLD_SIZE", size)
+    with pytest.raises(ReftEdgeError, match="WORLD_SIZE"):
+        launched_processes(None)
+
+
+def test_accelerate_starts_one_process_on_cpus_and_it_is_said(device_folder, rows, tmp_path):
+    launcher = ["-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", "2"]
+    done = train(2, device_folder, rows, tmp_path / "a.safetensors", "--max-steps", "2", launcher=launcher)
+    assert "one process trains, though several were asked for" in done.stderr
+    assert "step 2 of 2" in done.stderr
