@@ -14,6 +14,7 @@ from foreign_targets import (
     torch_zip_target,
 )
 from harness import Target
+from http_targets import registry_target, web_target
 from own_targets import adapter_target, manifest_target, signature_target, trusted_keys_target
 from repository_targets import index_target, oci_manifest_target
 
@@ -31,6 +32,8 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "onnx-adapter": onnx_adapter_target,
     "index": index_target,
     "oci-manifest": oci_manifest_target,
+    "web": web_target,
+    "registry": registry_target,
 }
 
 
