@@ -100,6 +100,15 @@ def test_what_a_pull_may_leave_is_bounded_over_all_names(site, store):
     assert left(store) == [9_999] * 3
 
 
+def test_a_pull_ends(repository, store, contents, monkeypatch):
+    """However many adapters a slow server has."""
+    push(repository, contents[1], "other")
+    monkeypatch.setattr(pulling, "LONGEST", -1.0)
+    found = pull(repository, store)
+    assert ["pull again for" in one.reason for one in found] == [True, True]
+    assert left(store) == []
+
+
 def test_a_small_one_still_fits_after_one_that_is_too_large(repository, store, contents):
     save_adapter(make_adapter("loreft", 7, rank=8), repository.folder.parent / "large")
     push(repository, (repository.folder.parent / "large").read_bytes(), "a-large-one")

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from reft_edge.adapter import save_adapter
 from reft_edge.errors import ReftEdgeError
 from reft_edge.shipping import http as shipping_http
+from reft_edge.shipping import hub
 from reft_edge.shipping import pull as pulling
 from reft_edge.shipping.folder import FolderRepository
 from reft_edge.shipping.http import MAX_HEADERS, Web, parse_url
@@ -119,6 +120,30 @@ def test_the_deadline_is_one_for_all_redirects(monkeypatch: pytest.MonkeyPatch) 
     ):
         Web(f"http://{host}/", False).get(parse_url(f"http://{host}/"), 40)
     assert "takes longer" in str(told.value)
+
+
+def test_the_login_belongs_to_the_exchange(monkeypatch, tmp_path):
+    """A registry in time whose token server is not."""
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    monkeypatch.setattr(shipping_http, "DEADLINE", 0.3)
+    with raw_server(forever(*ENDLESS["early hints"])) as (tokens, _):
+
+        class Asks(Server):
+            def answer(self, method: str, path: str, headers: dict[str, str], body: bytes) -> Answer:
+                return Answer(401, b"", WWW_Authenticate=f'Bearer realm="http://{tokens}/token"')
+
+        with Asks().running() as server, pytest.raises(ReftEdgeError, match=r"/token: it takes longer"):
+            open_repository(f"oci://{server.url.removeprefix('http://')}/a").releases()
+
+
+def test_a_push_to_the_hub_ends(monkeypatch, task):
+    """huggingface_hub sets its connections no time."""
+    ended = threading.Event()
+    monkeypatch.setattr(hub, "DEADLINE", 0.1)
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *_, **__: ended.wait(20))
+    with pytest.raises(ReftEdgeError, match=r"pushing to hf://a/b takes longer than 0 s.*try again"):
+        open_repository("hf://a/b").publish([read_goods(task)])
+    ended.set()
 
 
 def test_the_deadline_holds_for_encryption_and_for_uploads(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,8 @@ PAUSE = 1.0
 """Seconds before the second attempt; before every further one twice as long."""
 PATIENCE = 900.0
 """Seconds after which no further attempt begins."""
+LONGEST = 4 * 3600.0
+"""Seconds after which a pull begins no further download."""
 MAX_BYTES = 2 * 10**9
 """That one pull downloads, if nothing else is said."""
 
@@ -107,6 +109,7 @@ class _Puller:
         self._repository, self._store, self._parts = repository, store, parts
         self._asked, self._base, self._trusted, self._report = asked, base, trusted, report
         self._max_bytes = self._left = max_bytes
+        self._end = time.monotonic() + LONGEST
 
     def pull(self, release: Release) -> Pulled:
         try:
@@ -170,7 +173,11 @@ class _Puller:
             time.sleep(_POLL)
 
     def _reserve(self, release: Release, part: Part) -> None:
-        """Raise ReftEdgeError if the release is too much for this pull or the disk."""
+        """Raise ReftEdgeError if the release is too much for this pull or the disk, or comes too late."""
+        if time.monotonic() > self._end:
+            raise ReftEdgeError(
+                f"this pull has taken longer than {LONGEST / 3600:g} hours; pull again for {release}"
+            )
         if release.size > self._left:
             raise ReftEdgeError(
                 f"{release} has {release.size:,} bytes, and {self._left:,} are left of the {self._max_bytes:,} that one pull "

@@ -116,7 +116,7 @@ class DeviceStore:
         kept = [
             Kept(int(found[1]), int(found[2]), f"sha256:{found[3]}", file)
             for file in self._files(name)
-            if (found := _KEPT.fullmatch(file.name))
+            if (found := _KEPT.fullmatch(file.name)) and _is_plain(file)
         ]
         return State(name, digest, tuple(sorted(kept, key=lambda entry: entry.order)))
 
@@ -207,7 +207,7 @@ class DeviceStore:
         """Remove what an interrupted change left, repeated versions, and the oldest beyond KEEP; hold the lock."""
         state = self.state(name)
         for file in self._files(name):
-            if file.name == "new":
+            if file.name == "new" or not _is_plain(file):
                 file.unlink()
         last = {kept.digest: kept for kept in state.history}
         for kept in state.history:
@@ -261,7 +261,7 @@ class DeviceStore:
         return self.own_folder(name) / "new"
 
     def _files(self, name: str) -> list[Path]:
-        """What is kept of a name, links and folders left out."""
+        """What is kept of a name, folders left out."""
         folder = self._hidden / name
         if folder.is_symlink() or self._hidden.is_symlink() or not folder.is_dir():
             return []
@@ -271,15 +271,15 @@ class DeviceStore:
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO | None]:
     """A plain file, opened once; None for what is missing, a link, or no file. Raises OSError for one that cannot be read."""
-    try:
-        found = path.lstat()
-    except FileNotFoundError:
-        found = None
-    if found is None or not stat.S_ISREG(found.st_mode):
+    if not _is_plain(path):
         yield None
         return
     with open_regular(path, follow=False) as file:
         yield file
+
+
+def _is_plain(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
 
 
 def _mode(file: BinaryIO) -> int:
