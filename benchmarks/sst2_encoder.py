@@ -22,12 +22,13 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from reft_edge.adapter import load_adapter
+from reft_edge.cache import cache_folder
 from reft_edge.classification import LabelledTexts, class_scores, load_labelled, pooled_states
 from reft_edge.commands.console import training_bar
 from reft_edge.encoders import Tokens, default_pooling, load_encoder, load_text_tokens
 from reft_edge.export import export_model
 from reft_edge.interventions import Interventions
-from reft_edge.models import cache_folder, resolve_model
+from reft_edge.models import resolve_model
 from reft_edge.runtime import SteeredEncoder
 from reft_edge.steering import steered
 from reft_edge.training import TrainSettings, train

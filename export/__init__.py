@@ -29,7 +29,7 @@ from reft_edge.files import read_text, replace_folder
 from reft_edge.fingerprint import fingerprint
 from reft_edge.layers import parse_layers
 from reft_edge.manifest import MANIFEST, Manifest, save_manifest
-from reft_edge.models import ModelFolder, load_model
+from reft_edge.models import ModelFolder, class_name, load_config, load_model
 from reft_edge.places import COMPONENTS
 from reft_edge.prompts import load_prompts
 
@@ -66,8 +66,8 @@ def export_model(
 
         return export_encoder(model, output, precision, layers, report)
     target = Target(precision, device, _quantisation(model, precision, quantisation))
-    config = json.loads(read_text(model.path / "config.json"))
-    num_layers = int(config.get("num_hidden_layers", 0))
+    config = load_config(model)
+    num_layers = int(config.num_hidden_layers)
     chosen = parse_layers(layers, num_layers)
     with replace_folder(output, MANIFEST) as folder:
         report("building the frozen graph")
@@ -108,7 +108,7 @@ def export_model(
         manifest = Manifest(
             base_name=model.name,
             base_fingerprint="",
-            architecture=config["architectures"][0],
+            architecture=class_name(config),
             precision=precision,
             hidden_size=genai["decoder"]["hidden_size"],
             num_layers=num_layers,

@@ -21,7 +21,7 @@ from reft_edge.files import read_text, replace_folder
 from reft_edge.fingerprint import fingerprint
 from reft_edge.layers import parse_layers
 from reft_edge.manifest import MANIFEST, Manifest, save_manifest
-from reft_edge.models import ModelFolder, load_model
+from reft_edge.models import ModelFolder, class_name, load_config, load_model
 from reft_edge.prompts import load_prompts
 
 GRAPH = "model.onnx"
@@ -85,7 +85,7 @@ def add_ports(
     found with certainty, or if verification fails.
     """
     report("reading the graph")
-    config = _config(model)
+    config = load_config(model)
     built = _load(source)
     cache = _cache(built.graph)
     num_layers = _layers_with_cache(built.graph)
@@ -131,7 +131,7 @@ def add_ports(
         manifest = Manifest(
             base_name=model.name,
             base_fingerprint="",
-            architecture=config.architectures[0],
+            architecture=class_name(config),
             precision=precision or float_type,
             hidden_size=found.hidden_size,
             num_layers=len(taps),
@@ -265,15 +265,6 @@ def _quantisation(graph: ir.Graph) -> tuple[str, dict[str, Any]]:
         ):
             return "int8", {"algorithm": node.op_type}
     return "", {}
-
-
-def _config(model: ModelFolder) -> Any:
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(str(model.path)).get_text_config()
-    except Exception as error:  # transformers raises many kinds here
-        raise ReftEdgeError(f"cannot read the configuration of {model.name}: {error}") from error
 
 
 def _eos(model: Any, config: Any) -> tuple[int, ...]:

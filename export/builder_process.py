@@ -13,6 +13,8 @@ from typing import Any
 
 import transformers
 
+from reft_edge.models import class_name
+
 _OLMO_EPSILON = 1e-5  # OlmoLayerNorm has it as a constant
 
 
@@ -31,6 +33,9 @@ def told(config: Any) -> Any:
     for name in ("layer_norm_eps", "norm_eps"):
         if not hasattr(config, "rms_norm_eps") and hasattr(config, name):
             config.rms_norm_eps = getattr(config, name)
+    # The builder goes by the class's name, which transformers can do without.
+    if not getattr(config, "architectures", None):
+        config.architectures = [class_name(config)]
     if config.model_type == "olmo":
         config.rms_norm_eps = _OLMO_EPSILON
     return config
@@ -44,7 +49,8 @@ class _AutoConfig(_AUTO_CONFIG):  # type: ignore[misc,valid-type]
 
     @classmethod
     def from_pretrained(cls, *arguments: Any, **options: Any) -> Any:
-        return told(_AUTO_CONFIG.from_pretrained(*arguments, **options))
+        options.pop("trust_remote_code", None)
+        return told(_AUTO_CONFIG.from_pretrained(*arguments, trust_remote_code=False, **options))
 
 
 def main() -> None:

@@ -1,16 +1,15 @@
 """Encoders: which model folders hold one, their text as tokens, and their PyTorch model."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from reft_edge.errors import ReftEdgeError
-from reft_edge.files import read_text
-from reft_edge.models import ModelFolder, load_model_prompts
+from reft_edge.json_files import read_object
+from reft_edge.models import ModelFolder, check_whole, load_model_prompts
+from reft_edge.pretrained import from_folder
 from reft_edge.prompts import encode
 
 MODEL_TYPES = ("bert", "distilbert", "roberta")
@@ -76,9 +75,9 @@ def parse_row(row: Any) -> tuple[Text, str]:
 def is_encoder(model: ModelFolder) -> bool:
     """Whether the folder holds an encoder of MODEL_TYPES, by its config.json."""
     config = read_config(model)
-    decodes = config.get("is_decoder") or any(
-        str(name).endswith("ForCausalLM") for name in config.get("architectures") or ()
-    )
+    architectures = config.get("architectures")
+    names = architectures if isinstance(architectures, list) else []
+    decodes = config.get("is_decoder") or any(str(name).endswith("ForCausalLM") for name in names)
     return config.get("model_type") in MODEL_TYPES and not decodes
 
 
@@ -97,15 +96,15 @@ def check_task(task: str, model: ModelFolder) -> None:
 
 def read_config(model: ModelFolder) -> dict[str, Any]:
     """config.json as it stands. Raises ReftEdgeError if it cannot be read."""
-    return _read(model.path / "config.json")
+    return read_object(model.path / "config.json")
 
 
 def context_length(config: dict[str, Any]) -> int:
     """Most tokens that have a position of their own; RoBERTa's positions start after the padding token's id."""
-    positions = int(config.get("max_position_embeddings", 512))
-    return (
-        positions - int(config.get("pad_token_id", 1)) - 1 if config["model_type"] == "roberta" else positions
-    )
+    positions = _count(config, "max_position_embeddings", 512)
+    if config.get("model_type") == "roberta":
+        return positions - _count(config, "pad_token_id", 1) - 1
+    return positions
 
 
 def load_text_tokens(model: ModelFolder, limit: int | None = None) -> TextTokens:
@@ -119,7 +118,7 @@ def load_text_tokens(model: ModelFolder, limit: int | None = None) -> TextTokens
 def default_pooling(model: ModelFolder) -> str:
     """`mean` for a sentence-transformers model that pools so, else `cls`."""
     path = model.path / "1_Pooling" / "config.json"
-    return "mean" if path.is_file() and _read(path).get("pooling_mode_mean_tokens") is True else "cls"
+    return "mean" if path.is_file() and read_object(path).get("pooling_mode_mean_tokens") is True else "cls"
 
 
 def load_encoder(model: ModelFolder) -> Any:
@@ -129,20 +128,11 @@ def load_encoder(model: ModelFolder) -> Any:
     """
     import torch
     from transformers import AutoModel
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        encoder, loading = AutoModel.from_pretrained(
-            str(model.path), dtype=torch.float32, output_loading_info=True
-        )
-    except Exception as error:  # transformers and torch raise many kinds here
-        raise ReftEdgeError(f"cannot load {model.name}: {error}") from error
-    if missing := sorted(name for name in loading["missing_keys"] if not name.startswith("pooler.")):
-        raise ReftEdgeError(
-            f"{model.name} lacks {len(missing)} of its encoder's weights, {missing[0]} among them"
-        )
+    encoder, loading = from_folder(
+        AutoModel, model.path, model.name, dtype=torch.float32, output_loading_info=True
+    )
+    check_whole(model.name, [name for name in loading["missing_keys"] if not name.startswith("pooler.")])
     if hasattr(encoder, "pooler"):
         encoder.pooler = None
     return encoder.eval().requires_grad_(False)
@@ -153,11 +143,8 @@ def has_token_types(encoder: Any) -> bool:
     return int(getattr(encoder.config, "type_vocab_size", 0) or 0) > 1
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        parsed = json.loads(read_text(path))
-    except (OSError, ValueError) as error:
-        raise ReftEdgeError(f"cannot read {path}: {error}") from error
-    if not isinstance(parsed, dict):
-        raise ReftEdgeError(f"{path} is not a JSON object")
-    return parsed
+def _count(config: dict[str, Any], name: str, default: int) -> int:
+    found = config.get(name, default)
+    if not isinstance(found, int) or isinstance(found, bool) or found < 0:
+        raise ReftEdgeError(f"{name} in config.json is {found!r:.80}; expected a whole number")
+    return found

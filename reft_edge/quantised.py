@@ -9,6 +9,7 @@ import torch
 from reft_edge.errors import ReftEdgeError
 from reft_edge.fingerprint import fingerprint
 from reft_edge.models import ModelFolder, load_model
+from reft_edge.pretrained import from_folder
 
 
 def load_quantised(folder: ModelFolder, load_in: str, device: torch.device, compute: torch.dtype) -> Any:
@@ -30,8 +31,13 @@ def load_quantised(folder: ModelFolder, load_in: str, device: torch.device, comp
         bnb_4bit_compute_dtype=compute,
     )
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(folder.path), quantization_config=config, dtype=torch.float32, device_map={"": device}
+        model = from_folder(
+            AutoModelForCausalLM,
+            folder.path,
+            folder.name,
+            quantization_config=config,
+            dtype=torch.float32,
+            device_map={"": device},
         )
         model.eval().requires_grad_(False)
         for module in model.modules():

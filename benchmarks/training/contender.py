@@ -58,9 +58,11 @@ def pyreft(job: Job, report: Report) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.set_num_threads(job["threads"])
-    config = AutoConfig.from_pretrained(job["model"])
+    config = AutoConfig.from_pretrained(job["model"], trust_remote_code=False)
     config.rope_theta = job["rope_theta"]  # transformers 5 writes it where transformers 4 does not look
-    model = AutoModelForCausalLM.from_pretrained(job["model"], config=config, torch_dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        job["model"], config=config, torch_dtype=torch.float32, trust_remote_code=False
+    )
     settings, start = job["settings"], load_file(job["start"])
     kind = {"loreft": library.LoreftIntervention, "direft": library.DireftIntervention}
     groups = start["W"].shape[1]

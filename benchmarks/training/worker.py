@@ -53,12 +53,12 @@ class Adapted:
 def base_model(job: Job) -> Any:
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(job["model"])
+    config = transformers.AutoConfig.from_pretrained(job["model"], trust_remote_code=False)
     rope = getattr(config, "rope_parameters", None)
     if int(transformers.__version__.split(".")[0]) < 5 and rope:
         config.rope_theta = rope["rope_theta"]  # transformers 5 writes it where 4 does not look
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        job["model"], config=config, torch_dtype=torch.float32
+        job["model"], config=config, torch_dtype=torch.float32, trust_remote_code=False
     )
     return model.eval().requires_grad_(False)
 

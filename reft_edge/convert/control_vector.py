@@ -8,11 +8,10 @@ of `model.layers[N]`. So N here is the layer of an adapter, and block 0 cannot b
 refuses `direction.0`.
 """
 
+import os
 import re
-import struct
 import tempfile
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
@@ -20,8 +19,9 @@ from reft_edge.adapter import Adapter, AdapterConfig, fold
 from reft_edge.algebra import Array
 from reft_edge.base import Base
 from reft_edge.errors import ReftEdgeError
-from reft_edge.files import name_to_store, write_atomically
+from reft_edge.files import name_to_store, open_regular, write_atomically
 from reft_edge.folded import grouped
+from reft_edge.gguf_header import GgufHeader, parse_gguf_header
 from reft_edge.places import Place
 from reft_edge.positions import UNLIMITED
 
@@ -29,10 +29,6 @@ ARCHITECTURE = "controlvector"
 EVERY_TOKEN = "all+gen"
 _F32 = 0
 _MAX_HEADER = 1 << 20
-_MAX_PAIRS, _MAX_TENSORS = 1 << 10, 1 << 12
-_FIXED = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-"""Bytes of GGUF's metadata types of fixed size."""
-_STRING, _ARRAY = 8, 9
 
 
 def from_control_vector(path: Path, base: Base, raw: bool, positions: str = EVERY_TOKEN) -> Adapter:
@@ -142,115 +138,43 @@ def read_control_vector(path: Path, hidden_size: int, num_layers: int) -> dict[i
     a model of `num_layers` does not have.
     """
     try:
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            offsets, start = _read_header(path, file, hidden_size, num_layers)
+        with open_regular(path) as file:
+            header = parse_gguf_header(file, os.fstat(file.fileno()).st_size, _MAX_HEADER)
             directions: dict[int, Array] = {}
-            for layer, offset in offsets.items():
-                if start + offset + 4 * hidden_size > size:
-                    raise ReftEdgeError(f"{path} ends before direction.{layer}; the file is truncated")
-                file.seek(start + offset)
+            for layer, start in _directions(header, hidden_size, num_layers).items():
+                file.seek(start)
                 directions[layer] = np.frombuffer(file.read(4 * hidden_size), "<f4").astype(np.float32)
     except OSError as error:
         raise ReftEdgeError(f"cannot read {path}: {error.strerror}") from error
+    except ReftEdgeError as error:
+        raise ReftEdgeError(f"{path} is not a usable control vector: {error}") from error
     if bad := [layer for layer, vector in directions.items() if not np.isfinite(vector).all()]:
         raise ReftEdgeError(f"{path}: direction.{bad[0]} holds NaN or infinity")
     return directions
 
 
-class _Header:
-    """The first bytes of a file, taken piece by piece."""
-
-    def __init__(self, path: Path, content: bytes) -> None:
-        self._path, self._content = path, content
-        self.at = 0
-
-    def take(self, count: int) -> bytes:
-        if count > len(self._content) - self.at:
-            raise ReftEdgeError(
-                f"{self._path}: its header runs past the file's end or past {_MAX_HEADER:,} bytes; it is malformed"
-            )
-        self.at += count
-        return self._content[self.at - count : self.at]
-
-    def number(self, kind: str) -> int:
-        found: int = struct.unpack(f"<{kind}", self.take(struct.calcsize(kind)))[0]
-        return found
-
-    def text(self) -> bytes:
-        return self.take(self.number("Q"))
-
-    def skip(self, kind: int) -> None:
-        """Skip one metadata value."""
-        if kind in _FIXED:
-            self.take(_FIXED[kind])
-        elif kind == _STRING:
-            self.text()
-        elif kind == _ARRAY:
-            inner, count = self.number("I"), self.number("Q")
-            if inner in _FIXED:
-                self.take(count * _FIXED[inner])
-            elif inner == _STRING:
-                for _ in range(count):
-                    self.text()
-            else:
-                raise ReftEdgeError(
-                    f"{self._path}: its metadata has an array of type {inner}; it is malformed"
-                )
-        else:
-            raise ReftEdgeError(f"{self._path}: its metadata has an unknown type {kind}; it is malformed")
-
-
-def _read_header(path: Path, file: BinaryIO, hidden_size: int, num_layers: int) -> tuple[dict[int, int], int]:
-    """Where each direction's data begin, and what these offsets count from."""
-    header = _Header(path, file.read(_MAX_HEADER))
-    if header.take(4) != b"GGUF":
-        raise ReftEdgeError(f"{path} is not a GGUF file")
-    version = header.number("I")
-    if version not in (2, 3):
-        raise ReftEdgeError(f"{path} has version {version} of GGUF; expected 2 or 3, little-endian")
-    tensors, pairs = header.number("Q"), header.number("Q")
-    if tensors > _MAX_TENSORS or pairs > _MAX_PAIRS:
+def _directions(header: GgufHeader, hidden_size: int, num_layers: int) -> dict[int, int]:
+    """Where each layer's direction begins in the file."""
+    if header.architecture != ARCHITECTURE:
         raise ReftEdgeError(
-            f"{path} claims {tensors:,} tensors and {pairs:,} metadata entries; a control vector has "
-            f"{_MAX_TENSORS:,} and {_MAX_PAIRS:,} at most"
+            f"it has architecture {header.architecture!r:.60}; a control vector says {ARCHITECTURE!r}"
         )
-    architecture, alignment = b"", 32
-    for _ in range(pairs):
-        name, kind = header.text(), header.number("I")
-        if name == b"general.architecture" and kind == _STRING:
-            architecture = header.text()
-        elif name == b"general.alignment" and kind == 4:
-            alignment = header.number("I")
-        else:
-            header.skip(kind)
-    if architecture != ARCHITECTURE.encode():
-        raise ReftEdgeError(
-            f"{path} has architecture {architecture[:60]!r}; a control vector says {ARCHITECTURE!r}"
-        )
-    if alignment == 0 or alignment % 8:
-        raise ReftEdgeError(f"{path} aligns tensors to {alignment} bytes; expected a multiple of 8")
-    offsets: dict[int, int] = {}
-    for _ in range(tensors):
-        name, dimensions = header.text(), header.number("I")
-        if dimensions > 4:
-            raise ReftEdgeError(f"{path}: tensor {name[:60]!r} has {dimensions} dimensions; expected 1")
-        shape = [header.number("Q") for _ in range(dimensions)]
-        kind, offset = header.number("I"), header.number("Q")
-        match = re.fullmatch(rb"direction\.(\d{1,5})", name)
+    starts: dict[int, int] = {}
+    for tensor in header.tensors:
+        match = re.fullmatch(r"direction\.([0-9]{1,5})", tensor.name)
         if match is None:
-            raise ReftEdgeError(f"{path} holds a tensor {name[:60]!r}; a control vector holds direction.N")
+            raise ReftEdgeError(f"it holds a tensor {tensor.name!r:.60}; a control vector holds direction.N")
         layer = int(match[1])
-        if shape != [hidden_size] or kind != _F32:
+        if tensor.shape != (hidden_size,) or tensor.kind != _F32:
             raise ReftEdgeError(
-                f"{path}: direction.{layer} has shape {shape} and GGML type {kind}; expected [{hidden_size}] "
+                f"direction.{layer} has shape {list(tensor.shape)} and GGML type {tensor.kind}; expected [{hidden_size}] "
                 f"float32 (type {_F32}) for this base"
             )
-        if layer in offsets:
-            raise ReftEdgeError(f"{path} has direction.{layer} twice")
+        if layer in starts:
+            raise ReftEdgeError(f"it has direction.{layer} twice")
         if layer >= num_layers:
-            raise ReftEdgeError(f"{path} steers block {layer}; the base has blocks 0 to {num_layers - 1}")
-        offsets[layer] = offset
-    if not offsets:
-        raise ReftEdgeError(f"{path} holds no direction")
-    return offsets, -(-header.at // alignment) * alignment
+            raise ReftEdgeError(f"it steers block {layer}; the base has blocks 0 to {num_layers - 1}")
+        starts[layer] = tensor.start
+    if not starts:
+        raise ReftEdgeError("it holds no direction")
+    return starts
