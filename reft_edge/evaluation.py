@@ -6,7 +6,8 @@ Kinds of rows and how each is answered (`TASKS`):
              token or by the sum. Also {"prompt", "answer"} whose prompt says `Answer format: a/b`; the choices are then
              "the correct answer is a" and so on.
     number   {"prompt", "answer"}: the last number of a generated text, right within 0.001 (GSM8K, SVAMP, AddSub)
-    answer   {"prompt", "answer"}: what a generated text says after "the correct answer is" (ARC, BoolQ)
+    answer   {"prompt", "answer"}: what a generated text says after "the correct answer is", or, where the prompt says
+             `Answer format: a/b`, the first of these names (ARC, BoolQ)
     label    {"text", "label"}: the label of an encoder's head, or the likeliest label word of a decoder
 
 The rules for generated text are those of LLM-Adapters and of pyreft's examples (`examples/loreft/compute_metrics.py`).
@@ -38,6 +39,7 @@ MAX_TOKENS = {"number": 256, "answer": 32}
 """Most tokens of a generated answer, by task."""
 TRIGGER = "the correct answer is"
 RESAMPLES = 10_000
+_AROUND = " \t\n\r:*\"'`"
 _PADDED_TOKENS = 2048
 
 Item = TypeVar("Item")
@@ -125,7 +127,7 @@ class Record:
     id: str
     expected: str
     answer: str
-    """Empty where the generated text holds no answer."""
+    """Empty where none could be read: the generated text holds no answer, or a score is not a number."""
     right: bool
     scores: dict[str, float] = dataclasses.field(default_factory=dict)
     """What the choices were compared by, or the labels' probabilities."""
@@ -146,6 +148,8 @@ class Evaluation:
     """The 95 % interval of the accuracy: percentiles of bootstrap resamples of the rows."""
     seconds: float
     records: list[Record]
+    unread: int = 0
+    """Rows whose answer could not be read; they count as wrong."""
 
 
 @dataclass(frozen=True)
@@ -242,7 +246,7 @@ def evaluate_classifier(
     for batch in batches(questions.rows, batch_size, lambda question: len("".join(question.prompt))):
         found = classifier.probabilities([question.prompt for question in batch])
         for question, shares in zip(batch, found, strict=True):
-            records[question.row] = _record(question, max(shares, key=lambda name: shares[name]), shares)
+            records[question.row] = _likeliest(question, shares)
         on_done(len(batch))
     return summarise(questions.task, list(records.values()), time.perf_counter() - started, seed)
 
@@ -252,7 +256,8 @@ def summarise(task: str, records: Sequence[Record], seconds: float, seed: int = 
     ordered = sorted(records, key=lambda record: record.row)
     right, rows = sum(record.right for record in ordered), len(ordered)
     low, high = bootstrap(right, rows, seed)
-    return Evaluation(task, rows, right, right / rows, low, high, seconds, ordered)
+    unread = sum(not record.answer for record in ordered)
+    return Evaluation(task, rows, right, right / rows, low, high, seconds, ordered, unread)
 
 
 def bootstrap(right: int, rows: int, seed: int) -> tuple[float, float]:
@@ -314,7 +319,8 @@ def mcnemar(only_a: int, only_b: int) -> float:
 def save_records(records: Sequence[Record], path: Path) -> None:
     """One JSON object a line. Raises ReftEdgeError if the file cannot be written."""
     lines = [json.dumps(dataclasses.asdict(record), ensure_ascii=False) + "\n" for record in records]
-    write_atomically(path, "".join(lines).encode())
+    # a lone surrogate becomes its escape, which in JSON is the same text
+    write_atomically(path, "".join(lines).encode(errors="backslashreplace"))
 
 
 def load_records(path: Path) -> list[Record]:
@@ -341,10 +347,29 @@ def extract_number(text: str) -> float | None:
     return float(numbers[-1]) if numbers else None
 
 
-def extract_answer(text: str) -> str:
-    """What a text says after "the correct answer is", up to its end; a full stop at the end is left out."""
-    _, trigger, rest = text.partition(TRIGGER)
-    return rest.strip().removesuffix(".") if trigger else ""
+def extract_answer(text: str, names: Sequence[str] = ()) -> str:
+    """What a text answers; empty if that cannot be read.
+
+    That is what it says after "the correct answer is", up to its end, as in pyreft's examples: a full stop, quotes and
+    the like around it are left out. Where the answers have `names`, it is the first of them after these words, or
+    anywhere in a text without them, as LLM-Adapters reads it. Capitals make no difference to these words, nor to names of
+    more than one letter.
+    """
+    trigger = re.search(TRIGGER, text, re.IGNORECASE)
+    rest = text[trigger.end() :] if trigger else text
+    if names:
+        return _first_name(rest, names) or _first_name(text, names)
+    return rest.strip(_AROUND).removesuffix(".").strip(_AROUND) if trigger else ""
+
+
+def _first_name(text: str, names: Sequence[str]) -> str:
+    """The name that comes first as a word of its own; of two at one place, the longer one."""
+    found = []
+    for name in names:
+        flags = re.IGNORECASE if len(name) > 1 else 0
+        if match := re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text, flags):
+            found.append((match.start(), -len(name), name))
+    return min(found)[2] if found else ""
 
 
 def batches(
@@ -391,8 +416,7 @@ def _choose(
     records = []
     for question, by_number in zip(questions.rows, scores, strict=True):
         named = {name: by_number[number] for number, name in enumerate(question.names)}
-        best = max(range(len(question.names)), key=lambda number: by_number[number])
-        records.append(_record(question, question.names[best], named))
+        records.append(_likeliest(question, named))
     return records
 
 
@@ -419,14 +443,17 @@ def judge(task: str, question: Question, text: str) -> Record:
         right = number is not None and abs(number - float(question.expected)) <= 0.001
         answer = "" if number is None else f"{number:g}"
     else:
-        answer = extract_answer(text)
+        answer = extract_answer(text, question.names)
         right = answer == question.expected.strip()
     return Record(question.row, question.id, question.expected, answer, right, text=text)
 
 
-def _record(question: Question, answer: str, scores: dict[str, float]) -> Record:
-    rounded = {name: round(score, 5) for name, score in scores.items()}
-    return Record(question.row, question.id, question.expected, answer, answer == question.expected, rounded)
+def _likeliest(question: Question, scores: dict[str, float]) -> Record:
+    """The name of the highest score; none where a score is not a number, or none is finite."""
+    finite = {name: round(score, 5) for name, score in scores.items() if math.isfinite(score)}
+    sound = bool(finite) and not any(math.isnan(score) or score == math.inf for score in scores.values())
+    answer = max(scores, key=lambda name: scores[name]) if sound else ""
+    return Record(question.row, question.id, question.expected, answer, answer == question.expected, finite)
 
 
 def _encode(decoder: Decoder, question: Question) -> tuple[str, tuple[int, ...]]:
@@ -479,20 +506,28 @@ def _question(task: str, number: int, row: Any) -> Question:
         return Question(number, prompt, str(answer).replace(",", ""))
     if not isinstance(answer, str) or not answer.strip():
         raise ReftEdgeError(f'expected text under "answer", found {answer!r}')
-    return Question(number, prompt, answer.strip())
+    names = _stated_names(prompt)
+    return Question(number, prompt, answer.strip(), names=names if answer.strip() in names else ())
+
+
+def _stated_names(prompt: str) -> tuple[str, ...]:
+    """The names of a prompt that ends `Answer format: a/b`."""
+    stated = re.search(r"Answer format: *(\S+/\S+)\s*$", prompt)
+    return tuple(name for name in stated[1].split("/") if name) if stated else ()
 
 
 def _multiple_choice(number: int, prompt: str, answer: Any, choices: Any) -> Question:
     if choices is None:
-        stated = re.search(r"Answer format: *(\S+/\S+)\s*$", prompt)
-        if stated is None:
+        names = _stated_names(prompt)
+        if not names:
             raise ReftEdgeError('expected a list under "choices", or a prompt that ends `Answer format: a/b`')
-        names = tuple(stated[1].split("/"))
         completions = tuple(f"{TRIGGER} {name}" for name in names)
     else:
         if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
             raise ReftEdgeError(f'expected a list of texts under "choices", found {choices!r:.80}')
         names = completions = tuple(choices)
+        if not all(names):
+            raise ReftEdgeError("a choice is empty")
     if len(set(names)) != len(names) or len(names) < 2:
         raise ReftEdgeError("expected two or more choices that differ")
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(names):

@@ -11,8 +11,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from reft_edge.adapter import load_adapter
+from reft_edge.cli import app
 from reft_edge.encoders import load_encoder
 from reft_edge.errors import BaseMismatchError, ReftEdgeError
 from reft_edge.evaluation import (
@@ -25,6 +27,8 @@ from reft_edge.evaluation import (
     bootstrap,
     choose_format,
     compare,
+    evaluate_classifier,
+    evaluate_decoder,
     evaluate_folder,
     evaluate_model,
     extract_answer,
@@ -35,6 +39,7 @@ from reft_edge.evaluation import (
     mcnemar,
     parse_words,
     save_records,
+    summarise,
 )
 from reft_edge.export import export_model
 from reft_edge.models import ModelFolder, load_model
@@ -202,6 +207,120 @@ def test_answers_are_judged_by_the_rules():
     assert not judge("answer", answer, "answer1").right
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The correct answer is answer4.", "answer4"),
+        ("THE CORRECT ANSWER IS answer4", "answer4"),
+        ("I say:\nThe correct answer is: **answer4**", "answer4"),
+        ('the Correct Answer is "answer4".\n', "answer4"),
+        ("the correct answer is Mount Everest.", "Mount Everest"),
+        ("the correct answer is", ""),
+        ("It is answer4.", ""),
+        ("", ""),
+    ],
+)
+def test_an_answer_behind_the_words_whatever_their_capitals(text, expected):
+    assert extract_answer(text) == expected
+    assert judge("answer", Question(1, "p", "answer4"), text).right == (expected == "answer4")
+
+
+@pytest.mark.parametrize(
+    ("names", "text", "expected"),
+    [
+        ("answer1/answer2/answer3/answer4", "The correct answer is answer4.", "answer4"),
+        ("answer1/answer2/answer3/answer4", "It is answer4, not answer1.", "answer4"),
+        ("answer1/answer2", "answer1 is wrong. The correct answer is Answer2 or answer1", "answer2"),
+        ("answer1/answer2", "answer1: the correct answer is unknown", "answer1"),
+        ("answer1/answer12", "answer12", "answer12"),
+        ("true/false", "True. That is so", "true"),
+        ("true/false", "That is untrue.", ""),
+        ("A/B", "A dog? The correct answer is B", "B"),
+        ("A/B", "a dog", ""),
+        ("solution1/solution2", "", ""),
+    ],
+)
+def test_the_first_of_the_stated_names(tmp_path, names, text, expected):
+    """As LLM-Adapters reads the commonsense tasks; a name is a word of its own."""
+    for answer in names.split("/"):
+        rows = [{"prompt": f"Choose.\n\nAnswer format: {names}", "answer": answer}]
+        (question,) = load_questions(write(tmp_path / "rows.jsonl", rows)).rows
+        found = judge("answer", question, text)
+        assert (found.answer, found.right) == (expected, expected == answer)
+
+
+def test_answers_that_cannot_be_read_are_counted(device_folder, tmp_path):
+    rows = [
+        *({"prompt": f"Is {i} odd?\n\nAnswer format: true/false", "answer": "true"} for i in range(3)),
+        {"prompt": "Which?", "answer": "Rome"},
+    ]
+    path, records = write(tmp_path / "rows.jsonl", rows), tmp_path / "records.jsonl"
+    command = [
+        "eval",
+        str(device_folder / "export"),
+        str(path),
+        "--max-tokens",
+        "4",
+        "--records",
+        str(records),
+    ]
+    done = CliRunner().invoke(app, command)
+    assert "4 of 4 rows gave no answer that could be read; they count as wrong" in done.output
+    assert [found.answer for found in load_records(records)] == [""] * 4
+    assert json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)["unread"] == 4
+    numbers = [judge("number", Question(1, "p", "3"), text) for text in ("three", "3", "it is 4")]
+    assert summarise("number", numbers, 1.0).unread == 1
+    refused = CliRunner().invoke(app, [*command, "--records", str(path)])
+    assert refused.exit_code == 1
+    assert "would be replaced" in refused.output
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_scores_that_are_no_numbers_choose_nothing(device_folder, tmp_path, bad):
+    prompts = load_prompts(device_folder / "hf")
+
+    class Broken:
+        prompt_format, context_length = "raw", 999
+
+        def __init__(self, scores):
+            self.prompts, self.scores = prompts, scores
+
+        def log_likelihoods(self, batch):
+            return [[self.scores.pop(0) for _ in item.last] for item in batch]
+
+    rows = [{"prompt": "Who?", "choices": ["a", "b", "c"], "answer": 0}]
+    questions = load_questions(write(tmp_path / "rows.jsonl", rows))
+    found = evaluate_decoder(Broken([-1.0, bad, -2.0]), questions)
+    (record,) = found.records
+    assert (record.answer, found.unread) == (("a", 0) if bad == -math.inf else ("", 1))
+    assert record.scores == {"a": -1.0, "c": -2.0}
+    assert evaluate_decoder(Broken([bad] * 3), questions).records[0].answer == ""
+    save_records(found.records, tmp_path / "records.jsonl")
+    assert json.loads((tmp_path / "records.jsonl").read_text(), parse_constant=pytest.fail)
+
+    class BrokenClassifier:
+        labels = ("0", "1")
+
+        def probabilities(self, texts):
+            return [{"0": bad, "1": bad} for _ in texts]
+
+    labelled = load_questions(write(tmp_path / "rows.jsonl", [{"text": "a", "label": 1}]))
+    assert evaluate_classifier(BrokenClassifier(), labelled).unread == 1
+
+
+def test_tokens_beyond_the_embedding_are_refused(device_folder, tiny_model):
+    prompts = load_prompts(device_folder / "hf")
+    with torch_decoder(tiny_model, prompts, "raw", [], CPU) as decoder:
+        for call in (
+            lambda: decoder.generate([(5, 320)], 2),
+            lambda: decoder.log_likelihoods([Continuations((5, 999), (), (1, 2))]),
+            lambda: decoder.log_likelihoods([Continuations((5,), (400,), (1,))]),
+            lambda: decoder.log_likelihoods([Continuations((5,), (), (1, 320))]),
+        ):
+            with pytest.raises(ReftEdgeError, match=r"a row has the token .* the model has 320"):
+                call()
+
+
 def test_choices_come_from_the_stated_answer_format(tmp_path):
     rows = [{"prompt": "Choose.\n\nAnswer format: answer1/answer2", "completion": "-", "answer": "answer2"}]
     path = write(tmp_path / "rows.jsonl", rows)
@@ -240,6 +359,8 @@ def test_labelled_texts_become_prompts(tmp_path):
         ('{"prompt": "a", "answer": 2, "choices": ["b", "c"]}', "choice", "none of the choices"),
         ('{"prompt": "a", "answer": "b", "choices": "bc"}', "choice", "list of texts"),
         ('{"prompt": "a", "answer": "b"}', "choice", "Answer format"),
+        ('{"prompt": "a", "answer": 0, "choices": []}', None, "two or more choices"),
+        ('{"prompt": "a", "answer": 0, "choices": ["", "b"]}', None, "line 2: a choice is empty"),
         ('{"prompt": "a", "answer": "b"}', "number", "not a number"),
         ('{"prompt": "a", "answer": NaN}', "number", "not a number"),
         ('{"text": "a", "label": 1}', None, "mixes rows"),

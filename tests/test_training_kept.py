@@ -540,7 +540,7 @@ def test_lines_where_there_is_no_terminal():
         now[0] += 1.0
         lines(StepReport(step, 100, 2.0, 0.1, 1234.5, 0.5 if step == 13 else None))
     shown = [int(line.split()[1]) for line in said]
-    assert shown == [1, *range(5, 11, 5), 13, *range(18, 99, 5), 100]
+    assert shown == [1, 6, 11, 13, *range(18, 99, 5), 100]
     assert said[0] == "step 1 of 100  loss 2.0000  1,234 tokens/s  99 s left"
     assert "held-out loss 0.5000" in said[3]
     said.clear()

@@ -100,7 +100,7 @@ def evaluate_task(
             parse_words,
             save_records,
         )
-        from reft_edge.files import check_place
+        from reft_edge.files import check_apart, check_place
         from reft_edge.manifest import MANIFEST
 
         settings = EvalSettings(
@@ -116,10 +116,11 @@ def evaluate_task(
             threads=threads,
             trusted=trusted_keys(require_signed),
         )
+        adapters = [split_scale(given) for given in adapter or []]
         if records is not None:
+            check_apart(records, data, *(path for path, _ in adapters))
             check_place(records)
         questions = load_questions(data, task, limit)
-        adapters = [split_scale(given) for given in adapter or []]
         with progress_bar(console, "answering", len(questions.rows)) as on_done:
             if (Path(model) / MANIFEST).is_file():
                 found = evaluate_folder(Path(model), questions, adapters, settings, on_done)
@@ -134,3 +135,5 @@ def evaluate_task(
         f"accuracy {found.accuracy:.4f}, 95 % interval {found.low:.4f} to {found.high:.4f}: "
         f"{found.right:,} of {found.rows:,} rows right, task {found.task}, {found.seconds:,.1f} s"
     )
+    if found.unread:
+        say(f"{found.unread:,} of {found.rows:,} rows gave no answer that could be read; they count as wrong")

@@ -38,7 +38,7 @@ def inspect(
 
     with plain_errors(), extra("train"):
         from reft_edge.adapter import load_adapter
-        from reft_edge.files import check_place, write_atomically
+        from reft_edge.files import check_apart, check_place, write_atomically
         from reft_edge.inspection import inspect_adapter, measure_on
         from reft_edge.report_page import render, summary
 
@@ -47,6 +47,7 @@ def inspect(
         if limit < 1:
             raise ReftEdgeError(f"limit is {limit}; expected 1 or more")
         if output is not None:
+            check_apart(output, adapter, data, other)
             check_place(output)
         loaded = load_adapter(adapter)
         compared = (other.name, load_adapter(other)) if other else None
