@@ -1,13 +1,21 @@
 """Servers that mean no good: exchanges without end, answers that break every rule, places where we must not be sent."""
 
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta, timezone
+from ipaddress import ip_address
 from pathlib import Path
 
 import httpcore
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -216,6 +224,81 @@ def test_a_server_that_never_ends_keeps_nobody_out_of_the_store(site, store, tas
         end.set()
         slow.join()
     assert [one.status for one in results] == ["failed"]
+
+
+# Encryption
+
+
+@pytest.fixture
+def certified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ssl.SSLContext]:
+    """A server's side of an encrypted connection to 127.0.0.1, whose certificate this machine trusts."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.now(timezone.utc)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), True)
+        .sign(key, hashes.SHA256())
+    )
+    pem = certificate.public_bytes(Encoding.PEM)
+    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    (tmp_path / "both.pem").write_bytes(private + pem)
+    (tmp_path / "public.pem").write_bytes(pem)
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "public.pem"))
+    shipping_http._encryption.cache_clear()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "both.pem")
+    yield context
+    shipping_http._encryption.cache_clear()
+
+
+def answers_encrypted(
+    context: ssl.SSLContext, answer: Callable[[socket.socket], None]
+) -> Callable[[socket.socket], None]:
+    def talk(connection: socket.socket) -> None:
+        with context.wrap_socket(connection, server_side=True) as encrypted:
+            answer(encrypted)
+
+    return talk
+
+
+def says_hello(connection: socket.socket) -> None:
+    connection.recv(1 << 16)
+    connection.sendall(OK + b"Content-Length: 5\r\n\r\nhello")
+
+
+def test_encrypted_answers_arrive_and_end_in_time(certified, monkeypatch):
+    with raw_server(answers_encrypted(certified, says_hello)) as (host, _):
+        assert Web(f"https://{host}/", False).get(parse_url(f"https://{host}/"), 40) == b"hello"
+        with pytest.raises(ReftEdgeError, match=r"https://localhost.*certificate"):
+            Web("https://localhost/", False).get(
+                parse_url(f"https://{host}/".replace("127.0.0.1", "localhost")), 40
+            )
+    monkeypatch.setattr(shipping_http, "DEADLINE", 0.5)
+    for kind in ("a header", "trailer"):
+        drips = answers_encrypted(certified, forever(*ENDLESS[kind]))
+        with raw_server(drips) as (host, _), pytest.raises(ReftEdgeError, match="takes longer"):
+            Web(f"https://{host}/", False).get(parse_url(f"https://{host}/"), 40)
+
+
+def test_a_proxy_carries_encrypted_connections(certified, monkeypatch):
+    """What is asked for is asked of the server, inside; the proxy is told the name and nothing else."""
+    asked = []
+
+    def tunnels(connection: socket.socket) -> None:
+        asked.append(connection.recv(1 << 16))
+        connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+        answers_encrypted(certified, says_hello)(connection)
+
+    with raw_server(tunnels) as (proxy, _):
+        monkeypatch.setenv("https_proxy", f"http://me:secret@{proxy}")
+        monkeypatch.setenv("no_proxy", "")
+        assert Web("https://127.0.0.1/", False).get(parse_url("https://127.0.0.1/"), 40) == b"hello"
+    assert asked[0].startswith(b"CONNECT 127.0.0.1:443 ")
+    assert b"Basic bWU6c2VjcmV0" in asked[0]
 
 
 # Answers that break the rules
