@@ -17,8 +17,9 @@ from reft_edge.export.ports import ATTENTION_MASK, INPUT_IDS, insert_ports
 from reft_edge.export.residual import Site, find_head_input
 from reft_edge.export.structure import find_blocks
 from reft_edge.export.verify import TEXTS
-from reft_edge.files import read_text, replace_folder
+from reft_edge.files import read_text
 from reft_edge.fingerprint import fingerprint
+from reft_edge.folders import replace_folder
 from reft_edge.layers import parse_layers
 from reft_edge.manifest import MANIFEST, Manifest, save_manifest
 from reft_edge.models import ModelFolder, class_name, load_config, load_model

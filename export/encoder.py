@@ -28,8 +28,8 @@ from reft_edge.export import package_versions
 from reft_edge.export.ports import insert_ports
 from reft_edge.export.residual import Site, Use
 from reft_edge.export.verify import TEXTS, TOLERANCE, largest_difference, random_adapters, require
-from reft_edge.files import replace_folder
 from reft_edge.fingerprint import fingerprint
+from reft_edge.folders import replace_folder
 from reft_edge.layers import parse_layers
 from reft_edge.manifest import MANIFEST, Manifest, save_manifest
 from reft_edge.models import ModelFolder, load_model_prompts

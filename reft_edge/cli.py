@@ -95,7 +95,11 @@ def main(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
     ] = False,
 ) -> None:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what Ctrl-C cleans up, `kill` does, too
+    # What Ctrl-C cleans up, `kill` and a closed terminal do, too; under nohup the latter stays ignored.
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
 
 
 _COMMANDS: tuple[tuple[str, str, Callable[..., None], str], ...] = (

@@ -1,23 +1,17 @@
-"""Files of strangers opened once and safely; files and folders written so that a failed write leaves the old ones in place."""
+"""Files of strangers opened once and safely; files written so that a failed write leaves the old ones in place."""
 
 import codecs
 import errno
-import glob
 import hashlib
 import os
-import shutil
 import stat
 import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 from reft_edge.errors import ReftEdgeError
+from reft_edge.unfinished import PREFIX, held, unfinished
 
-_UNFINISHED = ".unfinished-"
-_STALE = 24 * 60 * 60
 _PIECE = 1 << 20
 
 
@@ -93,7 +87,7 @@ def check_place(path: Path, room: int = 1) -> None:
             raise ReftEdgeError(f"{path} is a folder; give the name of a file")
         if path.exists() and not path.is_file():
             raise ReftEdgeError(f"{path} is not a regular file; give another name")
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.") as probe:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=PREFIX) as probe:
             for start in range(0, room, _PIECE):
                 probe.write(bytes(min(_PIECE, room - start)))
             probe.flush()
@@ -110,27 +104,45 @@ def check_apart(output: Path, *inputs: Path | None) -> None:
 
 
 def write_atomically(path: Path, content: bytes, mode: int | None = None) -> None:
-    """Write to a temporary name beside `path`, flush to disk, rename. `mode`: its permissions; None for a new file's.
+    """Write to a temporary name beside `path`, flush to disk, rename.
 
-    Raises ReftEdgeError if the folder is missing or cannot be written; `path` is then as it was before.
+    `mode`: its permissions, by default those of the file that it replaces.
+
+    Raises ReftEdgeError if the folder is missing or cannot be written, or if `path` is something else than a file; it is
+    then as it was before.
     """
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        kept = _mode_to_keep(path) if mode is None else mode
+        temporary = unfinished(path.parent)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+        handle = os.open(temporary, flags, 0o666 if kept is None else kept)
     except OSError as error:
         raise ReftEdgeError(f"cannot write {path}: {error.strerror}; choose another place") from error
     try:
-        with os.fdopen(handle, "wb") as file:
+        with held(temporary), os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask() if mode is None else mode)
+        if kept is not None:
+            temporary.chmod(kept)
         os.replace(temporary, path)
     except OSError as error:
-        Path(temporary).unlink(missing_ok=True)
         raise ReftEdgeError(f"cannot write {path}: {error.strerror}") from error
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _mode_to_keep(path: Path) -> int | None:
+    """The permissions of an existing file; None if there is none. Raises OSError if `path` is something else."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return None
+    if stat.S_ISDIR(mode):
+        raise OSError(errno.EISDIR, "it is a folder", str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return stat.S_IMODE(mode)
 
 
 def replace_file(path: Path, content: bytes, temporary: Path, mode: int = 0o666) -> None:
@@ -176,49 +188,6 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-@contextmanager
-def replace_folder(target: Path, marker: str) -> Iterator[Path]:
-    """Give an empty temporary folder that becomes `target` when the block succeeds and vanishes when it fails.
-
-    An existing `target` is only replaced if it is empty or holds the file `marker`, so that a mistyped
-    output path cannot delete somebody's files. Raises ReftEdgeError otherwise. What a killed process left behind of
-    an earlier attempt is removed when it is a day old.
-    """
-    target = Path(os.path.abspath(target))
-    if target.exists() and not target.is_dir():
-        raise ReftEdgeError(f"{target} is a file; give a folder")
-    if target.is_dir() and any(target.iterdir()) and not (target / marker).is_file():
-        raise ReftEdgeError(
-            f"{target} is not empty and was not written by reft-edge; give another folder or empty it"
-        )
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(target)
-        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}{_UNFINISHED}"))
-    except OSError as error:
-        raise ReftEdgeError(
-            f"cannot write beside {target}: {error.strerror}; choose another place"
-        ) from error
-    try:
-        yield temporary
-        temporary.chmod(0o777 & ~_umask())
-        if target.is_dir():
-            old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old."))
-            os.replace(target, old)
-            os.replace(temporary, target)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.replace(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _remove_leftovers(target: Path) -> None:
-    for folder in target.parent.glob(f"{glob.escape(f'.{target.name}{_UNFINISHED}')}*"):
-        if folder.is_dir() and not folder.is_symlink() and time.time() - folder.stat().st_mtime > _STALE:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
 def name_to_store(path: Path) -> str:
     """A file's name for an adapter's description: at most 200 characters, and UTF-8 whatever bytes the name has."""
     return path.name[:200].encode(errors="replace").decode()
@@ -231,9 +200,3 @@ def sha256_of(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -8,6 +8,7 @@ from typing import Any
 
 from reft_edge.errors import BaseMismatchError, ReftEdgeError
 from reft_edge.files import decode_text
+from reft_edge.folders import restore_folder
 from reft_edge.places import COMPONENTS, Place
 
 MANIFEST = "reft_edge.json"
@@ -88,6 +89,7 @@ def save_manifest(manifest: Manifest, folder: Path) -> None:
 
 def load_manifest(folder: Path) -> Manifest:
     """Read a folder's manifest. Raises ReftEdgeError if it is missing, malformed or of another version."""
+    restore_folder(folder)
     path = folder / MANIFEST
     try:
         with path.open("rb") as file:

@@ -13,7 +13,8 @@ from typing import Any
 
 from reft_edge.cache import cache_folder, check_own
 from reft_edge.errors import ReftEdgeError
-from reft_edge.files import replace_folder, sha256_of
+from reft_edge.files import sha256_of
+from reft_edge.folders import replace_folder
 from reft_edge.gguf_header import GgufHeader, check_model, is_gguf, read_gguf_header
 from reft_edge.hub import download_model
 from reft_edge.json_files import read_object
