@@ -106,37 +106,51 @@ class Chat:
             self.write(f"there is no command /{command}; /help lists them\n")
         return True
 
-    def _messages(self) -> list[Message]:
+    def _messages(self, turns: list[Message]) -> list[Message]:
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        return [*system, *self.turns]
+        return [*system, *turns]
 
     def _answer(self, text: str) -> None:
-        self.turns.append({"role": "user", "content": text})
-        dropped = 0
-        while len(self.turns) > 1 and self._room() < _ROOM:
-            del self.turns[:2]
-            dropped += 1
-        if dropped:
-            self.write(f"(the context is full: the oldest {dropped} of the turns went)\n")
+        """Answer, and remember question and answer; of a turn that fails, nothing is remembered."""
+        turns: list[Message] = [*self.turns, {"role": "user", "content": text}]
+        kept = self._fitting(turns)
+        pieces: list[str] = []
         try:
             generation = self.model.stream(
-                self._messages(), self.chosen, raw=False, max_tokens=self.max_tokens, sampling=self.sampling
+                self._messages(kept),
+                self.chosen,
+                raw=False,
+                max_tokens=self.max_tokens,
+                sampling=self.sampling,
             )
-        except ReftEdgeError:
-            self.turns.pop()
-            raise
-        self._last, pieces = generation, list[str]()
-        try:
+            self._last = generation
+            if len(kept) < len(turns):
+                self.write(
+                    f"(the context is full: the oldest {(len(turns) - len(kept)) // 2} of the turns went)\n"
+                )
             for piece in generation:
                 pieces.append(piece)
                 self.write(piece)
         except KeyboardInterrupt:
-            self.write(" …")
-        self.write("\n")
-        self.turns.append({"role": "assistant", "content": "".join(pieces)})
+            self.write(" …\n")
+            if not pieces:
+                return
+        except ReftEdgeError:
+            if pieces:
+                self.write("\n")
+            raise
+        else:
+            self.write("\n")
+        self.turns = [*kept, {"role": "assistant", "content": "".join(pieces)}]
 
-    def _room(self) -> int:
-        return self.model.manifest.context_length - len(self.model.prompts.encode_chat(self._messages()))
+    def _fitting(self, turns: list[Message]) -> list[Message]:
+        """The turns without the oldest, so many that an answer has room."""
+        while len(turns) > 1 and self._room(turns) < _ROOM:
+            turns = turns[2:]
+        return turns
+
+    def _room(self, turns: list[Message]) -> int:
+        return self.model.manifest.context_length - len(self.model.prompts.encode_chat(self._messages(turns)))
 
     def _show_stats(self) -> None:
         if self._last is None:

@@ -97,3 +97,66 @@ def test_a_model_without_a_template_cannot_chat(chat):
     object.__setattr__(chat.model.prompts, "template", None)
     with pytest.raises(ReftEdgeError, match="no chat template"):
         Chat(chat.model, "tiny", print)
+
+
+def fail_at(monkeypatch, chat, name, times=1, after=0, error=ReftEdgeError):
+    """Let a method of the model or its prompts raise the next times that it is called, after some that work."""
+    owner = chat.model if hasattr(chat.model, name) else type(chat.model.prompts)
+    plain, calls = getattr(owner, name), iter(range(10**6))
+
+    def called(*arguments, **options):
+        if after <= next(calls) < after + times:
+            raise error("it failed")
+        return plain(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, called)
+
+
+@pytest.mark.parametrize(("name", "after"), [("stream", 0), ("encode_chat", 0), ("encode_chat", 1)])
+def test_a_turn_that_fails_is_as_if_it_had_not_been(chat, monkeypatch, name, after):
+    first = chat.say("Who are you?")
+    before = list(chat.turns)
+    fail_at(monkeypatch, chat, name, after=after)
+    assert "it failed" in chat.say("This one fails")
+    assert chat.turns == before
+    history = [*before, {"role": "user", "content": "ice"}]
+    assert chat.say("ice") == chat.model.generate(history, raw=False, max_tokens=8) + "\n"
+    assert [turn["content"] for turn in chat.turns[::2]] == ["Who are you?", "ice"]
+    assert chat.turns[1]["content"] == first[:-1]
+
+
+def broken_off(chat, error, after):
+    """A write that raises after some pieces."""
+    plain, pieces = chat.write, []
+
+    def write(text):
+        if len(pieces) == after:
+            pieces.append(None)
+            raise error("it failed")
+        pieces.append(text)
+        plain(text)
+
+    chat.write = write
+
+
+@pytest.mark.parametrize("after", [0, 2])
+def test_an_answer_that_breaks_off(chat, after):
+    broken_off(chat, ReftEdgeError, after)
+    assert "it failed\n" in chat.say("Who are you?")
+    assert chat.turns == []
+    assert chat.say("Who are you?") == chat.model.generate("Who are you?", raw=False, max_tokens=8) + "\n"
+
+
+@pytest.mark.parametrize("after", [0, 2])
+def test_an_interrupted_answer_is_remembered_as_far_as_it_came(chat, after):
+    broken_off(chat, KeyboardInterrupt, after)
+    said = chat.say("Who are you?")
+    assert said.endswith(" …\n")
+    assert [turn["role"] for turn in chat.turns] == ["user", "assistant"]
+    assert chat.turns[1]["content"].startswith(said[: -len(" …\n")])
+
+
+def test_an_interrupt_before_the_answer_ends_the_turn_only(chat, monkeypatch):
+    fail_at(monkeypatch, chat, "stream", error=KeyboardInterrupt)
+    assert chat.say("Who are you?") == " …\n"
+    assert chat.turns == []
