@@ -15,7 +15,8 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 if sys.platform == "win32":
     import msvcrt
 
-    def _lock(handle: int) -> None:
+    def lock(handle: int) -> None:
+        """Lock an open file until it is closed. Raises BlockingIOError if another holds it."""
         try:
             msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
         except OSError as error:
@@ -24,7 +25,8 @@ if sys.platform == "win32":
 else:
     import fcntl
 
-    def _lock(handle: int) -> None:
+    def lock(handle: int) -> None:
+        """Lock an open file or folder until it is closed. Raises BlockingIOError if another holds it."""
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
@@ -54,7 +56,7 @@ def _acquire(path: Path) -> int:
     while True:
         handle = _open(path)
         try:
-            _lock(handle)
+            lock(handle)
             with suppress(FileNotFoundError):
                 # the one who held it before may have removed the name since it was opened here
                 if os.path.samestat(os.fstat(handle), os.stat(path, follow_symlinks=False)):

