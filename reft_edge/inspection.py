@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from reft_edge.adapter import Adapter, AdapterConfig, folded_rows
 from reft_edge.algebra import Array
 from reft_edge.data import Example, encode_row
-from reft_edge.encoders import TextTokens, parse_row
+from reft_edge.encoders import TextTokens, Tokens, parse_row
 from reft_edge.errors import ReftEdgeError
 from reft_edge.jsonl import read_rows
 from reft_edge.positions import active, group_names
@@ -30,6 +30,7 @@ _NEGLIGIBLE = 1e-6
 _LEAST_SHIFT = 1e-4
 
 Floats = NDArray[np.float64]
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
@@ -185,13 +186,15 @@ def position_order(name: str) -> tuple[int, int]:
 
 
 def load_rows(path: Path, prompts: Prompts, prompt_format: str, limit: int) -> list[Example]:
-    """The first rows of a file as prompt and, where a row has one, completion.
+    """The first rows of a file as prompt and, where a row has one, completion; of a preference, the chosen answer.
 
     Raises ReftEdgeError that names the line for rows without a prompt.
     """
 
     def parse(row: Any) -> Example:
-        if isinstance(row, dict) and isinstance(row.get("prompt"), str) and "completion" not in row:
+        if isinstance(row, dict) and "chosen" in row:
+            example = encode_row({**row, "completion": row["chosen"]}, prompts, prompt_format)
+        elif isinstance(row, dict) and isinstance(row.get("prompt"), str) and "completion" not in row:
             example = Example(tuple(prompts.encode_prompt(row["prompt"], prompt_format)), ())
         else:
             example = encode_row(row, prompts, prompt_format)
@@ -202,21 +205,30 @@ def load_rows(path: Path, prompts: Prompts, prompt_format: str, limit: int) -> l
     return _first(path, limit, parse)
 
 
-def load_texts(path: Path, tokens: TextTokens, limit: int) -> list[Example]:
-    """The first labelled texts of a file, for an encoder: the whole text is the prompt."""
-    return _first(path, limit, lambda row: Example(tokens(parse_row(row)[0]).ids, ()))
+def load_texts(path: Path, tokens: TextTokens, limit: int) -> list[Tokens]:
+    """The first texts, or pairs of texts, of a file, for an encoder; a label is not needed."""
+    return _first(
+        path,
+        limit,
+        lambda row: tokens(parse_row({"label": "", **row} if isinstance(row, dict) else row)[0]),
+    )
 
 
 def measure(
-    model: Any, adapter: Adapter, rows: Sequence[Example], prompts: Prompts | None, device: Any
+    model: Any,
+    adapter: Adapter,
+    rows: Sequence[Example] | Sequence[Tokens],
+    prompts: Prompts | None,
+    device: Any,
 ) -> Effect:
-    """Run the PyTorch model on the rows, with the adapter and without.
+    """Run the PyTorch model on the rows, a decoder's or an encoder's, with the adapter and without.
 
     `prompts` names tokens; None for an encoder, which predicts none. Raises ReftEdgeError for an adapter of another base.
     """
     import torch
 
     from reft_edge.interventions import Interventions
+    from reft_edge.likelihood import readable
     from reft_edge.torch_answers import check_bases
 
     check_bases(model, [(adapter, 1.0)])
@@ -226,11 +238,10 @@ def measure(
     before = after = torch.zeros(())
     with torch.no_grad(), _recorded(model.to(device).eval(), interventions) as (steering, edits):
         for row in rows:
-            n = len(row.prompt)
-            ids = torch.tensor([row.prompt + row.completion[:_ANSWER_TOKENS][:-1]], device=device)
-            names = [position(t, n) for t in range(ids.shape[1])]
-            with steering.prompts(torch.tensor([n], device=device)):
-                output = model(input_ids=ids)
+            n, inputs = _inputs(model, row, device)
+            names = [position(t, n) for t in range(inputs["input_ids"].shape[1])]
+            with steering.prompts(torch.tensor([n], device=device)), readable(model, len(names)):
+                output = model(**inputs)
             for layer, relative in edits.items():
                 for t, name in enumerate(names):
                     if any(bool(active(span, t, n)) for span in adapter.config.spans):
@@ -239,7 +250,7 @@ def measure(
             if prompts is None:
                 continue
             with steering.off():
-                base = model(input_ids=ids).logits[0].float().log_softmax(dim=-1)
+                base = model(**inputs).logits[0].float().log_softmax(dim=-1)
             known = output.logits[0].float().log_softmax(dim=-1)
             shifts = (known.exp() * (known - base)).sum(dim=-1).clamp(min=0)
             for name, shift in zip(names, shifts.tolist(), strict=True):
@@ -261,6 +272,24 @@ def measure(
     )
 
 
+def _inputs(model: Any, row: Example | Tokens, device: Any) -> tuple[int, dict[str, Any]]:
+    """A row's prompt length and what the model reads of it; an encoder's whole text is the prompt."""
+    import torch
+
+    from reft_edge.encoders import has_token_types
+    from reft_edge.likelihood import check_tokens
+
+    if isinstance(row, Tokens):
+        n, ids = len(row.ids), row.ids
+    else:
+        n, ids = len(row.prompt), row.prompt + row.completion[:_ANSWER_TOKENS][:-1]
+    check_tokens(model, [ids])
+    inputs = {"input_ids": torch.tensor([ids], device=device)}
+    if isinstance(row, Tokens) and has_token_types(model):
+        inputs["token_type_ids"] = torch.tensor([row.types], device=device)
+    return n, inputs
+
+
 def measure_on(
     model: str, adapter: Adapter, data: Path, limit: int, report: Callable[[str], None] = lambda message: None
 ) -> Effect:
@@ -272,8 +301,8 @@ def measure_on(
     folder = resolve_model(model, report)
     device = torch_device(None)
     if is_encoder(folder):
-        rows = load_texts(data, load_text_tokens(folder), limit)
-        return measure(load_encoder(folder), adapter, rows, None, device)
+        texts = load_texts(data, load_text_tokens(folder), limit)
+        return measure(load_encoder(folder), adapter, texts, None, device)
     prompts = load_model_prompts(folder)
     rows = load_rows(data, prompts, adapter.config.prompt_format, limit)
     return measure(load_model(folder), adapter, rows, prompts, device)
@@ -371,7 +400,7 @@ def _gains(rows_a: Array, rows_b: Array) -> Floats:
     return norms
 
 
-def _first(path: Path, limit: int, parse: Callable[[Any], Example]) -> list[Example]:
+def _first(path: Path, limit: int, parse: Callable[[Any], Row]) -> list[Row]:
     rows = [row for _, row in islice(read_rows(path, parse), limit)]
     if not rows:
         raise ReftEdgeError(f"{path} has no rows")

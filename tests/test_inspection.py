@@ -11,15 +11,17 @@ import torch
 from typer.testing import CliRunner
 
 from reft_edge.adapter import Adapter, AdapterConfig, fold, load_adapter, save_adapter
+from reft_edge.classification import pooled_states
 from reft_edge.cli import app
 from reft_edge.data import Example
-from reft_edge.encoders import load_encoder
+from reft_edge.encoders import load_encoder, load_text_tokens
 from reft_edge.errors import BaseMismatchError, ReftEdgeError
 from reft_edge.inspection import (
     TokenShift,
     inspect_adapter,
     kept_curve,
     load_rows,
+    load_texts,
     measure,
     orthonormal,
     position,
@@ -214,6 +216,47 @@ def test_an_encoders_edits_are_measured(tmp_path):
     assert done.exit_code == 0, done.output
     assert "strongest edits" in done.output
     assert "Edits on 2 rows" in (tmp_path / "r.html").read_text()
+
+
+@pytest.mark.parametrize("architecture", ["bert", "roberta", "distilbert"])
+def test_a_pair_of_texts_is_read_as_in_training(tmp_path, architecture):
+    """Token types included, where the encoder has them; a label is not needed."""
+    source = ModelFolder(make_encoder(tmp_path / "hf", architecture), "tiny")
+    encoder = load_encoder(source)
+    adapter = random_classifier(encoder, positions="f2")
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "I am well.", "text2": "How are you?"}\n')
+    (row,) = load_texts(path, load_text_tokens(source), 9)
+    assert row.types == (0,) * row.types.count(0) + (1,) * row.types.count(1)
+    assert row.types.count(1) > 2
+    found = measure(encoder, adapter, [row], None, "cpu")
+    seen = []
+    with steered(encoder, (Interventions.from_adapter(adapter), 1.0)):
+        handle = encoder.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True
+        )
+        pooled_states(encoder, [row], "cls", torch.device("cpu"))
+        handle.remove()
+    types = measure(encoder, adapter, [dataclasses.replace(row, types=(0,) * len(row.ids))], None, "cpu")
+    assert ("token_type_ids" in seen[0]) == (found.norms != types.norms) == (architecture == "bert")
+    assert set(found.norms) == {"1", "2"}
+
+
+def test_rows_of_each_shape_that_is_trained(device_folder, tiny_model, tmp_path):
+    path, adapter = tmp_path / "rows.jsonl", random_adapter(tiny_model, positions="f2+l2")
+    prompts = load_prompts(device_folder / "hf")
+    turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "ice"}]
+    rows = [
+        {"prompt": "Who?", "completion": "ice"},
+        {"messages": turns},
+        {"prompt": "Who?", "chosen": "ice", "rejected": "the dog"},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    loaded = load_rows(path, prompts, "chat", 9)
+    assert loaded[0] == loaded[1] == loaded[2]
+    assert measure(tiny_model, adapter, loaded, prompts, "cpu").rows == 3
+    with pytest.raises(ReftEdgeError, match="a row has the token 320"):
+        measure(tiny_model, adapter, [Example((5, 320), ())], prompts, "cpu")
 
 
 def test_the_page_is_self_contained_and_escapes_everything(device_folder, tiny_model):
