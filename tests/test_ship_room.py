@@ -116,6 +116,18 @@ def test_a_small_one_still_fits_after_one_that_is_too_large(repository, store, c
     assert [(one.name, one.status) for one in found] == [("a-large-one", "failed"), ("task", "installed")]
 
 
+def test_what_waits_does_not_grow_with_every_pull(site, store):
+    """New names come first, and the old ones are still offered."""
+    names = ["m", "n"]
+    for new in ("c", "b", "a"):
+        names.insert(0, new)
+        offer(site, names, 10_000)
+        pull(open_repository(site.url), store, max_bytes=25_000)
+        assert left(store) == [9_999] * 2
+    pull(open_repository(site.url), store, max_bytes=15_000)
+    assert left(store) == [9_999]
+
+
 def test_parts_that_nobody_asks_for_are_removed(site, store, contents):
     offer(site, ["a", "b"], 500)
     pull(open_repository(site.url), store)

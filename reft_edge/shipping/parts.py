@@ -119,14 +119,17 @@ class Parts:
         """Remove what there is of a release that is not going to be downloaded."""
         _remove(self._path(release.hex_digest))
 
-    def sweep(self, wanted: Collection[Release]) -> None:
-        """Remove the parts that nobody asks for: this repository's of other releases than the wanted ones, others' that are
-        older than AGE, and those of earlier versions of reft-edge. What another process is downloading stays."""
+    def sweep(self, wanted: Collection[Release], max_bytes: int) -> None:
+        """Remove the parts that nobody asks for: this repository's of other releases than the wanted ones or beyond
+        `max_bytes`, others' that are older than AGE, and those of earlier versions of reft-edge. What another process is
+        downloading stays."""
+        left = max_bytes
         asked = {self._path(release.hex_digest).name for release in wanted}
         for entry in os.scandir(self._store.own_folder(".parts")):
             path = Path(entry.path).with_suffix(".part")
             if entry.name.startswith(f"{self._prefix}-"):
-                stays = path.name in asked
+                left -= entry.stat(follow_symlinks=False).st_size
+                stays = path.name in asked and left >= 0
             else:
                 stays = time.time() - entry.stat(follow_symlinks=False).st_mtime <= AGE
             if not stays:

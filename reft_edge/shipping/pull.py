@@ -86,7 +86,7 @@ def pull(
         return []
     parts = Parts(store, repository.address)
     with store.changing():
-        parts.sweep(wanted)
+        parts.sweep(wanted, max_bytes)
     one = _Puller(repository, store, parts, version is not None, base, trusted, report, max_bytes)
     return [one.pull(release) for release in wanted]
 
@@ -124,7 +124,11 @@ class _Puller:
             return found
         part = found
         try:
-            self._reserve(release, part)
+            try:
+                self._reserve(release, part)
+            except ReftEdgeError:
+                part.cut(0)  # or what is kept for later would grow with every pull
+                raise
             download(self._repository, release, part, self._report)
             content = part.content()
             try:
