@@ -17,7 +17,7 @@ from reft_edge.errors import ReftEdgeError
 from reft_edge.files import sha256_of
 from reft_edge.jsonl import read_rows
 from reft_edge.positions import active, group_names, parse_positions
-from reft_edge.prompts import ANSWER, Message, Prompts
+from reft_edge.prompts import ANSWER, Message, Prompts, check_texts
 
 Tools = list[dict[str, Any]] | None
 
@@ -100,6 +100,8 @@ def view_row(row: Any, prompts: Prompts, prompt_format: str) -> View:
     """
     if not isinstance(row, dict):
         raise ReftEdgeError('expected an object like {"prompt": ..., "completion": ...}')
+    for name in ("prompt", "completion", "tools", "messages"):
+        check_texts(row.get(name), f"`{name}`")
     tools = _tools(row.get("tools"))
     if prompt_format == "raw" and ("messages" in row or tools):
         raise ReftEdgeError(
@@ -184,7 +186,7 @@ def _view_chat(messages: Sequence[Message], tools: Tools, prompts: Prompts) -> V
         notes += more
     if not answer.strip():
         raise ReftEdgeError("the chat template writes nothing of the answer")
-    notes += _not_written(messages[-1], tools, before, answer)
+    notes += _not_written(messages[-1], tools, before, answer, prompts)
     answer, more = _ended(answer, prompts)
     prompt, completion = prompts.encode_both(before, answer)
     return _view(prompt, completion, prompts, [*notes, *more])
@@ -216,7 +218,7 @@ def _answer_behind_opener(
     content = str(messages[-1].get("content") or "").lstrip()
     if content.startswith(opener.strip()):
         space = opener[len(opener.rstrip()) :]
-        return content[len(opener.strip()) :].removeprefix(space) + prompts.turn_tail, []
+        return content[len(opener.strip()) :].removeprefix(space) + (prompts.turn_tail or ""), []
     return whole[start:], [
         f"answers that are trained right behind {opener!r}, with which the chat template begins a reply"
     ]
@@ -228,7 +230,7 @@ def _common(one: str, other: str) -> int:
     return next((at for at, (mine, its) in pairs if mine != its), min(len(one), len(other)))
 
 
-def _not_written(message: Message, tools: Tools, before: str, answer: str) -> list[str]:
+def _not_written(message: Message, tools: Tools, before: str, answer: str, prompts: Prompts) -> list[str]:
     """What of the answer and the tools a template leaves out. Raises ReftEdgeError if that is a tool call."""
     written = before[-200:] + answer
     notes = []
@@ -241,9 +243,8 @@ def _not_written(message: Message, tools: Tools, before: str, answer: str) -> li
             notes.append(
                 "tool calls whose arguments are JSON text, which the chat template quotes once more; give them as an object"
             )
-    content = message.get("content") or ""
-    if not _holds(written, content):
-        if content.split()[-1] not in written:
+    if not _holds(written, message.get("content")):
+        if prompts.turn_tail is None:
             raise ReftEdgeError("the chat template writes nothing of the answer's text")
         notes.append("answers of which the chat template writes only a part or another form; that is trained")
     for name in ("reasoning_content", "reasoning", "thinking"):
@@ -269,7 +270,7 @@ def _holds(written: str, text: Any) -> bool:
 
 def _ended(answer: str, prompts: Prompts) -> tuple[str, list[str]]:
     """The answer up to the first token that ends its turn; the model's own is added where the template writes none."""
-    tail = prompts.turn_tail
+    tail = prompts.turn_tail or ""
     body, end = (answer[: -len(tail)], tail) if tail and answer.endswith(tail) else (answer.rstrip(), "")
     if prompts.turn_end is not None and end:
         token = _text(prompts, prompts.turn_end)

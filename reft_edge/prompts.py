@@ -48,7 +48,7 @@ class Prompts:
     ) -> list[int]:
         """Token ids of a conversation, ending where the assistant's answer begins. Raises ReftEdgeError without a template."""
         for number, message in enumerate(messages, start=1):
-            _check_texts(message, f"message {number}")
+            check_texts(message, f"message {number}")
         return self.encode_plain(self.render(messages, tools=tools))
 
     def encode_plain(self, text: str) -> list[int]:
@@ -125,21 +125,21 @@ class Prompts:
         return next((text for text in texts if text is not None), "")
 
     @cached_property
-    def turn_tail(self) -> str:
-        """What the template writes behind an answer; "" if that is nothing, or if there is no template."""
+    def turn_tail(self) -> str | None:
+        """What the template writes behind an answer; None if it does not write a plain answer, or there is no template."""
         try:
             text = self.render(
                 [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": ANSWER}], False
             )
         except ReftEdgeError:
-            return ""
-        return text.rpartition(ANSWER)[2] if ANSWER in text else ""
+            return None
+        return text.rpartition(ANSWER)[2] if ANSWER in text else None
 
     @cached_property
     def turn_end(self) -> int | None:
         """The token by which the template ends an answer; None if it writes none."""
         added = self.tokenizer.get_added_tokens_decoder()
-        return next((token for token in self.encode_plain(self.turn_tail) if token in added), None)
+        return next((token for token in self.encode_plain(self.turn_tail or "") if token in added), None)
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
@@ -181,9 +181,9 @@ def check_text(text: str) -> None:
         ) from error
 
 
-def _check_texts(message: Any, where: str) -> None:
-    """`check_text` of all that a message holds, naming its place."""
-    todo = [message]
+def check_texts(value: Any, where: str) -> None:
+    """`check_text` of every text that a value holds, naming its place."""
+    todo = [value]
     while todo:
         part = todo.pop()
         if isinstance(part, str):

@@ -8,7 +8,7 @@ template that only writes its conversation down meets it.
 import json
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
 from contextvars import ContextVar
 from datetime import datetime
 from functools import wraps
@@ -28,6 +28,8 @@ from reft_edge.errors import ReftEdgeError
 
 LONGEST_SOURCE = 128 * 1024
 """Characters of a template."""
+MOST_NODES = 8192
+"""Expressions and statements of a template; those in use have up to 1,400."""
 ALLOWED = 2_000_000
 """Passes, characters and elements that any rendering may cost."""
 ALLOWED_A_CHARACTER = 64
@@ -101,7 +103,7 @@ class _Allowance:
     def spend(self, amount: int) -> None:
         self.left -= amount
         if self.left < self._next_look:
-            self._next_look = self.left - 1000
+            self._next_look = self.left - 200
             if self.left < 0 or time.thread_time() > self._until:
                 self.left = -1
                 raise ReftEdgeError(
@@ -128,7 +130,9 @@ def _measure(value: Any, most: int | None, characters: bool = True) -> int:
         elif isinstance(part, Mapping):
             todo.extend(part.keys())
             todo.extend(part.values())
-        elif isinstance(part, list | tuple | set | frozenset):
+        elif isinstance(part, Namespace):
+            todo.append(part._Namespace__attrs)  # type: ignore[attr-defined]
+        elif isinstance(part, list | tuple | set | frozenset | KeysView | ValuesView | ItemsView):
             total += len(part)
             if most is not None and total > most:
                 break
@@ -415,8 +419,11 @@ class _Environment(ImmutableSandboxedEnvironment):
         )
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        tree: nodes.Template = _Counted().visit(super()._parse(source, name, filename))
-        return tree
+        tree = super()._parse(source, name, filename)
+        if sum(1 for _ in tree.find_all(nodes.Node)) > MOST_NODES:
+            raise SecurityError(f"it has more than {MOST_NODES:,} expressions and statements")
+        counted: nodes.Template = _Counted().visit(tree)
+        return counted
 
     @property
     def step(self) -> bool:
