@@ -70,9 +70,15 @@ def json_frame(content: bytes, source: random.Random) -> bytes:
     return mutate_json(content.decode(), source).encode(errors="surrogatepass")
 
 
+def body_frame(content: bytes, source: random.Random) -> bytes:
+    """The byte that chooses the route stays."""
+    return content[:1] + json_frame(content[1:], source)
+
+
 FRAMES = {
     **dict.fromkeys(("adapter", "checkpoint"), mutate_safetensors),
     **dict.fromkeys(("manifest", "signature", "pyreft-config", "index", "oci-manifest"), json_frame),
+    "server-bodies": body_frame,
 }
 """By target."""
 

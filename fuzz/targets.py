@@ -17,6 +17,7 @@ from harness import Target
 from http_targets import registry_target, web_target
 from own_targets import adapter_target, manifest_target, signature_target, trusted_keys_target
 from repository_targets import index_target, oci_manifest_target
+from server_targets import server_bodies_target
 
 TARGETS: dict[str, Callable[[Path], Target]] = {
     "adapter": adapter_target,
@@ -34,6 +35,7 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "oci-manifest": oci_manifest_target,
     "web": web_target,
     "registry": registry_target,
+    "server-bodies": server_bodies_target,
 }
 
 

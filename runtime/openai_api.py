@@ -64,7 +64,7 @@ class Body(BaseModel):
         kept = {name: value for name, value in fields.items() if value is not None and name not in _IGNORED}
         for name in [name for name in kept if name not in cls.model_fields]:
             if name not in _NEUTRAL:
-                raise ValueError(f"{name[:100]}: there is no such field")
+                raise ValueError(f"{_quoted(name)}: there is no such field")
             if kept.pop(name) not in _NEUTRAL[name]:
                 raise ValueError(f"{name} is not supported by this server")
         return kept
@@ -259,6 +259,10 @@ def _texts_or_tokens(value: Any) -> list[str | Tokens]:
     raise ValueError(
         "expected a text, a list of texts, a list of token ids, or a list of such lists, none empty"
     )
+
+
+def _quoted(name: str) -> str:
+    return name if name.isidentifier() and len(name) < 100 else repr(name[:100])
 
 
 def _is_list_of(kind: type, value: Any) -> bool:

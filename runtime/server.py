@@ -22,7 +22,7 @@ from reft_edge.runtime.guard import Counting, Guard, Metrics
 from reft_edge.runtime.model import SteeredModel
 from reft_edge.runtime.served import LOOPBACK, Decoder, Encoder, ServerSettings, unknown_model
 
-__all__ = ["LOOPBACK", "ServerSettings", "create_app"]
+__all__ = ["LOOPBACK", "ServerSettings", "create_app", "serve"]
 
 
 def create_app(
@@ -45,7 +45,12 @@ def create_app(
         served = Decoder(
             SteeredModel(folder, device, threads, settings.trusted, provider_options), adapters, settings
         )
-    metrics = Metrics()
+    return serve(served)
+
+
+def serve(served: Decoder | Encoder) -> FastAPI:
+    """The app of a model that is loaded."""
+    metrics, settings = Metrics(), served.settings
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
