@@ -83,10 +83,7 @@ def check_place(path: Path, room: int = 1) -> None:
     try:
         if not path.parent.is_dir():
             raise ReftEdgeError(f"the folder of {path} does not exist; make it first")
-        if path.is_dir():
-            raise ReftEdgeError(f"{path} is a folder; give the name of a file")
-        if path.exists() and not path.is_file():
-            raise ReftEdgeError(f"{path} is not a regular file; give another name")
+        _mode_to_keep(path)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=PREFIX) as probe:
             for start in range(0, room, _PIECE):
                 probe.write(bytes(min(_PIECE, room - start)))
