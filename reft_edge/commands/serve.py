@@ -1,6 +1,7 @@
 """`reft-edge serve`: a local server with OpenAI's API."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -95,7 +96,8 @@ def serve(
                 say(f"serving {settings.name} at {url} (Ctrl-C stops); try")
                 say(f"  curl {url}/models" + (" -H 'Authorization: Bearer KEY'" if key else ""))
 
-            make_server(app, grace, app.state.metrics.count, started).run(sockets)
+            with suppress(KeyboardInterrupt):
+                make_server(app, grace, app.state.metrics.count, started).run(sockets)
         finally:
             for made in sockets:
                 made.close()
