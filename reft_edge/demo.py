@@ -99,7 +99,7 @@ def run_demo(output: Path, precision: str, console: "Screen", model: str = PACKA
 def _train(base: Any, folder: ModelFolder, task: str, output: Path, console: "Screen") -> TrainResult:
     with as_file(files("reft_edge") / "demo_data" / f"{task}.jsonl") as path:
         rows = load_dataset(path, load_model_prompts(folder), SETTINGS.prompt_format, max_length=256)
-    with training_progress(console) as on_step:
+    with training_progress(console, console.say) as on_step:
         result = train(base, folder.name, rows, output / f"{task}.safetensors", SETTINGS, on_step=on_step)
     console.say(
         f"{len(rows.examples)} examples, {result.steps} steps, {result.seconds:.0f} s: {result.path} has {result.size / 1000:.0f} kB, "

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from reft_edge.errors import ReftEdgeError
-from reft_edge.unfinished import PREFIX, held, unfinished
+from reft_edge.unfinished import PREFIX, held, remove, unfinished
 
 _PIECE = 1 << 20
 
@@ -126,7 +126,7 @@ def write_atomically(path: Path, content: bytes, mode: int | None = None) -> Non
     except OSError as error:
         raise ReftEdgeError(f"cannot write {path}: {error.strerror}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        remove(temporary)
 
 
 def _mode_to_keep(path: Path) -> int | None:

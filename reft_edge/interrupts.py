@@ -1,19 +1,26 @@
-"""Ctrl-C and SIGTERM while work runs that can be saved: the first is noted, the second ends it at once."""
+"""Ctrl-C, SIGTERM and a terminal that closes while work runs that can be saved: the first is noted, the second ends it at once."""
 
 import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 
 _NOTED = b"\nstopping after this step; once more stops at once\n"
 
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
+
+
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came."""
+    """A signal other than Ctrl-C's ended the work."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
 
 
 @dataclass
@@ -31,7 +38,7 @@ class Interrupts:
 
     def as_error(self) -> KeyboardInterrupt:
         """The exception that stands for the last signal."""
-        return Terminated() if self.number == signal.SIGTERM else KeyboardInterrupt()
+        return KeyboardInterrupt() if self.number == signal.SIGINT else Terminated(self.number)
 
     @contextmanager
     def noted(self) -> Iterator[None]:
@@ -51,12 +58,13 @@ class Interrupts:
         self.number = number
         if not self.patient or self.count > 1:
             raise self.as_error()
-        os.write(2, _NOTED)  # print could be in the middle of a line's bytes
+        with suppress(OSError):
+            os.write(2, _NOTED)  # print could be in the middle of a line's bytes
 
 
 @contextmanager
 def interrupts(settle: float = 0.0) -> Iterator[Interrupts]:
-    """Inside the block SIGINT and SIGTERM raise KeyboardInterrupt and Terminated, or are noted.
+    """Inside the block SIGINT raises KeyboardInterrupt, SIGTERM and SIGHUP raise Terminated; or they are noted.
 
     A signal that was ignored stays so, as for a shell's background jobs. Outside the main thread nothing changes.
     """
@@ -65,7 +73,7 @@ def interrupts(settle: float = 0.0) -> Iterator[Interrupts]:
         yield found
         return
     before = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
         kept = signal.getsignal(number)
         if kept not in (signal.SIG_IGN, None):
             before[number] = kept

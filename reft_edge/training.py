@@ -555,15 +555,20 @@ class _Run:
             if trainer.processes.main:
                 self.checkpoint.remove()
             raise
-        except ReftEdgeError as error:
-            kept = self._rescue()
-            raise ReftEdgeError(f"{error}{kept and f'. {kept}'}") from error
         except KeyboardInterrupt:
-            self.report(
-                "stopped at once"
-                if interrupts.count > 1
-                else self._rescue() or "no step was done: nothing to save"
-            )
+            kept = "stopped at once" if interrupts.count > 1 else self._rescue()
+            self.report(kept or "nothing is saved: no step was done as a whole")
+            raise
+        except Exception as error:
+            kept = self._rescue()
+            if isinstance(error, ReftEdgeError):
+                raise ReftEdgeError(f"{error}{kept and f'. {kept}'}") from error
+            if lacks_memory(error):
+                raise ReftEdgeError(
+                    f"there is not enough memory for step {trainer.step + 1}; lower --batch-size (and raise --accumulate), "
+                    f"or try --checkpointing{kept and f'. {kept}'}"
+                ) from error
+            self.report(kept)
             raise
 
     def _after(self, step: StepReport, steering: Steering) -> None:
@@ -664,6 +669,14 @@ class _Run:
             if self.saved
             else ""
         )
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether Python, torch or a device could not have the memory that it asked for."""
+    said = ("can't allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in said)
+    )
 
 
 class NothingLearntError(ReftEdgeError):

@@ -28,10 +28,19 @@ from reft_edge.files import check_place
 from reft_edge.locks import held
 from reft_edge.loss_log import LossLog
 from reft_edge.models import ModelFolder, load_model
+from reft_edge.objectives import Completions
 from reft_edge.rescue import written_elsewhere
 from reft_edge.training import NothingLearntError, StepReport, TrainSettings, held_out_curve, train
 
 FAULTS = [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES]
+
+
+@pytest.fixture(autouse=True)
+def no_other_folder(monkeypatch, tmp_path_factory):
+    """What finds no place is not left in the home or the working folder of whoever runs the tests."""
+    folder = tmp_path_factory.mktemp("none")
+    monkeypatch.setattr(Path, "home", lambda: folder / "home")
+    monkeypatch.setattr(Path, "cwd", lambda: folder / "here")
 
 
 @pytest.fixture
@@ -64,10 +73,11 @@ def fail_writes(monkeypatch, which, code=errno.ENOSPC):
     replace, refused = os.replace, []
 
     def refuse(source, target):
-        if which(Path(target).parent, Path(target).name):
-            refused.append(Path(target).name)
+        path = Path(target)
+        if which(path.parent, path.name):
+            refused.append(path.name)
             raise OSError(code, os.strerror(code))
-        replace(source, target)
+        return replace(source, target)
 
     monkeypatch.setattr(os, "replace", refuse)
     return refused
@@ -211,7 +221,7 @@ def test_a_place_that_cannot_be_written_is_found_by_trying(tmp_path, monkeypatch
 def test_names_that_no_file_can_have(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path, message in (
-        (tmp_path / ("x" * 256), "too long"),
+        (tmp_path / ("x" * 300), "too long"),
         (tmp_path / "pipe", "not a regular file"),
         (Path("/dev/null"), "not a regular file"),
         (tmp_path / "none" / "a", "does not exist"),
@@ -296,7 +306,7 @@ def test_a_checkpoint_put_there_meanwhile_is_not_deleted(model, data, tmp_path):
     assert (tmp_path / "a.checkpoint").read_bytes() == b"somebody's"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_is_heard_after_the_step(model, data, tmp_path, number):
     def send(step):
         if step.step == 3:
@@ -431,11 +441,48 @@ def test_a_training_that_diverges_keeps_its_last_good_step(model, data, tmp_path
     same(tmp_path / "a", tmp_path / "whole")
 
 
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (torch.cuda.OutOfMemoryError("CUDA out of memory"), "not enough memory for step 5"),
+        (MemoryError(), "not enough memory for step 5"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), "not enough memory for step 5"),
+        (RuntimeError("the device is lost"), None),
+    ],
+)
+def test_an_error_in_a_step_loses_no_earlier_one(model, data, tmp_path, monkeypatch, error, message):
+    said, losses = [], []
+    with monkeypatch.context() as patch:
+        loss = Completions.loss
+
+        def fail(*given):
+            losses.append(given)
+            if len(losses) == 5:
+                raise error
+            return loss(*given)
+
+        patch.setattr(Completions, "loss", fail)
+        with pytest.raises(ReftEdgeError if message else RuntimeError) as failed:
+            run(model, data, tmp_path / "a", report=said.append)
+    assert "saved a checkpoint after step 4" in (str(failed.value) if message else said[-1])
+    assert message is None or message in str(failed.value)
+    run(model, data, tmp_path / "a", resume=True)
+    run(model, data, tmp_path / "whole")
+    same(tmp_path / "a", tmp_path / "whole")
+
+
 @pytest.mark.parametrize("positions", ["f7+l7", "f1", "l2"])
-def test_a_training_that_edits_no_token_writes_nothing(model, tmp_path, positions):
-    data = Dataset([Example((5 + i,), (40, 41)) for i in range(4)], 0, "digest")
-    with pytest.raises(NothingLearntError, match="no token of any row was edited"):
-        run(model, data, tmp_path / "a", positions=positions, save_every=2)
+def test_a_training_that_edits_no_token_writes_nothing(model, tmp_path, monkeypatch, positions):
+    """It is found before the first step; and whatever that overlooks, after the last."""
+    data = Dataset([Example((5 + i,), (40,)) for i in range(4)], 0, "digest")
+    steps = []
+    with pytest.raises(ReftEdgeError, match="nothing can be learnt"):
+        run(model, data, tmp_path / "a", positions=positions, on_step=steps.append)
+    assert steps == []
+    with monkeypatch.context() as patch:
+        patch.setattr("reft_edge.training.check_positions", lambda *given: ())
+        with pytest.raises(NothingLearntError, match="no token of any row was edited"):
+            run(model, data, tmp_path / "a", positions=positions, save_every=2)
     assert list(tmp_path.iterdir()) == []
     longer = Dataset([*data.examples, Example((5, 6, 7, 8), (40,))], 0, "digest")
     run(model, longer, tmp_path / "a", positions=positions)
@@ -517,15 +564,18 @@ def test_the_command_says_what_it_does_and_heeds_signals(device_folder, tmp_path
         _, said = first.communicate(timeout=60)
     finally:
         first.kill()
-    assert first.returncode == 143
+    assert first.returncode == 128 + signal.SIGTERM
     assert "saved a checkpoint after step" in said
     assert "Traceback" not in said
     assert not output.exists()
+    command = f"{sys.executable} -m reft_edge {' '.join(common)} --max-steps 20 2>&1 >/dev/null | head -1"
+    subprocess.run(["bash", "-c", command], check=True, timeout=120)
+    assert load_adapter(output).config.training["steps"] == 20  # who read its lines had gone
     for extra, message in (
         (["-o", str(rows)], "would be replaced"),
         (["--loss-log", str(rows)], "would be replaced"),
         (["--loss-log", str(output), "-o", str(tmp_path / "none" / "x")], "does not exist"),
-        (["--eval-every", "2"], "eval_every needs held-out rows"),
+        (["--eval-every", "2"], "--eval-every needs held-out rows"),
     ):
         failed = CliRunner().invoke(app, [*common, *extra])
         assert failed.exit_code == 1

@@ -35,6 +35,12 @@ class Screen(Console):
         for segment in super().render(*arguments, **options):
             yield segment if segment.control else Segment(printable(segment.text), segment.style)
 
+    def on_broken_pipe(self) -> None:
+        """Who read what a command says of its work is gone: the work goes on, and says nothing more."""
+        if not self.stderr:
+            super().on_broken_pipe()
+        self.quiet = True
+
     def say(self, text: str, style: str | None = None) -> None:
         """Print a text without breaking its lines."""
         self.print(printable(text), style=style, soft_wrap=True)

@@ -1,5 +1,6 @@
 """`reft-edge train`: an adapter for a frozen model."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -136,7 +137,9 @@ def train(
     eval_every: Annotated[
         int | None,
         typer.Option(
-            help="Steps between evaluations on the held-out rows.", show_default="only after the last step"
+            min=1,
+            help="Steps between evaluations on the held-out rows.",
+            show_default="only after the last step",
         ),
     ] = None,
     loss_log: Annotated[
@@ -194,20 +197,27 @@ def train(
         from reft_edge.training import Execution, StepReport, TrainSettings, chosen_dtype, training_to
         from reft_edge.training import train as run_training
 
-        def begin() -> LossLog | None:
+        def tell(text: str) -> None:
+            """A terminal or a pipe that is gone does not end a training."""
+            with suppress(OSError):
+                console.say(text)
+
+        def begin() -> None:
             """What would stop the training at its end is found before a model is loaded."""
             for path in (output, loss_log):
                 if path is not None:
                     check_apart(path, data, evaluate)
+            if eval_every is not None and evaluate is None:
+                raise ReftEdgeError("--eval-every needs held-out rows; give a file with --eval")
             check_place(output)
             with training_to(output):
                 pass
-            if loss_log is None:
-                return None
-            check_apart(loss_log, output)
-            return LossLog(loss_log, resume, console.say)
+            if loss_log is not None:
+                check_apart(loss_log, output)
+                logs.append(LossLog(loss_log, resume, tell))
 
-        log = begin() if processes.main else None
+        logs: list[LossLog] = []
+        processes.from_main(begin)
         if recipe is not None:
             _print_recipe(recipe, context, console)
         with processes.main_first():
@@ -276,11 +286,11 @@ def train(
 
         with working_on(console, f"loading {folder.name}"):
             loaded = base()
-        with training_progress(console) as show:
+        with training_progress(console, tell) as show:
 
             def on_step(step: StepReport) -> None:
                 show(step)
-                if log is not None:
+                for log in logs:
                     log(step)
 
             try:
@@ -295,14 +305,14 @@ def train(
                     save_every=save_every,
                     execution=execution,
                     base_weights=base_weights,
-                    report=console.say,
+                    report=tell,
                     on_step=on_step,
                     eval_every=eval_every,
                 )
-            except Terminated:
-                say("terminated", err=True)
-                raise typer.Exit(143) from None
-        if log is not None and evaluate is not None:
+            except Terminated as signal:
+                tell("terminated")
+                raise typer.Exit(128 + signal.number) from None
+        for log in logs if evaluate else ():
             log.end(result.steps, result.evaluation)
         processes.end()
     if not processes.main:

@@ -20,13 +20,13 @@ QUIET = 10.0
 
 
 @contextmanager
-def training_progress(screen: "Screen") -> Iterator["OnStep"]:
-    """Gives the callback that is told of every step."""
+def training_progress(screen: "Screen", tell: Callable[[str], None]) -> Iterator["OnStep"]:
+    """Gives the callback that is told of every step; `tell` prints a line."""
     if screen.is_terminal and not screen.is_dumb_terminal:
         with _bar(screen) as on_step:
             yield on_step
     else:
-        yield StepLines(screen.say)
+        yield StepLines(tell)
 
 
 @dataclass

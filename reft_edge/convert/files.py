@@ -9,6 +9,7 @@ from pathlib import Path
 from reft_edge.adapter import Adapter, load_adapter, save_adapter
 from reft_edge.base import find_base
 from reft_edge.errors import ReftEdgeError
+from reft_edge.files import check_place
 
 OURS, GGUF, PACKED = ".safetensors", ".gguf", ".onnx_adapter"
 _MAX_HUB = 8 << 30
@@ -51,6 +52,7 @@ def convert(
     if path.suffix != OURS:
         if output.suffix != OURS:
             raise ReftEdgeError(f"{output} is no adapter file: other formats are converted to {OURS}")
+        check_place(output)
         kind, adapter = _read(source, given, report)
         save_adapter(adapter, output)
         return Converted(kind, "reft-edge", adapter)
@@ -62,6 +64,8 @@ def convert(
     if output.suffix != PACKED and given.folder is not None:
         raise ReftEdgeError(f"{source} says which base it is for; --for DIR is for {PACKED} files")
     adapter = load_adapter(path)
+    if output.suffix in (GGUF, PACKED):
+        check_place(output)
     if output.suffix == GGUF:
         from reft_edge.convert.control_vector import to_control_vector
 
