@@ -20,7 +20,8 @@ from reft_edge.export.build import (
     build_graph,
     stop_at,
 )
-from reft_edge.export.gguf_blocks import can_carry, carry_blocks
+from reft_edge.export.carry import can_carry, kinds_that_cannot, share_external_data
+from reft_edge.export.gguf_blocks import KINDS
 from reft_edge.export.ports import insert_ports
 from reft_edge.export.residual import find_part_sites, stream_type
 from reft_edge.export.structure import find_blocks
@@ -72,19 +73,14 @@ def export_model(
     chosen = parse_layers(layers, num_layers)
     with replace_folder(output, MANIFEST) as folder:
         report("building the frozen graph")
-        build_graph(model.path, folder, target, folder / ".work", report)
+        own_blocks = target.quantised and target.quantisation.algorithm == "gguf"
+        carried = build_graph(
+            model.path, folder, target, folder / ".work", report, model.gguf if own_blocks else None
+        )
 
         report("inserting ports")
         plain, graph = folder / "plain.onnx", folder / "model.onnx"
         graph.rename(plain)
-        carried: dict[str, int] = {}
-        if target.quantised and target.quantisation.algorithm == "gguf":
-            assert model.gguf is not None
-            report("carrying the GGUF's blocks over")
-            count, of = carry_blocks(
-                plain, folder / "model.onnx.data", model.gguf, model.path, precision, device
-            )
-            carried = {"carried": count, "matrices": of}
         built = ir.load(plain)
         genai = json.loads(read_text(folder / "genai_config.json"))["model"]
         blocks = find_blocks(built.graph, num_layers)
@@ -99,6 +95,7 @@ def export_model(
         ]
         float_type = stream_type(blocks)
         ports = insert_ports(built, sites, genai["decoder"]["hidden_size"], float_type.numpy())
+        share_external_data(built)
         ir.save(built, graph)
         del built, blocks, sites
 
@@ -157,15 +154,24 @@ def _quantisation(model: ModelFolder, precision: str, chosen: Quantisation | Non
     """What was chosen, or the file's own blocks where the model is a GGUF that has them, or the default."""
     if chosen is None or chosen.algorithm == "auto":
         chosen = chosen or Quantisation()
-        own = model.gguf is not None and chosen.block_size == 32 and can_carry(model.gguf, precision)
+        own = model.gguf is not None and chosen.block_size == 32 and can_carry(model.gguf)
         rounded = "k_quant_mixed" if precision == "int4" else "k_quant"
         return replace(chosen, algorithm="gguf" if own else rounded)
-    if chosen.algorithm == "gguf" and (model.gguf is None or not can_carry(model.gguf, precision)):
-        raise ReftEdgeError(
-            f"{model.name} is no GGUF file whose blocks an {precision} graph can hold "
-            "(Q4_0, Q4_1 and Q8_0 for int4, Q8_0 for int8); choose another --algorithm"
-        )
+    if chosen.algorithm == "gguf":
+        _require_blocks(model)
     return chosen
+
+
+def _require_blocks(model: ModelFolder) -> None:
+    if model.gguf is None:
+        raise ReftEdgeError(
+            f"{model.name} is no GGUF file, so it has no blocks to keep; choose another --algorithm"
+        )
+    if not can_carry(model.gguf):
+        raise ReftEdgeError(
+            f"most matrices of {model.gguf.name} are not in blocks that a graph can hold: they are "
+            f"{', '.join(kinds_that_cannot(model.gguf))}, and {', '.join(KINDS)} can be kept; choose another --algorithm"
+        )
 
 
 def package_versions(*packages: str) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Building the frozen graph: onnxruntime-genai's model builder, in a process of its own."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reft_edge.errors import ReftEdgeError
+from reft_edge.export.carry import CARRIED
 from reft_edge.files import read_text
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
@@ -49,7 +51,7 @@ class Target:
         _choice("accuracy level", self.quantisation.accuracy_level, (1, 4))
         if self.quantised and self.quantisation.algorithm == "gguf" and self.quantisation.block_size != 32:
             raise ReftEdgeError(
-                f"a GGUF's blocks are of 32 weights, not {self.quantisation.block_size}; "
+                f"a GGUF's blocks keep their own sizes, 16 or 32 weights, not {self.quantisation.block_size}; "
                 "leave --block-size at 32, or choose another --algorithm"
             )
         if self.precision == "fp32" and self.device == "cuda":
@@ -87,17 +89,26 @@ class Target:
 
 
 def build_graph(
-    model: Path, output: Path, target: Target, work: Path, progress: Callable[[str], None] = lambda step: None
-) -> None:
+    model: Path,
+    output: Path,
+    target: Target,
+    work: Path,
+    progress: Callable[[str], None] = lambda step: None,
+    gguf: Path | None = None,
+) -> dict[str, int]:
     """Write `model.onnx`, its weights, `genai_config.json` and the tokenizer of a Hugging Face folder to `output`.
 
-    `work` is a folder for temporary files that does not exist yet; `progress` is told each step.
+    `work` is a folder for temporary files that does not exist yet; `progress` is told each step. With `gguf`, the file that
+    the folder was converted from, its blocks are carried over; returns how many matrices were, and of how many.
     Raises ReftEdgeError with the builder's own last words if it fails, for instance for an unknown architecture.
     """
     command = [sys.executable, "-m", "reft_edge.export.builder_process", "-i", str(model), "-o", str(output)]
     command += ["-c", str(work), *target.builder_options()]
+    if gguf is not None:
+        command += ["--gguf", str(gguf.resolve())]
     work.mkdir()
     log: list[str] = []
+    carried: dict[str, int] = {}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", cwd=work
     ) as process:
@@ -107,6 +118,8 @@ def build_graph(
                 log.append(line.rstrip())
                 if line.startswith("Reading "):
                     progress(line.strip().lower())
+                elif match := re.fullmatch(rf"{CARRIED}(\d+) of (\d+)", line.strip()):
+                    carried = {"carried": int(match[1]), "matrices": int(match[2])}
                 elif line.startswith("Saving ONNX model"):
                     progress("writing weights")
         except BaseException:
@@ -125,6 +138,7 @@ def build_graph(
     shutil.rmtree(work, ignore_errors=True)
     if target.device == "cpu":
         _run_on_cpu(output / "genai_config.json")
+    return carried
 
 
 def _run_on_cpu(config: Path) -> None:

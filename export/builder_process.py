@@ -1,18 +1,22 @@
 """onnxruntime-genai's model builder, with what it gets wrong about some architectures put right.
 
-    python -m reft_edge.export.builder_process ARGUMENTS        the builder's own
+    python -m reft_edge.export.builder_process [--gguf FILE] ARGUMENTS        the builder's own
 
-What is changed is what the builder is told of the model, not its code: export's verification against PyTorch decides
+What is changed is what the builder is told of the model, and with `--gguf` that its matrices are that file's own blocks
+as far as they can be, and rounded only where they cannot: export's verification against PyTorch decides
 whether the outcome is right. Seen with onnxruntime-genai 0.18 and transformers 5.23.
 """
 
+import argparse
 import math
 import runpy
 import sys
+from pathlib import Path
 from typing import Any
 
 import transformers
 
+from reft_edge.export.carry import CARRIED, Carrying, carry_blocks
 from reft_edge.models import class_name
 
 _OLMO_EPSILON = 1e-5  # OlmoLayerNorm has it as a constant
@@ -73,8 +77,37 @@ def main() -> None:
         plain_norm(self, *arguments, **{**options, "simple": False})
 
     builders.OLMoModel.make_layernorm = layer_norm
+    options, sys.argv[1:] = _own_arguments(sys.argv[1:])
+    if options.gguf is not None:
+        _carry_first(builders.base.Model, options.gguf, options.precision)
     sys.modules["transformers"].AutoConfig = _AutoConfig  # type: ignore[attr-defined]  # the import above replaced the module
     runpy.run_module("onnxruntime_genai.models.builder", run_name="__main__", alter_sys=True)
+
+
+def _own_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """What is for this module, and what is for the builder."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--gguf", type=Path)
+    parser.add_argument("-p", dest="precision")
+    options, others = parser.parse_known_args(arguments)
+    return options, [*others, "-p", options.precision]
+
+
+def _carry_first(model_class: Any, gguf: Path, precision: str) -> None:
+    """Have the builder's models take the file's blocks before they round what is left."""
+    plain = model_class.to_nbits
+
+    def to_nbits(self: Any) -> Any:
+        how = Carrying(precision, self.quant_attrs["accuracy_level"], whole_blocks=self.ep == "cuda")
+        carried, matrices = carry_blocks(self.model.graph, gguf, Path(self.model_name_or_path), how)
+        print(f"{CARRIED}{carried} of {matrices}")
+        left = any(
+            node.op_type == "MatMul" and node.inputs[1] is not None and node.inputs[1].const_value is not None
+            for node in self.model.graph
+        )
+        return plain(self) if left else self.model
+
+    model_class.to_nbits = to_nbits
 
 
 if __name__ == "__main__":

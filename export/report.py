@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reft_edge.export import Quantisation, Report, export_model
-from reft_edge.export.gguf_blocks import can_carry
+from reft_edge.export.carry import can_carry
 from reft_edge.export.verify import all_at_once, random_adapters
 from reft_edge.manifest import Manifest
 from reft_edge.models import ModelFolder
@@ -99,7 +99,7 @@ def _ways(model: ModelFolder, device: str) -> Iterator[tuple[str, str, Quantisat
         yield "bf16", "bf16", None
     for precision in ("int8", "int4"):
         algorithms = ["rtn", "k_quant"] + (["k_quant_mixed"] if precision == "int4" else [])
-        if model.gguf is not None and can_carry(model.gguf, precision):
+        if model.gguf is not None and can_carry(model.gguf):
             algorithms.append("gguf")
         for algorithm in algorithms:
             yield f"{precision} {algorithm}", precision, Quantisation(algorithm)

@@ -1,6 +1,8 @@
 """What an exported graph really multiplies with: its 16-bit or quantised weights, read back into a PyTorch model."""
 
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ _HALF = {ir.DataType.FLOAT16: torch.float16, ir.DataType.BFLOAT16: torch.bfloat1
 _IN_BLOCK = re.compile(r"/model/layers\.(\d+)/\w+/(\w+)/MatMul(?:_Q\d)?")
 _ALIASES = {"o_proj": "dense"}
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
+_AT_ONCE = 1 << 22  # weights that are dequantised at a time
 _SPLIT = {"gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1)}
 
 
@@ -55,27 +58,19 @@ def use_graph_weights(model: Any, source: Path) -> None:
         if half in stored:
             round_model(model, dtype, round_norms=half in norms)
     blocks = decoder_layers(model)
+    table: _Quantised | None = None
     for node in graph:
         if node.op_type == "GatherBlockQuantized":
-            bits = int(node.attributes["bits"].as_int()) if "bits" in node.attributes else 4
-            data, scales, zeros = _array(node.inputs[0]), _array(node.inputs[2]), _array(_optional(node, 3))
-            embedding = model.get_input_embeddings()
-            _assign(embedding, _dequantise(data, scales, zeros, bits, embedding.weight.shape))
+            table = _Quantised.of_lookup(node, model.get_input_embeddings().weight.shape)
+            _assign(model.get_input_embeddings(), table)
         if node.op_type != "MatMulNBits":
             continue
-        number = {name: int(node.attributes[name].as_int()) for name in ("bits", "K", "N")}
-        weight = _dequantise(
-            _array(node.inputs[1]),
-            _array(node.inputs[2]),
-            _array(_optional(node, 3)),
-            number["bits"],
-            (number["N"], number["K"]),
-        )
+        weight = _Quantised.of_product(node)
         match = _IN_BLOCK.fullmatch(node.name or "")
         if match:
             _assign_in_block(blocks[int(match[1])], match[2], weight)
         elif (node.name or "").startswith("/lm_head/"):
-            _assign(model.get_output_embeddings(), weight)
+            _assign_head(model, weight, table)
         else:
             raise ReftEdgeError(
                 f"cannot check the quantised matrix {node.name}: it is in no block of the model"
@@ -101,7 +96,73 @@ def round_model(model: nn.Module, dtype: torch.dtype, round_norms: bool = True) 
             )
 
 
-def _assign_in_block(block: nn.Module, name: str, weight: Tensor) -> None:
+@dataclass(frozen=True)
+class _Quantised:
+    """A matrix in ONNX Runtime's blockwise layout: (q − zero point) · scale, low bits first, blocks along the last axis."""
+
+    data: Any
+    """uint8, `bits` a number"""
+    scales: Any
+    zeros: Any
+    """None for the middle."""
+    bits: int
+    size: int
+    """Columns that share a scale."""
+    rows: int
+    columns: int
+    """With those that multiply means (`reft_edge.export.carry`)."""
+
+    @classmethod
+    def of_product(cls, node: ir.Node) -> "_Quantised":
+        """The weight of a MatMulNBits."""
+        bits, size, rows, columns = (
+            int(node.attributes[name].as_int()) for name in ("bits", "block_size", "N", "K")
+        )
+        data, scales, zeros = (_array(_optional(node, index)) for index in (1, 2, 3))
+        return cls(data, scales, zeros, bits, size, rows, columns)
+
+    @classmethod
+    def of_lookup(cls, node: ir.Node, shape: Sequence[int]) -> "_Quantised":
+        """The table of a GatherBlockQuantized, of a model whose embedding has `shape`."""
+        bits = int(node.attributes["bits"].as_int()) if "bits" in node.attributes else 4
+        data, scales, zeros = (_array(_optional(node, index)) for index in (0, 2, 3))
+        size = int(node.attributes["block_size"].as_int())
+        return cls(data, scales, zeros, bits, size, shape[0], shape[1])
+
+    def equals(self, other: "_Quantised | None") -> bool:
+        """Whether both are the same numbers."""
+        return other is not None and all(
+            a is b or (a is not None and b is not None and np.array_equal(a.reshape(-1), b.reshape(-1)))
+            for a, b in ((self.data, other.data), (self.scales, other.scales), (self.zeros, other.zeros))
+        )
+
+    def dequantised(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Some of the rows, `[stop − start, columns]`."""
+        rows = slice(start, stop)
+        scales = self.scales.reshape(self.rows, -1)[rows].astype(np.float32)[..., None]
+        q = _unpack(self.data.reshape(self.rows, -1)[rows], self.bits).reshape(*scales.shape[:2], -1)
+        zeros: Any = np.float32(1 << (self.bits - 1))
+        if self.zeros is not None:
+            unpacked = _unpack(self.zeros.reshape(self.rows, -1)[rows], self.bits)
+            zeros = unpacked[:, : scales.shape[1], None].astype(np.float32)
+        values = q.astype(np.float32)
+        values -= zeros
+        values *= scales
+        found: NDArray[np.float32] = values.reshape(len(values), -1)[:, : self.columns]
+        return found
+
+
+def _assign_head(model: Any, weight: _Quantised, table: _Quantised | None) -> None:
+    """Give the model's head its weight, on its own where PyTorch shares it with an embedding that the graph has otherwise."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head.weight is embedding.weight:
+        if weight.equals(table):
+            return
+        head.weight = nn.Parameter(torch.empty_like(embedding.weight), requires_grad=False)
+    _assign(head, weight)
+
+
+def _assign_in_block(block: nn.Module, name: str, weight: _Quantised) -> None:
     linear = {
         path.rsplit(".", 1)[-1]: module
         for path, module in block.named_modules()
@@ -111,62 +172,54 @@ def _assign_in_block(block: nn.Module, name: str, weight: Tensor) -> None:
     if name in linear:
         _assign(linear[name], weight)
     elif name in _FUSED and all(part in linear for part in _FUSED[name]):
-        parts = [linear[part] for part in _FUSED[name]]
-        for part, rows in zip(parts, torch.split(weight, [part.out_features for part in parts]), strict=True):
-            _assign(part, rows)
+        _copy([linear[part].weight for part in _FUSED[name]], weight)
     elif name in _SPLIT and _SPLIT[name][0] in linear:
         whole, half = _SPLIT[name]
-        size = linear[whole].out_features // 2
-        weight = _without_means(weight, linear[whole].in_features)
-        linear[whole].weight.data[half * size : (half + 1) * size] = weight
+        _copy([linear[whole].weight.data.chunk(2)[half]], weight)
     else:
         raise ReftEdgeError(
             f"cannot check the quantised matrix {name}: the block has {', '.join(sorted(linear))}"
         )
 
 
-def _without_means(weight: Tensor, columns: int) -> Tensor:
-    """`[out, columns]` of a matrix that also multiplies the mean of each 32 activations, with further columns
-    (`reft_edge.export.gguf_blocks`)."""
-    means = columns // 32
+def _assign(module: Any, weight: _Quantised) -> None:
+    _copy([module.weight], weight)
+
+
+def _copy(targets: Sequence[Tensor], weight: _Quantised) -> None:
+    """Write a matrix's rows over those of one tensor after the other, some at a time: it may be larger than what memory has
+    left."""
+    rows, columns = sum(len(target) for target in targets), targets[0].shape[1]
+    first = _without_means(weight.dequantised(0, 1), columns, weight.size)
+    if (weight.rows, first.shape[1]) != (rows, columns):
+        raise ReftEdgeError(
+            f"a quantised matrix is {[weight.rows, first.shape[1]]}, the model's {[rows, columns]}"
+        )
+    step = max(1, _AT_ONCE // weight.columns)
+    begin = 0
+    for target in targets:
+        for start in range(0, len(target), step):
+            stop = min(start + step, len(target))
+            values = weight.dequantised(begin + start, begin + stop)
+            target.data[start:stop] = torch.from_numpy(_without_means(values, columns, weight.size))
+        begin += len(target)
+
+
+def _without_means(weight: NDArray[np.float32], columns: int, size: int) -> NDArray[np.float32]:
+    """`[out, columns]` of a matrix that also multiplies the mean of each `size` activations, with further columns
+    (`reft_edge.export.carry`)."""
+    means = columns // size
     if weight.shape[1] not in (columns + means, columns + means + -means % 32):
         return weight
     of_means = weight[:, columns : columns + means]
-    return weight[:, :columns] + of_means.repeat_interleave(32, dim=1) / 32
+    whole: NDArray[np.float32] = weight[:, :columns] + of_means.repeat(size, axis=1) / np.float32(size)
+    return whole
 
 
-def _assign(module: Any, weight: Tensor) -> None:
-    weight = _without_means(weight, module.weight.shape[1])
-    if module.weight.shape != weight.shape:
-        raise ReftEdgeError(
-            f"a quantised matrix is {list(weight.shape)}, the model's {list(module.weight.shape)}"
-        )
-    module.weight = nn.Parameter(weight.clone(), requires_grad=False)
-
-
-def _dequantise(data: Any, scales: Any, zeros: Any, bits: int, shape: tuple[int, ...]) -> Tensor:
-    """ONNX Runtime's blockwise layout: (q − zero point) · scale, low bits first, blocks along the last axis."""
-    rows, columns = shape
-    q = _unpack(data.reshape(rows, -1), bits)
-    scales = scales.reshape(rows, -1)
-    blocks = scales.shape[1]
-    size = q.shape[1] // blocks
-    zero = (
-        np.full((rows, blocks), 1 << (bits - 1))
-        if zeros is None
-        else _unpack(zeros.reshape(rows, -1), bits)[:, :blocks]
-    )
-    values = (q.reshape(rows, blocks, size) - zero[..., None].astype(np.float32)) * scales[..., None].astype(
-        np.float32
-    )
-    return torch.from_numpy(values.reshape(rows, -1)[:, :columns].astype(np.float32))
-
-
-def _unpack(data: Any, bits: int) -> NDArray[np.float32]:
+def _unpack(data: Any, bits: int) -> NDArray[np.uint8]:
     if bits == 8:
-        return data.astype(np.float32)  # type: ignore[no-any-return]
-    low, high = data & 0xF, data >> 4
-    return np.stack([low, high], axis=-1).reshape(len(data), -1).astype(np.float32)  # type: ignore[no-any-return]
+        return np.asarray(data)
+    return np.stack([data & 0xF, data >> 4], axis=-1).reshape(len(data), -1)
 
 
 def _optional(node: ir.Node, index: int) -> ir.Value | None:
