@@ -1,21 +1,30 @@
 """Continuous batching: requests join and leave a running batch between decode steps, each with its own adapters.
 
-Every step of a `Batch` runs at most one chunk of one waiting prompt, then one token of every row that is decoding, so that
+Every step of a `Batch` runs at most one chunk of one waiting prompt, then one token of every decoding row, so that
 running rows keep flowing while prompts are prefilled. Row i of the KV cache is the i-th decoding row; the prompt being
 prefilled is in the row after them.
 """
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from reft_edge.errors import ReftEdgeError
-from reft_edge.runtime.binding import Bound, DecodeEdit, decode_edit
+from reft_edge.runtime.binding import Bound
 from reft_edge.runtime.prefix import Prefix, PrefixCache
-from reft_edge.runtime.rows import BoundRows, JoinedRows, RowsInTurn, SeparateRows
+from reft_edge.runtime.rows import (
+    BoundRows,
+    JoinedRows,
+    RowInTurn,
+    RowsInTurn,
+    RowsTogether,
+    SeparateRows,
+    part_end,
+)
 from reft_edge.runtime.sampling import Sampler, Sampling
 from reft_edge.runtime.session import PREFILL_CHUNK, GraphSession, Logits
 from reft_edge.runtime.text import TextStream
@@ -77,7 +86,6 @@ class Row:
             raise ReftEdgeError("the prompt is empty; give at least one token")
         self.request, self.deliver = request, deliver
         self.bound = bound
-        self.decode: DecodeEdit = decode_edit(bound.edit) if bound.edit is not None else {}
         self.limit = answer_limit(len(request.ids), request.max_tokens, context)
         self.sampler = Sampler(request.sampling, request.ids)
         self.text = TextStream(tokenizer, request.stop)
@@ -86,6 +94,20 @@ class Row:
         self.tokens: list[int] = []
         self.finish_reason: str | None = None
         self.cancelled = False
+
+    @property
+    def need(self) -> int:
+        """Tokens in the KV cache after the next step."""
+        return max(len(self.request.ids), self.length) + 1
+
+    @property
+    def most(self) -> int:
+        """Tokens in the KV cache at most."""
+        return len(self.request.ids) + self.limit
+
+
+LEAST_LOGPROB = -9999.0
+"""Stands for minus infinity, which JSON does not have: the log-probability of what cannot come."""
 
 
 def answer_limit(prompt_tokens: int, max_tokens: int, context: int) -> int:
@@ -117,8 +139,8 @@ class Batch:
         self.waiting: deque[Row] = deque()
         self.decoding: list[Row] = []
         self.prefilling: Row | None = None
-        self._bound_decode: tuple[list[Row], BoundRows | RowsInTurn] | None = None
-        self._bound_prefill: tuple[int, BoundRows | RowsInTurn] | None = None
+        self._bound_decode: tuple[list[Row], RowsTogether | RowsInTurn] | None = None
+        self._bound_prefill: tuple[int, BoundRows | RowInTurn] | None = None
 
     @property
     def running(self) -> int:
@@ -134,96 +156,154 @@ class Batch:
         self.waiting.append(row)
 
     def step(self) -> None:
-        """Drop what was cancelled, run one chunk of a prompt, and one token of every decoding row."""
+        """Drop what was cancelled, run one chunk of a prompt, and one token of every row that was decoding before.
+
+        Whatever a row raises ends that row, and no other.
+        """
+        decoding = bool(self.decoding)
         self._drop_cancelled()
         if self.prefilling is None and self.waiting and len(self.decoding) < self._cache.rows:
-            self._start(self.waiting.popleft())
+            self.prefilling = self.waiting.popleft()
         if self.prefilling is not None:
             self._prefill(self.prefilling)
-        if self.decoding:
+        if decoding and self.decoding:
             self._decode()
+        if not self.running:
+            self._unbind()
+            self._cache.clear()
 
     def abort(self, reason: str, error: str | None = None) -> None:
         """End every row with this finish_reason."""
         rows = [*self.decoding, *([self.prefilling] if self.prefilling else []), *self.waiting]
         self.decoding, self.prefilling = [], None
-        self._bound_decode = self._bound_prefill = None
         self.waiting.clear()
+        self._unbind()
+        self._cache.clear()
         for row in rows:
             _end(row, reason, error=error)
+
+    def _unbind(self) -> None:
+        self._bound_decode = self._bound_prefill = None
 
     def _drop_cancelled(self) -> None:
         for row in [row for row in self.waiting if row.cancelled]:
             self.waiting.remove(row)
             _end(row, "cancelled")
         if self.prefilling is not None and self.prefilling.cancelled:
-            _end(self.prefilling, "cancelled")
-            self.prefilling = self._bound_prefill = None
+            self._end_prefilling(self.prefilling, "cancelled")
         for row in [row for row in self.decoding if row.cancelled]:
             self._leave(row)
             _end(row, "cancelled")
 
-    def _start(self, row: Row) -> None:
-        self.prefilling = row
-        slot = len(self.decoding)
-        if self._cache.start(slot, len(row.request.ids) + row.limit):
-            self._bound_decode = None
-        row.length, content = self.prefixes.find(row.request.ids, row.bound.edit)
-        if content is not None:
-            self._cache.write(slot, content, row.length)
-
     def _prefill(self, row: Row) -> None:
+        try:
+            logits = self._run_part(row)
+        except Exception as error:
+            self._end_prefilling(row, "error", _reason(error))
+            return
+        if logits is None:
+            return
+        self.prefilling = self._bound_prefill = None
+        self.decoding.append(row)
+        self._remember(row)
+        if not self._take(row, logits):
+            self._leave(row)
+
+    def _run_part(self, row: Row) -> Logits | None:
+        """Run one chunk of a row's prompt; the logits `[vocabulary]` behind its last one, else None."""
         slot, ids = len(self.decoding), row.request.ids
+        if row.length == 0:
+            self._reserve()
+            row.length, content = self.prefixes.find(ids, row.bound.edit)
+            if content is not None:
+                self._cache.write(slot, content, row.length)
         if self._bound_prefill is None or self._bound_prefill[0] != slot:
             length = self._graph.to_device({"reft.prompt_len": np.array([len(ids)], np.int64)})
             self._bound_prefill = slot, self._cache.bind_prompt(slot, {**row.bound.prompt, **length})
         chunk = _CHUNK_BESIDE_OTHERS if self.decoding else PREFILL_CHUNK
-        part = ids[row.length : row.length + chunk]
-        logits = self._bound_prefill[1].step(np.array([part], np.int64), [row.length])
-        row.length += len(part)
-        if row.length < len(ids):
-            return
+        end = part_end(row.length, len(ids), chunk)
+        logits = self._bound_prefill[1].step(np.array([ids[row.length : end]], np.int64), [row.length])
+        row.length = end
+        return logits[0] if end == len(ids) else None
+
+    def _end_prefilling(self, row: Row, reason: str, error: str | None = None) -> None:
         self.prefilling = self._bound_prefill = None
-        self.decoding.append(row)
+        self._cache.forget(len(self.decoding))
+        _end(row, reason, error=error)
+
+    def _remember(self, row: Row) -> None:
+        """Keep a prompt for those that begin alike, where there is memory for it."""
         if self.prefixes.budget:
-            self.prefixes.add(Prefix(ids, row.bound.edit, self._cache.read(slot, len(ids))))
-        if not self._take(row, logits[0]):
-            self._leave(row)
+            ids = row.request.ids
+            with suppress(MemoryError):
+                content = self._cache.read(len(self.decoding) - 1, len(ids))
+                self.prefixes.add(Prefix(ids, row.bound.edit, content))
 
     def _decode(self) -> None:
+        self._make_room()
+        if not self.decoding:
+            return
         rows = list(self.decoding)
-        if self._bound_decode is None or self._bound_decode[0] != rows:
-            self._bound_decode = rows, self._cache.bind_decode([row.decode for row in rows])
         ids = np.array([[row.tokens[-1]] for row in rows], np.int64)
-        logits = self._bound_decode[1].step(ids, [row.length for row in rows])
-        for row in rows:
-            row.length += 1
-        for row, scores in zip(rows, logits, strict=True):
-            if not self._take(row, scores):
+        beside = self.prefilling.length if self.prefilling is not None else 0
+        if self._bound_decode is None or self._bound_decode[0] != rows:
+            self._bound_decode = rows, self._cache.bind_decode([row.bound.decode for row in rows])
+        outcomes = self._bound_decode[1].step(ids, [*(row.length for row in rows), beside])
+        for row, outcome in zip(rows, outcomes, strict=True):
+            row.length += not isinstance(outcome, Exception)
+        for row, outcome in zip(rows, outcomes, strict=True):
+            if isinstance(outcome, Exception):
+                _end(row, "error", error=_reason(outcome))
                 self._leave(row)
+            elif not self._take(row, outcome):
+                self._leave(row)
+
+    def _make_room(self) -> None:
+        """Room for one more token of every decoding row; where there is none, the longest rows end."""
+        while self.decoding:
+            try:
+                self._reserve()
+            except Exception as error:
+                longest = max(self.decoding, key=lambda row: row.length)
+                self._leave(longest)
+                _end(longest, "error", error=_reason(error))
+            else:
+                return
+
+    def _reserve(self) -> None:
+        """Room for what the rows need now. Raises ReftEdgeError if there is no memory; then nothing changed."""
+        rows = [*self.decoding, *([self.prefilling] if self.prefilling else [])]
+        needs = [row.need if self._cache.grows else row.most for row in rows]
+        if not self._cache.fits(needs):
+            self._unbind()
+            self._cache.reserve(needs, [row.length for row in rows])
 
     def _take(self, row: Row, logits: Logits) -> bool:
         """Choose a row's next token and deliver what it brings; whether the row goes on."""
         try:
-            token = row.sampler.choose(logits)
-        except ValueError as error:
-            _end(row, "error", error=f"cannot choose a token: {error}")
+            piece = self._next_piece(row, logits)
+        except Exception as error:
+            _end(row, "error", error=_reason(error))
             return False
+        if piece.finish_reason is not None:
+            _end(row, piece.finish_reason, piece.text, piece.tokens)
+            return False
+        if piece.text or piece.tokens:
+            _deliver(row, piece)
+        return True
+
+    def _next_piece(self, row: Row, logits: Logits) -> Piece:
+        token = row.sampler.choose(logits)
         if token in self._eos:
-            _end(row, "stop", row.text.flush())
-            return False
+            return Piece(row.text.flush(), finish_reason="stop")
+        scored = () if row.request.logprobs is None else (score(logits, token, row.request.logprobs),)
         row.tokens.append(token)
         text = row.text.push(token)
-        scored = () if row.request.logprobs is None else (score(logits, token, row.request.logprobs),)
         if row.text.stopped:
-            _end(row, "stop", text, scored)
-            return False
+            return Piece(text, scored, "stop")
         if len(row.tokens) == row.limit:
-            _end(row, "length", text + row.text.flush(), scored)
-            return False
-        if text or scored:
-            row.deliver(Piece(text, scored))
-        return True
+            return Piece(text + row.text.flush(), scored, "stop" if row.text.stopped else "length")
+        return Piece(text, scored)
 
     def _leave(self, row: Row) -> None:
         """Free a row's slot: the last decoding row takes its place, and the row after that moves up."""
@@ -234,6 +314,8 @@ class Batch:
         self.decoding.pop()
         if self.prefilling is not None:
             self._cache.move(last + 1, last, self.prefilling.length)
+            last += 1
+        self._cache.forget(last)
 
 
 def score(logits: Logits, token: int, count: int) -> TokenScore:
@@ -241,7 +323,10 @@ def score(logits: Logits, token: int, count: int) -> TokenScore:
     wide = logits.astype(np.float64)
     logprobs = wide - wide.max()
     logprobs -= np.log(np.exp(logprobs).sum())
-    top = np.argsort(-logprobs, kind="stable")[:count]
+    logprobs = np.maximum(logprobs, LEAST_LOGPROB)
+    least = np.partition(logprobs, -count)[-count] if 0 < count <= len(logprobs) else -np.inf
+    likely = np.flatnonzero(logprobs >= least)
+    top = likely[np.argsort(-logprobs[likely], kind="stable")][:count]
     return TokenScore(token, float(logprobs[token]), tuple((int(i), float(logprobs[i])) for i in top))
 
 
@@ -249,4 +334,18 @@ def _end(
     row: Row, reason: str, text: str = "", tokens: Sequence[TokenScore] = (), error: str | None = None
 ) -> None:
     row.finish_reason = reason
-    row.deliver(Piece(text, tuple(tokens), reason, error))
+    _deliver(row, Piece(text, tuple(tokens), reason, error))
+
+
+def _deliver(row: Row, piece: Piece) -> None:
+    """A reader that fails loses its own request only."""
+    try:
+        row.deliver(piece)
+    except Exception:
+        row.cancelled = True
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, MemoryError):
+        return f"there is not enough memory for this request: {error}"
+    return str(error) or type(error).__name__

@@ -11,7 +11,7 @@ import numpy as np
 
 from reft_edge.adapter import Adapter, AdapterConfig, save_adapter
 from reft_edge.errors import ReftEdgeError
-from reft_edge.runtime.binding import Bound
+from reft_edge.runtime.binding import Bound, decode_inputs
 from reft_edge.runtime.model import SteeredModel
 from reft_edge.runtime.session import GraphSession
 
@@ -128,7 +128,7 @@ def timed_run(graph: GraphSession, bound: Bound, ids: Sequence[int], new_tokens:
     logits = graph.bind(cache, {**bound.prompt, **length}).prefill(np.array([ids], np.int64))
     token = int(logits[0].argmax())
     first = time.perf_counter()
-    decode = graph.bind(cache, {**bound.decode, **length} if bound.decode else {})
+    decode = graph.bind(cache, graph.to_device(decode_inputs([bound.decode], graph.dtype)))
     for _ in range(new_tokens):
         token = int(decode.step(np.array([[token]], np.int64))[0].argmax())
     ended = time.perf_counter()

@@ -18,10 +18,10 @@ PortInputs = dict[str, NDArray[np.generic]]
 
 @dataclass(frozen=True)
 class Bound:
-    """An adapter choice, on the device: port inputs for the prompt and for decode steps (empty where no gate is open)."""
+    """An adapter choice, ready to run: port inputs for the prompt, on the device, and what acts on generated tokens."""
 
     prompt: dict[str, Any]
-    decode: dict[str, Any]
+    decode: "DecodeEdit"
     edit: Edit | None = None
     """None where nothing acts."""
 
@@ -63,24 +63,31 @@ def port_inputs(edit: Edit, manifest: Manifest, dtype: np.dtype[np.generic]) -> 
 
 DecodeEdit = dict[Place, tuple[Array, Array, Array]]
 """What of an edit acts on generated tokens: A `[d, r]`, b `[r]` and B `[r, d]`, scaled, by place."""
+_RANKS = 16
+"""Ranks are padded to a multiple of this, so that a row's sums do not depend on its neighbours' ranks."""
 
 
 def decode_edit(edit: Edit) -> DecodeEdit:
-    """The columns that are open on every generated token, their scales multiplied into B; empty if there are none."""
+    """The columns that are open on every generated token, their scales multiplied into B; empty if there are none. Arrays
+    are the edit's own where all columns are open, and B where all scales are 1."""
     scales = np.array([gate.scale if gate.span.on_generated else 0.0 for gate in edit.gates], np.float32)
     found: DecodeEdit = {}
     for place, part in edit.places.items():
         strength = scales[part.gates]
         if (columns := np.flatnonzero(strength)).size:
-            back = part.B[columns] * strength[columns, None]
-            found[place] = (part.A[:, columns], part.b[columns], back)
+            a, b, back = part.A, part.b, part.B
+            if columns.size < strength.size:
+                a, b, back = a[:, columns], b[columns], back[columns]
+            if (strength[columns] != 1).any():
+                back = back * strength[columns, None]
+            found[place] = (a, b, back)
     return found
 
 
 def decode_inputs(edits: Sequence[DecodeEdit], dtype: np.dtype[np.generic]) -> PortInputs:
     """Port inputs of a decode step in which every row has an edit of its own; empty if none has any.
 
-    adapter_batch is the number of rows; ranks are padded with zeros to each place's largest.
+    adapter_batch is the number of rows; ranks are padded with zeros, at least to each place's largest.
     """
     places = sorted({place for edit in edits for place in edit})
     if not places:
@@ -95,7 +102,7 @@ def decode_inputs(edits: Sequence[DecodeEdit], dtype: np.dtype[np.generic]) -> P
     }
     for place in places:
         parts = [edit.get(place) for edit in edits]
-        rank = max(len(part[1]) for part in parts if part is not None)
+        rank = -(-max(len(part[1]) for part in parts if part is not None) // _RANKS) * _RANKS
         size = next(len(part[0]) for part in parts if part is not None)
         a = np.zeros((len(edits), size, rank), dtype)
         b = np.zeros((len(edits), 1, rank), dtype)

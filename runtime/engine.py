@@ -83,7 +83,7 @@ class Engine:
         Raises QueueFullError, or ReftEdgeError for a request that cannot run or an engine that is closing.
         """
         pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
-        row = self._model.row(request, lambda piece: _deliver(row, deliver or pieces.put, piece))
+        row = self._model.row(request, deliver or pieces.put)
         with self._changed:
             if self._closing is not None:
                 raise ClosingError("the engine is closing and takes no more requests")
@@ -121,11 +121,3 @@ class Engine:
                 self.batch.step()
             except Exception as error:
                 self.batch.abort("error", str(error))
-
-
-def _deliver(row: Row, deliver: Callable[[Piece], None], piece: Piece) -> None:
-    """A reader that fails loses its own request only."""
-    try:
-        deliver(piece)
-    except Exception:
-        row.cancelled = True

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,17 +15,15 @@ from reft_edge.algebra import Edit, concat, scale
 from reft_edge.errors import ReftEdgeError
 from reft_edge.manifest import load_manifest
 from reft_edge.prompts import Message, Prompts, choose_format, load_prompts
-from reft_edge.runtime.batch import Batch, Piece, Request, Row, answer_limit
+from reft_edge.runtime.batch import Batch, Piece, Request, Row
 from reft_edge.runtime.binding import Bound, PortInputs, port_inputs
-from reft_edge.runtime.sampling import Sampler, Sampling
+from reft_edge.runtime.mixes import BUDGET, Mixes
+from reft_edge.runtime.sampling import Sampling
 from reft_edge.runtime.session import GraphSession, Logits
-from reft_edge.runtime.text import TextStream
 from reft_edge.signing import Signature, TrustedKeys, load_verified
 
 AdapterChoice = str | Sequence[str] | Mapping[str, float] | None
 """No adapter, one by name, several by name, or several with a scale each."""
-
-_BOUND_LIMIT = 32
 
 
 @dataclass(frozen=True)
@@ -38,20 +36,50 @@ class _Loaded:
 class Generation(Iterator[str]):
     """An answer as it comes: iterate for text pieces; figures are final when it ends."""
 
-    def __init__(self, pieces: "Iterator[str]", prompt_tokens: int) -> None:
-        self._pieces = pieces
-        self.prompt_tokens = prompt_tokens
-        self.tokens: list[int] = []
-        """Generated token ids, the end-of-sequence token left out."""
-        self.finish_reason: str | None = None
-        """`stop` (end of sequence or a stop string) or `length`; None while it runs."""
+    def __init__(self, batch: Batch, make_row: Callable[[Callable[[Piece], None]], Row]) -> None:
+        """`batch`: one of its own, of one slot. Raises ReftEdgeError as `make_row` does."""
+        self._batch = batch
+        self._pieces: deque[Piece] = deque()
+        self._row = make_row(self._pieces.append)
+        batch.add(self._row)
+        self.prompt_tokens = len(self._row.request.ids)
         self.prefill_seconds = 0.0
         self.decode_steps = 0
         self.decode_seconds = 0.0
         """Time in decode steps and sampling; what the reader does between pieces does not count."""
 
+    @property
+    def tokens(self) -> list[int]:
+        """Generated token ids, the end-of-sequence token left out."""
+        return self._row.tokens
+
+    @property
+    def finish_reason(self) -> str | None:
+        """`stop` (end of sequence or a stop string), `length` or `error`; None while it runs."""
+        return self._row.finish_reason
+
     def __next__(self) -> str:
-        return next(self._pieces)
+        """Raises ReftEdgeError if the answer cannot go on; what came before is whole."""
+        while True:
+            while self._pieces:
+                piece = self._pieces.popleft()
+                if piece.error is not None:
+                    raise ReftEdgeError(piece.error)
+                if piece.text:
+                    return piece.text
+            if self._batch.idle:
+                raise StopIteration
+            self._step()
+
+    def _step(self) -> None:
+        begun, started = bool(self._row.tokens), time.perf_counter()
+        self._batch.step()
+        seconds = time.perf_counter() - started
+        if begun:
+            self.decode_steps += 1
+            self.decode_seconds += seconds
+        else:
+            self.prefill_seconds += seconds
 
     @property
     def tokens_per_second(self) -> float:
@@ -76,10 +104,12 @@ class SteeredModel:
         threads: int | None = None,
         trusted: TrustedKeys | None = None,
         provider_options: Mapping[str, str] | None = None,
+        mix_budget: int = BUDGET,
     ) -> None:
         """`device`: auto, cpu or cuda. `trusted`: only adapters that one of these keys signed are loaded, and run while
-        the signature is in time. `provider_options`: of ONNX Runtime's CUDA provider. Raises ReftEdgeError if the folder
-        is not an export or cannot be loaded."""
+        the signature is in time. `provider_options`: of ONNX Runtime's CUDA provider. `mix_budget`: bytes of one mix of
+        adapters at most, and of all mixes that are kept. Raises ReftEdgeError if the folder is not an export or cannot
+        be loaded."""
         path = Path(folder)
         self.manifest = load_manifest(path)
         self.manifest.check_kind("decoder", path)
@@ -88,7 +118,7 @@ class SteeredModel:
         self.graph = GraphSession(path, self.manifest, device, threads, provider_options=provider_options)
         self._lock = threading.Lock()
         self._adapters: dict[str, _Loaded] = {}
-        self._bound: OrderedDict[tuple[tuple[str, float], ...], Bound] = OrderedDict()
+        self._mixes = Mixes(self.graph, self.manifest, mix_budget)
 
     @property
     def adapters(self) -> dict[str, AdapterConfig]:
@@ -131,8 +161,7 @@ class SteeredModel:
 
     def _forget(self, name: str) -> None:
         self._adapters.pop(name, None)
-        for key in [key for key in self._bound if any(part == name for part, _ in key)]:
-            del self._bound[key]
+        self._mixes.forget(name)
 
     def generate(self, prompt: str | list[Message], adapter: AdapterChoice = None, **options: Any) -> str:
         """The whole answer; options as for `stream`."""
@@ -157,17 +186,15 @@ class SteeredModel:
 
         Raises ReftEdgeError for an unknown adapter, a prompt that leaves no room in the context, or bad options.
         """
-        self.graph.check_cache()
         chosen = self._chosen(adapter)
-        ids = self.encode(prompt, chosen, raw)
-        bound = self.prepare(chosen)
-        limit = answer_limit(len(ids), max_tokens, self.manifest.context_length)
-        generation = Generation(iter(()), len(ids))
-        text = TextStream(self.prompts.tokenizer, [stop] if isinstance(stop, str) else stop)
-        generation._pieces = self._run(
-            generation, ids, bound, limit, text, Sampler(sampling or Sampling(), ids)
+        ids = tuple(self.encode(prompt, chosen, raw))
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        return Generation(
+            self.batch(1),
+            lambda deliver: self.row(
+                Request(ids, chosen, max_tokens, stops, sampling or Sampling()), deliver
+            ),
         )
-        return generation
 
     def generate_batch(
         self,
@@ -203,7 +230,8 @@ class SteeredModel:
     def prepare(self, adapter: AdapterChoice) -> Bound:
         """An adapter choice as values that any number of runs can bind. Raises ReftEdgeError for an unknown adapter."""
         with self._lock:
-            return self._bind(self._chosen(adapter))
+            chosen = self._chosen(adapter)
+            return self._mixes.bind({name: self._adapters[name].edit for name in chosen}, chosen)
 
     def batch(self, slots: int, prefix_budget: int = 0) -> Batch:
         """An empty batch of this model's rows; raises ReftEdgeError as `Batch` does."""
@@ -283,42 +311,6 @@ class SteeredModel:
             for row, found in zip(rows, pieces, strict=True)
         ]
 
-    def _run(
-        self,
-        generation: Generation,
-        ids: list[int],
-        bound: Bound,
-        limit: int,
-        text: TextStream,
-        sampler: Sampler,
-    ) -> Iterator[str]:
-        started = time.perf_counter()
-        cache = self.graph.take_cache(1, len(ids) + limit)
-        try:
-            length = self.graph.to_device({"reft.prompt_len": np.array([len(ids)], np.int64)})
-            logits = self.graph.bind(cache, {**bound.prompt, **length}).prefill(np.array([ids], np.int64))
-            decode = self.graph.bind(cache, {**bound.decode, **length})
-            token = sampler.choose(logits[0])
-            generation.prefill_seconds = time.perf_counter() - started
-            while token not in self.manifest.eos_token_ids:
-                generation.tokens.append(token)
-                if piece := text.push(token):
-                    yield piece
-                if text.stopped:
-                    break
-                if len(generation.tokens) == limit:
-                    generation.finish_reason = "length"
-                    break
-                started = time.perf_counter()
-                token = sampler.choose(decode.step(np.array([[token]], np.int64))[0])
-                generation.decode_seconds += time.perf_counter() - started
-                generation.decode_steps += 1
-            generation.finish_reason = generation.finish_reason or "stop"
-            if not text.stopped and (piece := text.flush()):
-                yield piece
-        finally:
-            self.graph.return_cache(cache)
-
     def adapter_size(self, name: str) -> int:
         """Bytes that a loaded adapter's weights take."""
         return self._adapters[name].edit.nbytes
@@ -358,18 +350,3 @@ class SteeredModel:
 
     def _edit(self, chosen: Mapping[str, float]) -> Edit:
         return concat([scale(self._adapters[name].edit, factor) for name, factor in chosen.items()])
-
-    def _bind(self, chosen: Mapping[str, float]) -> Bound:
-        acting = {name: factor for name, factor in chosen.items() if factor != 0}
-        if not acting:
-            return Bound({}, {})
-        key = tuple(acting.items())
-        if key in self._bound:
-            self._bound.move_to_end(key)
-            return self._bound[key]
-        edit = self._edit(acting)
-        prompt = self.graph.to_device(port_inputs(edit, self.manifest, self.graph.dtype))
-        bound = self._bound[key] = Bound(prompt, prompt if edit.on_generated else {}, edit)
-        if len(self._bound) > _BOUND_LIMIT:
-            self._bound.popitem(last=False)
-        return bound

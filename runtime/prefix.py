@@ -8,10 +8,8 @@ import numpy as np
 
 from reft_edge.algebra import Edit
 from reft_edge.positions import active
-from reft_edge.runtime.rows import KeysAndValues
+from reft_edge.runtime.rows import ALIGNMENT, KeysAndValues
 
-LEAST = 16
-"""Tokens below which a prefix is not worth a copy."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,15 +58,16 @@ class PrefixCache:
     def find(self, ids: Sequence[int], edit: Edit | None) -> tuple[int, KeysAndValues | None]:
         """How many first tokens of a prompt can be taken over, and from where.
 
-        At least the last token is always left to run, since its logits are needed.
+        They are a multiple of ALIGNMENT, and at least the last two tokens are always left to run: the last one's logits are
+        needed, and a token that runs alone is rounded in another way.
         """
         best, found = 0, None
         for entry in self._entries:
             if entry.under(edit):
-                count = usable(entry.ids, ids, edit)
+                count = min(shared(entry.ids, ids, edit), len(ids) - 2) // ALIGNMENT * ALIGNMENT
                 if count > best:
                     best, found = count, entry
-        if found is None or best < LEAST:
+        if found is None:
             return 0, None
         self._entries.remove(found)
         self._entries.append(found)
@@ -78,23 +77,23 @@ class PrefixCache:
     def add(self, entry: Prefix) -> None:
         """Remember a prompt; those it makes needless, those of edits that are gone, and the least recently used beyond the
         budget are forgotten."""
-        if entry.size > self.budget or len(entry.ids) < LEAST:
+        if entry.size > self.budget or len(entry.ids) < ALIGNMENT:
             return
         self._entries = [
             other
             for other in self._entries
             if not other.gone
-            and (not other.under(entry.edit) or usable(entry.ids, other.ids, entry.edit) < len(other.ids) - 1)
+            and (not other.under(entry.edit) or shared(entry.ids, other.ids, entry.edit) < len(other.ids) - 1)
         ]
         self._entries.append(_Kept(entry))
         while self.size > self.budget:
             self._entries.pop(0)
 
 
-def usable(before: Sequence[int], ids: Sequence[int], edit: Edit | None) -> int:
+def shared(before: Sequence[int], ids: Sequence[int], edit: Edit | None) -> int:
     """How many tokens at the start of two prompts have the same keys and values: they are the same tokens, and every
     gate that acts on one of them does so in both prompts, whose lengths may differ."""
-    count = min(len(before), len(ids) - 1)
+    count = min(len(before), len(ids))
     same = np.array(before[:count]) == np.array(ids[:count])
     count = int(same.argmin()) if not same.all() else count
     t = np.arange(count)

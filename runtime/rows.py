@@ -1,4 +1,4 @@
-"""The KV caches of a running batch.
+"""The KV caches of a running batch. They grow with the tokens that rows have, and shrink when long rows have left.
 
 Where past and present of a layer are one buffer in host memory, `JoinedRows` keeps rows of unlike lengths in one buffer a
 layer, and runs them as one batch. Where they are not (a growing cache, a GPU), `SeparateRows` gives every row a cache of its
@@ -12,40 +12,76 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reft_edge.runtime.binding import DecodeEdit, decode_inputs
+from reft_edge.runtime.memory import NoMemoryError, sparse_zeros
 from reft_edge.runtime.session import BoundSession, GraphSession, Ids, KVCache, Logits, present_name
 
+ALIGNMENT = 16
+"""Prompts run in parts that end at a multiple of this, so that every token is at the same place in a kernel's tile of rows
+whatever the parts are."""
 _STEP = 256
 KeysAndValues = dict[str, NDArray[np.generic]]
 """Of one row's first tokens, `[heads, tokens, head size]`, by the names of the graph's inputs."""
 
 
+def part_end(start: int, tokens: int, most: int) -> int:
+    """Where the part of a prompt of `tokens` tokens ends that starts at `start` and has about `most` tokens, both multiples
+    of ALIGNMENT. The last part is never one token of several, which kernels round in another way than two or more."""
+    end = min(start + most, tokens)
+    return end - ALIGNMENT if tokens - end == 1 else end
+
+
 class JoinedRows:
     """Room for `rows` rows, right-padded: a row's tokens fill its first places, whatever its neighbours' lengths are."""
 
+    grows = True
+    """Whether room can be asked for when it is needed."""
+
     def __init__(self, graph: GraphSession, rows: int) -> None:
         self.graph, self.rows, self.capacity = graph, rows, 0
+        self._beside = 0 if graph.rounds_rows_alike else 1
+        """Rows that run beside a lone one, so that its numbers are those of a batch."""
         self._values: KeysAndValues = {}
 
-    def start(self, row: int, tokens: int) -> bool:
-        """Make room for at least `tokens` tokens in this row; whether memory moved, so that what was bound is stale."""
-        return self._reserve(tokens)
+    def fits(self, needs: Sequence[int]) -> bool:
+        """Whether `reserve` would do nothing."""
+        most = max(needs)
+        return most <= self.capacity and (self.capacity <= _STEP or 4 * most > self.capacity)
 
-    def _reserve(self, tokens: int) -> bool:
-        if tokens <= self.capacity:
-            return False
-        capacity = -(-max(tokens, min(2 * self.capacity, tokens + 4 * _STEP)) // _STEP) * _STEP
-        for name, (heads, size) in self.graph.cache_shapes.items():
-            grown = np.zeros((self.rows, heads, capacity, size), self.graph.cache_dtype)
-            if self.capacity:
-                grown[:, :, : self.capacity] = self._values[name]
-            self._values[name] = grown
+    def reserve(self, needs: Sequence[int], used: Sequence[int]) -> None:
+        """Make room for `needs[i]` tokens in row i, of which the first `used[i]` are kept, and give back room that is far
+        too large. What was bound is stale then, unless it `fits`. Raises NoMemoryError; then nothing changed."""
+        if self.fits(needs):
+            return
+        most = max(needs)
+        wanted = max(most, min(2 * most, 2 * self.capacity, self.graph.context_length))
+        capacity = -(-wanted // _STEP) * _STEP
+        try:
+            moved = {
+                name: sparse_zeros((self.rows + self._beside, heads, capacity, size), self.graph.cache_dtype)
+                for name, (heads, size) in self.graph.cache_shapes.items()
+            }
+        except NoMemoryError:
+            if most <= self.capacity:
+                return
+            raise
+        for name, values in moved.items():
+            for row, count in enumerate(used):
+                if count:
+                    values[row, :, :count] = self._values[name][row, :, :count]
+            self._values[name] = values
         self.capacity = capacity
-        return True
+
+    def clear(self) -> None:
+        """Give all memory back; there are no rows left."""
+        self._values, self.capacity = {}, 0
 
     def move(self, source: int, target: int, tokens: int) -> None:
         """Copy a row's first `tokens` tokens over another row."""
         for values in self._values.values():
             values[target, :, :tokens] = values[source, :, :tokens]
+
+    def forget(self, row: int) -> None:
+        """The row is no longer needed."""
 
     def read(self, row: int, tokens: int) -> KeysAndValues:
         """A copy of a row's first `tokens` tokens."""
@@ -57,46 +93,86 @@ class JoinedRows:
             values[row, :, :tokens] = content[name][:, :tokens]
 
     def bind_prompt(self, row: int, ports: Mapping[str, Any]) -> "BoundRows":
-        """One row, to be prefilled with these port inputs; stale once `start` moved memory."""
-        return self._bind(row, 1, ports)
+        """One row, to be prefilled with these port inputs."""
+        return self._bind(row, 1, 0, ports)
 
-    def bind_decode(self, edits: Sequence[DecodeEdit]) -> "BoundRows":
-        """The first rows, one an edit, to be decoded; stale once `start` moved memory."""
-        ports = self.graph.to_device(decode_inputs(edits, self.graph.dtype))
-        return self._bind(0, len(edits), ports)
+    def bind_decode(self, edits: Sequence[DecodeEdit]) -> "RowsTogether":
+        """The first rows, one an edit, to be decoded."""
+        return RowsTogether(self, edits)
 
-    def _bind(self, first: int, count: int, ports: Mapping[str, Any]) -> "BoundRows":
-        return BoundRows(
-            self.graph, {name: values[first : first + count] for name, values in self._values.items()}, ports
-        )
+    def bind_edits(self, first: int, edits: Sequence[DecodeEdit]) -> "BoundRows":
+        """Rows from `first` on, one an edit, to be decoded."""
+        beside = self._beside if len(edits) == 1 else 0
+        ports = self.graph.to_device(decode_inputs([*edits, *[{}] * beside], self.graph.dtype))
+        return self._bind(first, len(edits), beside, ports)
+
+    def _bind(self, first: int, count: int, beside: int, ports: Mapping[str, Any]) -> "BoundRows":
+        last = first + count + beside
+        values = {name: values[first:last] for name, values in self._values.items()}
+        return BoundRows(self.graph, values, count, ports)
 
 
 class BoundRows:
     """Some rows of a cache and a set of port inputs, bound to the session."""
 
-    def __init__(self, graph: GraphSession, values: KeysAndValues, ports: Mapping[str, Any]) -> None:
-        self._graph, self._values = graph, values
-        self.count = len(next(iter(values.values())))
+    def __init__(
+        self, graph: GraphSession, values: KeysAndValues, count: int, ports: Mapping[str, Any]
+    ) -> None:
+        """`count`: rows whose logits are wanted, the first of those in `values`."""
+        self._graph, self._values, self._count = graph, values, count
+        self._bound = len(next(iter(values.values())))
         self._binding = graph.new_binding(ports)
         for name, value in values.items():
             place = ("cpu", 0, graph.cache_dtype, value.shape, value.ctypes.data)
             self._binding.bind_input(name, *place)
             self._binding.bind_output(present_name(name), *place)
-        self._logits = graph.bind_logits(self._binding, self.count)
+        self._logits = graph.bind_logits(self._binding, self._bound)
 
     def step(self, ids: Ids, lengths: Sequence[int]) -> Logits:
-        """Run `ids [rows, tokens]` after the `lengths` tokens that each row has; logits of the last, `[rows, vocabulary]`.
+        """Run `ids [rows, tokens]`; logits of the last token, `[rows, vocabulary]`.
 
-        Several tokens at a time are for one row only.
+        `lengths`: the tokens that each row has, and then those of the row after them, 0 for none: it may run beside them,
+        and keeps what it has. Several tokens at a time are for one row only.
         """
-        ends = np.array(lengths, np.int64)[:, None] + ids.shape[1]
+        if self._bound > self._count:
+            ids = np.concatenate([ids, np.zeros((self._bound - self._count, ids.shape[1]), ids.dtype)])
+        ends = np.array(lengths[: self._bound], np.int64)[:, None] + ids.shape[1]
         total = int(ends.max())
         mask = (np.arange(total) < ends).astype(np.int64)
         positions = ends - ids.shape[1] + np.arange(ids.shape[1])
         self._graph.run_bound(self._binding, ids, mask, positions)
         logits = self._logits or self._binding.get_outputs()[-1]
-        last: Logits = logits.numpy()[:, -1].astype(np.float32, copy=False)
+        last: Logits = logits.numpy()[: self._count, -1].astype(np.float32, copy=False)
         return last
+
+
+class RowsTogether:
+    """Rows of one buffer, decoded as one batch."""
+
+    def __init__(self, rows: JoinedRows, edits: Sequence[DecodeEdit]) -> None:
+        self._rows, self._edits = rows, edits
+        self._bound: BoundRows | None = None
+
+    def step(self, ids: Ids, lengths: Sequence[int]) -> list[Logits | Exception]:
+        """Run `ids [rows, 1]`, `lengths` as for `BoundRows.step`; each row's logits `[vocabulary]`, or what went wrong with
+        it. Where the batch fails, its rows are tried one by one."""
+        try:
+            if self._bound is None:
+                self._bound = self._rows.bind_edits(0, self._edits)
+            return list(self._bound.step(ids, lengths))
+        except Exception as error:
+            self._bound = None
+            if len(self._edits) == 1:
+                return [error]
+        return [self._alone(row, ids, lengths) for row in range(len(self._edits))]
+
+    def _alone(self, row: int, ids: Ids, lengths: Sequence[int]) -> Logits | Exception:
+        try:
+            bound = self._rows.bind_edits(row, self._edits[row : row + 1])
+            logits: Logits = bound.step(ids[row : row + 1], lengths[row:])[0]
+        except Exception as error:
+            return error
+        return logits
 
 
 class SeparateRows:
@@ -104,22 +180,44 @@ class SeparateRows:
 
     def __init__(self, graph: GraphSession, rows: int) -> None:
         self.graph, self.rows = graph, rows
+        self.grows = graph.cache_in_numpy or not graph.shares_cache
         self._caches: list[KVCache | None] = [None] * (rows + 1)
 
-    def start(self, row: int, tokens: int) -> bool:
-        """Make room for at least `tokens` tokens in this row; no other row's memory moves."""
-        left = self._caches[row]
-        if left is not None and self.graph.shares_cache and left.capacity >= tokens:
-            left.length = 0
-        else:
-            self._caches[row] = None
-            self._caches[row] = self.graph.take_cache(1, tokens)
-        return False
+    def fits(self, needs: Sequence[int]) -> bool:
+        """Whether `reserve` would do nothing."""
+        return all(self._fits(cache, tokens) for cache, tokens in zip(self._caches, needs, strict=False))
+
+    def reserve(self, needs: Sequence[int], used: Sequence[int]) -> None:
+        """As `JoinedRows.reserve`. Raises ReftEdgeError if there is no memory; then nothing changed."""
+        caches = [
+            cache if self._fits(cache, tokens) else self._grown(cache, tokens, count)
+            for cache, tokens, count in zip(self._caches, needs, used, strict=False)
+        ]
+        self._caches[: len(caches)] = caches
+
+    def _fits(self, cache: KVCache | None, tokens: int) -> bool:
+        return cache is not None and (not self.graph.shares_cache or tokens <= cache.capacity)
+
+    def _grown(self, old: KVCache | None, tokens: int, used: int) -> KVCache:
+        """A cache for `tokens` tokens or more, with the first `used` of the old one."""
+        if old is None:
+            return self.graph.take_cache(1, tokens)
+        cache = self.graph.take_cache(1, max(tokens, min(2 * old.capacity, self.graph.context_length)))
+        self._put(cache, {name: value.numpy()[0, :, :used] for name, value in old.values.items()}, used)
+        return cache
+
+    def clear(self) -> None:
+        """Give all memory back; there are no rows left."""
+        self._caches = [None] * (self.rows + 1)
 
     def move(self, source: int, target: int, tokens: int) -> None:
         """Let two rows change places."""
         caches = self._caches
         caches[source], caches[target] = caches[target], caches[source]
+
+    def forget(self, row: int) -> None:
+        """The row is no longer needed."""
+        self._caches[row] = None
 
     def read(self, row: int, tokens: int) -> KeysAndValues:
         """A copy of a row's first `tokens` tokens."""
@@ -127,7 +225,9 @@ class SeparateRows:
 
     def write(self, row: int, content: KeysAndValues, tokens: int) -> None:
         """Put the first `tokens` tokens of `content` at the start of a row."""
-        cache = self._at(row)
+        self._put(self._at(row), content, tokens)
+
+    def _put(self, cache: KVCache, content: KeysAndValues, tokens: int) -> None:
         for name, value in cache.values.items():
             if self.graph.shares_cache:
                 held = value.numpy()
@@ -138,17 +238,19 @@ class SeparateRows:
                 cache.values[name] = self.graph.to_device({name: held})[name]
         cache.length = tokens
 
-    def bind_prompt(self, row: int, ports: Mapping[str, Any]) -> "RowsInTurn":
+    def bind_prompt(self, row: int, ports: Mapping[str, Any]) -> "RowInTurn":
         """One row, to be prefilled with these port inputs."""
-        return RowsInTurn([self._bind(row, ports)])
+        return RowInTurn(self.graph.bind(self._at(row), ports))
 
     def bind_decode(self, edits: Sequence[DecodeEdit]) -> "RowsInTurn":
         """The first rows, one an edit, to be decoded."""
-        ports = [self.graph.to_device(decode_inputs([edit], self.graph.dtype)) for edit in edits]
-        return RowsInTurn([self._bind(row, inputs) for row, inputs in enumerate(ports)])
+        return RowsInTurn(self, edits)
 
-    def _bind(self, row: int, ports: Mapping[str, Any]) -> BoundSession:
-        return self.graph.bind(self._at(row), ports)
+    def bind_edit(self, row: int, edit: DecodeEdit) -> BoundSession:
+        """One row, to be decoded."""
+        return self.graph.bind(
+            self._at(row), self.graph.to_device(decode_inputs([edit], self.graph.dtype))
+        )
 
     def _at(self, row: int) -> KVCache:
         cache = self._caches[row]
@@ -156,12 +258,33 @@ class SeparateRows:
         return cache
 
 
-class RowsInTurn:
-    """Bound rows that run one after another."""
+class RowInTurn:
+    """A row that is prefilled."""
 
-    def __init__(self, rows: Sequence[BoundSession]) -> None:
-        self._rows = rows
+    def __init__(self, row: BoundSession) -> None:
+        self._row = row
 
     def step(self, ids: Ids, lengths: Sequence[int]) -> Logits:
-        """As `BoundRows.step`; each row's cache knows its length itself."""
-        return np.concatenate([row.step(ids[i : i + 1]) for i, row in enumerate(self._rows)])
+        """As `BoundRows.step`; the row's cache knows its length itself."""
+        return self._row.step(ids)
+
+
+class RowsInTurn:
+    """Rows that are decoded one after another."""
+
+    def __init__(self, rows: SeparateRows, edits: Sequence[DecodeEdit]) -> None:
+        self._rows, self._edits = rows, edits
+        self._bound: dict[int, BoundSession] = {}
+
+    def step(self, ids: Ids, lengths: Sequence[int]) -> list[Logits | Exception]:
+        """As `RowsTogether.step`."""
+        return [self._alone(row, ids[row : row + 1]) for row in range(len(self._edits))]
+
+    def _alone(self, row: int, ids: Ids) -> Logits | Exception:
+        try:
+            if row not in self._bound:
+                self._bound[row] = self._rows.bind_edit(row, self._edits[row])
+            logits: Logits = self._bound[row].step(ids)[0]
+        except Exception as error:
+            return error
+        return logits

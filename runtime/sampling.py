@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,7 @@ class Sampling:
     """How tokens are chosen; the default is greedy. Filters apply in the order top-k, top-p, min-p."""
 
     temperature: float = 0.0
-    """0 takes the likeliest token; above, logits are divided by it."""
+    """0, or what is 0 in float32, takes the likeliest token; above, logits are divided by it."""
     top_k: int = 0
     """Keep the k likeliest tokens; 0 keeps all."""
     top_p: float = 1.0
@@ -27,16 +28,22 @@ class Sampling:
 
     def __post_init__(self) -> None:
         limits = {
-            "temperature": (self.temperature >= 0, "0 or more"),
+            "temperature": (self.temperature >= 0 and isfinite(self.temperature), "0 or more"),
             "top_k": (self.top_k >= 0, "0 or more"),
             "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
             "min_p": (0 <= self.min_p <= 1, "from 0 to 1"),
-            "repetition_penalty": (self.repetition_penalty > 0, "above 0"),
+            "repetition_penalty": (
+                self.repetition_penalty > 0 and isfinite(self.repetition_penalty),
+                "above 0",
+            ),
             "seed": (self.seed is None or self.seed >= 0, "0 or more"),
         }
         for name, (ok, expected) in limits.items():
             if not ok:
                 raise ReftEdgeError(f"{name} is {getattr(self, name)}; expected {expected}")
+
+
+_FLOAT32 = np.finfo(np.float32)
 
 
 class Sampler:
@@ -48,11 +55,18 @@ class Sampler:
         self._seen = set(seen)
 
     def choose(self, logits: NDArray[np.float32]) -> int:
-        """The next token from `logits [vocabulary]`."""
+        """The next token from `logits [vocabulary]`. Raises ReftEdgeError if they are not finite; a token may be impossible
+        (minus infinity), but not all of them."""
         s = self._sampling
         if s.repetition_penalty != 1:
             logits = _penalise(logits, np.fromiter(self._seen, np.int64), s.repetition_penalty)
-        token = int(logits.argmax()) if s.temperature == 0 else self._draw(logits)
+        token = int(logits.argmax())
+        if not isfinite(logits[token]):
+            raise ReftEdgeError(
+                "the model's logits are not finite with these adapters and scales; choose smaller scales"
+            )
+        if np.float32(min(s.temperature, _FLOAT32.max)) > 0:
+            token = self._draw(logits)
         self._seen.add(token)
         return token
 
@@ -65,15 +79,14 @@ def distribution(
     logits: NDArray[np.float32], sampling: Sampling
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """The tokens that can be drawn from `logits [vocabulary]` at a temperature above 0, ascending, and their probabilities,
-    which sum to 1. Raises ValueError if logits are not numbers."""
+    which sum to 1."""
     tokens = np.arange(len(logits), dtype=np.int32)
     if 0 < sampling.top_k < len(logits):
         tokens = np.sort(np.argpartition(logits, -sampling.top_k)[-sampling.top_k :]).astype(np.int32)
         logits = logits[tokens]
-    p = np.exp((logits - logits.max()) / np.float32(sampling.temperature))
+    with np.errstate(over="ignore", under="ignore"):
+        p = np.exp((logits - logits.max()) / np.float32(min(sampling.temperature, _FLOAT32.max)))
     total = p.sum(dtype=np.float64)
-    if not np.isfinite(total):
-        raise ValueError("the model's logits are not all finite")
     if sampling.top_p < 1:
         # Tokens below this share have less than 1 - top_p in all, so that the likelier ones reach top_p without them.
         near = np.flatnonzero(p > 0.999 * (1 - sampling.top_p) / len(p) * total)
@@ -102,6 +115,9 @@ def _place(p: NDArray[np.float32], share: float) -> int:
 
 def _penalise(logits: NDArray[np.float32], seen: NDArray[np.int64], penalty: float) -> NDArray[np.float32]:
     logits = logits.copy()
-    chosen = logits[seen]
-    logits[seen] = np.where(chosen > 0, chosen / penalty, chosen * penalty)
+    chosen = logits[seen].astype(np.float64)
+    with np.errstate(over="ignore", under="ignore"):
+        changed = np.where(chosen > 0, chosen / penalty, chosen * penalty)
+    numbers = np.isfinite(chosen)
+    logits[seen[numbers]] = changed[numbers].clip(-_FLOAT32.max, _FLOAT32.max)
     return logits

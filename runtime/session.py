@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,6 +30,9 @@ _ELEMENT_TYPES: dict[str, Any] = {
     "tensor(float16)": np.float16,
     "tensor(bfloat16)": _ONNX_BFLOAT16,
 }
+_MOST_TOKENS = 1 << 31
+"""ONNX Runtime counts the tokens of a cache in 32 bits."""
+_MOST_HEAD = 1 << 16
 _OWN_KEEP = "num_logits_to_keep"
 """An input of some graphs from elsewhere: how many of the last tokens get logits, 0 for all."""
 
@@ -90,9 +94,11 @@ def open_graph(
     `prepack`: keep weights in the layout that is fastest to multiply with, at the cost of memory for a second copy.
     `fuse`: let ONNX Runtime merge neighbouring nodes into one that may round otherwise.
 
-    Raises ReftEdgeError if the graph cannot be loaded, if CUDA was asked for and did not start, or for options of a
-    provider that is not used.
+    Raises ReftEdgeError if the graph cannot be loaded, if CUDA was asked for and did not start, for fewer than 1 thread, or
+    for options of a provider that is not used.
     """
+    if threads is not None and threads < 1:
+        raise ReftEdgeError(f"threads is {threads}; expected 1 or more, or none for one a core")
     ort = import_onnxruntime()
     chosen = choose_device(device, ort.get_available_providers())
     if provider_options and chosen != "cuda":
@@ -204,11 +210,13 @@ class GraphSession:
         """Whether past and present of a layer are one buffer."""
         inputs = {value.name: value for value in self.session.get_inputs()}
         self.cache_shapes = {
-            name: (int(value.shape[1]), manifest.head_size)
+            name: _cache_shape(value, manifest)
             for name, value in inputs.items()
             if name.startswith("past_key_values.")
         }
         """Heads and size of a head, by the names of the cache's inputs."""
+        self.context_length = manifest.context_length
+        """Tokens."""
         self._has_positions = "position_ids" in inputs
         self._own_keep = [1] * len(inputs[_OWN_KEEP].shape) if _OWN_KEEP in inputs else None
         self._keeps_logits = "reft.logits_to_keep" in manifest.ports
@@ -235,6 +243,22 @@ class GraphSession:
                 "this folder's graph has no KV cache, so it can score text (SteeredModel.logits) but not generate; "
                 "export the model again with past_key_values inputs and add ports to that"
             )
+
+    @cached_property
+    def rounds_rows_alike(self) -> bool:
+        """Whether a row that is decoded alone has, bit for bit, the numbers that it has beside another.
+
+        Some processors have kernels for one row of a quantised matrix that round in another way than those for several:
+        one step of this very graph tells.
+        """
+        if self.context_length < 8:
+            return False
+        found = []
+        for rows in (1, 2):
+            bound = self.bind(self.take_cache(rows, 8), {})
+            bound.step(np.tile(np.array([[0, 1, 0, 1, 1]]), (rows, 1)))
+            found.append([bound.step(np.full((rows, 1), token))[0].tobytes() for token in (0, 1)])
+        return found[0] == found[1]
 
     def take_cache(self, batch: int, tokens: int) -> KVCache:
         """An empty cache for at least `tokens` tokens; give it back with `return_cache` when done."""
@@ -306,12 +330,13 @@ class GraphSession:
         return [logits[i, : len(row)] for i, row in enumerate(rows)]
 
     def _empty_pasts(self, batch: int, capacity: int, device: str) -> dict[str, Any]:
-        return {
-            name: self._ort.OrtValue.ortvalue_from_shape_and_type(
-                [batch, heads, capacity, size], self.cache_dtype, device
-            )
-            for name, (heads, size) in self.cache_shapes.items()
-        }
+        with plain_failure():
+            return {
+                name: self._ort.OrtValue.ortvalue_from_shape_and_type(
+                    [batch, heads, capacity, size], self.cache_dtype, device
+                )
+                for name, (heads, size) in self.cache_shapes.items()
+            }
 
     def _to_device(self, array: NDArray[np.generic]) -> Any:
         return ort_value(array, self._bf16, self.device)
@@ -363,6 +388,23 @@ class BoundSession:
         for start in range(0, ids.shape[1], chunk):
             logits = self.step(ids[:, start : start + chunk])
         return logits
+
+
+def _cache_shape(value: Any, manifest: Manifest) -> tuple[int, int]:
+    """Heads and size of a head of a cache's input. Raises ReftEdgeError where the graph and the manifest do not agree, or
+    for a context that no runtime can have."""
+    _, heads, _, size = value.shape
+    if not isinstance(heads, int) or (isinstance(size, int) and size != manifest.head_size):
+        raise ReftEdgeError(
+            f"the graph's {value.name} has the shape {value.shape}, and the manifest says head_size {manifest.head_size}; "
+            "export the model again"
+        )
+    if manifest.context_length >= _MOST_TOKENS or manifest.head_size > _MOST_HEAD:
+        raise ReftEdgeError(
+            f"the manifest says context_length {manifest.context_length} and head_size {manifest.head_size}; expected fewer than "
+            f"{_MOST_TOKENS} and at most {_MOST_HEAD}: export the model again"
+        )
+    return heads, manifest.head_size
 
 
 def present_name(past: str) -> str:

@@ -1,40 +1,179 @@
 """Streaming text out of tokens: whole characters only, and nothing from a stop string on."""
 
+import re
 from collections.abc import Sequence
+from functools import lru_cache
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
+
+_PENDING = 8
+"""Tokens without the end of a character that are waited for; a character has 4 bytes at most."""
+_TAIL = 3
+_LONGEST = 64
+"""Tokens that are decoded at once, at most."""
+_UNKNOWN = "\ufffd"
+_FIRST_MARK, _LAST_MARK = 0xD800, 0xDFFF
+"""Code points that no text has: they stand for special tokens in stop strings."""
 
 
 class TextStream:
-    """Turns tokens into text pieces; holds back what may become a stop string."""
+    """Turns tokens into text pieces; holds back what may become a stop string.
+
+    Special tokens are left out of the text. A stop string that has their text, alone or among other text, is found all
+    the same.
+    """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
-        self._tokenizer, self._stop = tokenizer, [text for text in stop if text]
-        self._decoder = DecodeStream(skip_special_tokens=True)
+        self._decoder = _Decoder(tokenizer)
+        special = _special_tokens(tokenizer)
+        self._special = frozenset(special)
+        self._marks: dict[int, str] = {}
+        patterns = dict.fromkeys(text for text in stop if text)
+        for text in list(patterns):
+            patterns[_marked(text, special, self._marks)] = None
+        self._stops = [_Stop(text) for text in patterns]
         self._held = ""
         self.stopped = False
 
     def push(self, token: int) -> str:
         """The text that this token completes; "" while a character or a possible stop string is unfinished."""
-        self._held += self._decoder.step(self._tokenizer, token) or ""
-        found = [at for text in self._stop if (at := self._held.find(text)) >= 0]
-        if found:
-            self.stopped = True
-            ready, self._held = self._held[: min(found)], ""
-            return ready
-        keep = max((_overlap(self._held, text) for text in self._stop), default=0)
+        if token in self._special:
+            return self._take(self._marks[token]) if token in self._marks else ""
+        return self._take(self._decoder.push(token))
+
+    def flush(self) -> str:
+        """What was held back, at the end; a character that was never completed is U+FFFD."""
+        ready = self._take(self._decoder.flush())
+        if not self.stopped:
+            ready, self._held = ready + self._held, ""
+        return ready
+
+    def _take(self, text: str) -> str:
+        if not self._stops:
+            return text
+        for place, character in enumerate(text):
+            mark = _FIRST_MARK <= ord(character) <= _LAST_MARK
+            if not mark:
+                self._held += character
+            found = [stop.seen for stop in self._stops if stop.feed(character, mark)]
+            if found:
+                self.stopped = True
+                ready, self._held = self._held[: len(self._held) - max(found)], ""
+                return ready
+        keep = max(stop.seen for stop in self._stops)
         ready, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return ready
 
+
+class _Stop:
+    """Knuth, Morris and Pratt's search for one stop string, a character at a time; each costs the same on average."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._has_marks = any(_FIRST_MARK <= ord(character) <= _LAST_MARK for character in text)
+        self._matched = 0
+        self._shorter = [0, 0]
+        """For each length of a begun match, the longest shorter one that ends alike; known as far as one was reached."""
+        self._visible = [0]
+        """For each length, its characters without the marks."""
+
+    @property
+    def seen(self) -> int:
+        """Characters of the text that belong to the match so far."""
+        return self._visible[self._matched]
+
+    def feed(self, character: str, mark: bool) -> bool:
+        """Take the next character; whether the stop string is complete with it."""
+        if mark and not self._has_marks:
+            return False
+        while self._matched and self._text[self._matched] != character:
+            self._matched = self._shorter[self._matched]
+        if self._text[self._matched] == character:
+            self._matched += 1
+            self._know(mark)
+        return self._matched == len(self._text)
+
+    def _know(self, mark: bool) -> None:
+        size = self._matched
+        if len(self._visible) == size:
+            self._visible.append(self._visible[-1] + (not mark))
+        if len(self._shorter) == size:
+            shorter = self._shorter[size - 1]
+            while shorter and self._text[shorter] != self._text[size - 1]:
+                shorter = self._shorter[shorter]
+            self._shorter.append(shorter + (self._text[shorter] == self._text[size - 1]))
+
+
+@lru_cache(maxsize=4)
+def _special_tokens(tokenizer: Tokenizer) -> dict[int, str]:
+    return {
+        token: added.content
+        for token, added in tokenizer.get_added_tokens_decoder().items()
+        if added.special and added.content
+    }
+
+
+def _marked(stop: str, special: dict[int, str], marks: dict[int, str]) -> str:
+    """A stop string with a mark in place of each special token's text; new ones are added to `marks`."""
+    within = {text: token for token, text in special.items() if text in stop}
+    if not within or len(marks) + len(within) > _LAST_MARK - _FIRST_MARK:
+        return stop
+
+    def mark(found: re.Match[str]) -> str:
+        return marks.setdefault(within[found[0]], chr(_FIRST_MARK + len(marks)))
+
+    return re.sub("|".join(re.escape(text) for text in sorted(within, key=len, reverse=True)), mark, stop)
+
+
+class _Decoder:
+    """Text of tokens, as far as it is known to be whole. It never fails and leaves no token out.
+
+    Tokens are decoded with those before them, since spaces and characters depend on neighbours. Where later tokens change
+    the text of earlier ones, which tokenizers with a token for each byte do at bytes that are no UTF-8, text that was given
+    away stays, and what follows is decoded anew.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._before: list[int] = []
+        self._pending: list[int] = []
+        self._known = ""
+        """The text of `before`."""
+
+    def push(self, token: int) -> str:
+        """The text that this token completes."""
+        self._pending.append(token)
+        text = self._decode([*self._before, *self._pending])
+        if not text.endswith(_UNKNOWN) or len(self._pending) == _LONGEST:
+            return self._give(text, len(self._pending))
+        for count in range(len(self._pending) - _TAIL, _PENDING - _TAIL, -1):
+            head = self._decode([*self._before, *self._pending[:count]])
+            if text.startswith(head):
+                return self._give(head, count)
+        return ""
+
     def flush(self) -> str:
-        """What was held back, at the end."""
-        ready, self._held = self._held, ""
-        return ready
+        """The text of what is unfinished."""
+        if not self._pending:
+            return ""
+        return self._give(self._decode([*self._before, *self._pending]), len(self._pending))
 
+    def _give(self, text: str, count: int) -> str:
+        """What `text`, that of all tokens up to the pending ones' first `count`, adds."""
+        new, self._pending = self._pending[:count], self._pending[count:]
+        piece = text[len(self._known) :] if text.startswith(self._known) else self._alone(new)
+        self._before = new if piece else [*self._before, *new][-_LONGEST:]
+        self._known = self._decode(self._before)
+        return piece
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
-    return next(
-        (size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0
-    )
+    def _alone(self, tokens: list[int]) -> str:
+        """The text of tokens as it is behind others that have nothing to do with it."""
+        for token in self._tokenizer.encode("a", add_special_tokens=False).ids[-1:]:
+            start, whole = self._decode([token]), self._decode([token, *tokens])
+            if whole.startswith(start):
+                return whole[len(start) :]
+        return self._decode(tokens)
+
+    def _decode(self, tokens: list[int]) -> str:
+        text: str = self._tokenizer.decode(tokens, skip_special_tokens=False)
+        return text

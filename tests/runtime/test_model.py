@@ -100,7 +100,7 @@ def test_chunked_prefill_equals_whole_prefill(model, adapter, chunk):
     whole = model.logits(ids.tolist(), adapter)[0][-1]
     graph = model.graph
     ports = {
-        **model._bind(model._chosen(adapter)).prompt,
+        **model.prepare((adapter)).prompt,
         **graph.to_device({"reft.prompt_len": np.array([37])}),
     }
     chunked = graph.bind(graph.take_cache(1, 37), ports).prefill(ids, chunk)[0]
@@ -108,8 +108,8 @@ def test_chunked_prefill_equals_whole_prefill(model, adapter, chunk):
 
 
 def test_decode_binds_no_ports_when_only_the_prompt_is_edited(model):
-    assert model._bind(model._chosen("first")).decode == {}
-    assert model._bind(model._chosen("everywhere")).decode != {}
+    assert model.prepare("first").decode == {}
+    assert model.prepare("everywhere").decode != {}
 
 
 def test_streaming_gives_the_same_text_in_pieces(model):

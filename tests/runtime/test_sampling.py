@@ -51,7 +51,7 @@ def test_top_p_keeps_what_a_full_sort_keeps(seed, size, spread, top_p):
 
 
 def test_logits_that_are_no_numbers_are_refused():
-    with pytest.raises(ValueError, match="not all finite"):
+    with pytest.raises(ReftEdgeError, match="not finite"):
         Sampler(Sampling(1.0), []).choose(np.array([1.0, np.nan, 0.0], np.float32))
 
 
