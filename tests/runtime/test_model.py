@@ -100,7 +100,7 @@ def test_chunked_prefill_equals_whole_prefill(model, adapter, chunk):
     whole = model.logits(ids.tolist(), adapter)[0][-1]
     graph = model.graph
     ports = {
-        **model.prepare((adapter)).prompt,
+        **model.prepare(adapter).prompt,
         **graph.to_device({"reft.prompt_len": np.array([37])}),
     }
     chunked = graph.bind(graph.take_cache(1, 37), ports).prefill(ids, chunk)[0]
