@@ -11,7 +11,6 @@ from reft_edge.positions import active
 from reft_edge.runtime.rows import ALIGNMENT, KeysAndValues
 
 
-
 @dataclass(frozen=True, eq=False)
 class Prefix:
     """A prompt that was prefilled, and what its tokens left in the KV cache."""

@@ -248,9 +248,7 @@ class SeparateRows:
 
     def bind_edit(self, row: int, edit: DecodeEdit) -> BoundSession:
         """One row, to be decoded."""
-        return self.graph.bind(
-            self._at(row), self.graph.to_device(decode_inputs([edit], self.graph.dtype))
-        )
+        return self.graph.bind(self._at(row), self.graph.to_device(decode_inputs([edit], self.graph.dtype)))
 
     def _at(self, row: int) -> KVCache:
         cache = self._caches[row]

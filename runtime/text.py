@@ -51,7 +51,7 @@ class TextStream:
     def _take(self, text: str) -> str:
         if not self._stops:
             return text
-        for place, character in enumerate(text):
+        for character in text:
             mark = _FIRST_MARK <= ord(character) <= _LAST_MARK
             if not mark:
                 self._held += character
