@@ -261,7 +261,12 @@ def _whole(
 def _failure(piece: Piece) -> ApiError | None:
     """What went wrong with a choice, by its last piece."""
     if piece.error is not None:
-        return ApiError(400, piece.error, "generation_failed")
+        short = "memory" in piece.error
+        return (
+            ApiError(503, piece.error, "no_memory")
+            if short
+            else ApiError(400, piece.error, "generation_failed")
+        )
     if piece.finish_reason == "cancelled":
         return ApiError(503, "the server is closing", "closing")
     return None

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from reft_edge.errors import ReftEdgeError
 from reft_edge.runtime.api_errors import CLIENT_LEFT, ApiError, as_api_error, error_response
-from reft_edge.runtime.bodies import Arriving, check_type, too_large
+from reft_edge.runtime.bodies import Arriving, too_large
 from reft_edge.runtime.engine import QueueFullError
 from reft_edge.runtime.served import ServerSettings
 
@@ -120,7 +120,6 @@ class Guard:
             await self._app(scope, receive, send)
             return
         body = await self._bodies.read(receive)
-        check_type(headers)
         unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
         del body
 

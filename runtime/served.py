@@ -11,7 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 from starlette.requests import Request
 
 from reft_edge.runtime.api_errors import ApiError
-from reft_edge.runtime.bodies import parse
+from reft_edge.runtime.bodies import check_type, parse
 from reft_edge.runtime.encoder import SteeredEncoder
 from reft_edge.runtime.engine import Engine
 from reft_edge.runtime.model import SteeredModel
@@ -71,6 +71,7 @@ class Served:
 
     async def read(self, request: Request, kind: type[B]) -> B:
         """A request's body, checked. Raises ApiError."""
+        check_type(request.headers.get("content-type"))
         content = await request.body()
         return await self.work(lambda: read_body(kind, parse(content)))
 

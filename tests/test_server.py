@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import math
+import os
 import pkgutil
 import shutil
 import socket
@@ -253,6 +254,8 @@ def test_bodies_keys_hosts_and_other_paths(client, served):
     assert client.post("/v1/completions", content=b"{").status_code == 400
     form = client.post("/v1/completions", content=b'{"model": "tiny", "prompt": "ice"}')
     assert (form.status_code, "send Content-Type: application/json" in form.text) == (400, True)
+    assert client.post("/nowhere", content=b"a").status_code == 404
+    assert client.post("/health", content=b"a").status_code == 405
     wrong = client.delete("/v1/models")
     assert (wrong.status_code, wrong.headers["allow"], "error" in wrong.json()) == (405, "GET", True)
     assert client.get("/nowhere").json()["error"]["message"] == "GET /nowhere: Not Found"
@@ -794,9 +797,20 @@ def test_a_decoder_has_no_embeddings(client):
         (["--adapters", "/nowhere"], "there is no folder /nowhere"),
         (["--api-key-file", "/nowhere"], "cannot read the API key"),
         (["--slots", "0"], "slots is 0"),
+        (["--name", "a\udcff"], "cannot be shown"),
+        (["--name", "a\nb"], "cannot be shown"),
+        (["--max-inputs", "0"], "max-inputs"),
+        (["--adapter-memory", "0"], "adapter-memory"),
     ],
 )
 def test_the_command_refuses(device_folder, options, message):
     result = CliRunner().invoke(cli, ["serve", str(device_folder / "export"), *options])
-    assert result.exit_code == 1
+    assert result.exit_code in (1, 2)
     assert message in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize("key", ["\udcff", "a\nb", "é"])
+def test_keys_that_no_client_can_send_are_refused(device_folder, monkeypatch, key):
+    monkeypatch.setattr("os.environ", {**os.environ, "REFT_EDGE_API_KEY": key})
+    result = CliRunner().invoke(cli, ["serve", str(device_folder / "export")])
+    assert (result.exit_code, "REFT_EDGE_API_KEY holds no API key" in result.stderr) == (1, True)

@@ -38,7 +38,7 @@ def serve(
     ] = None,
     slots: Annotated[int, typer.Option(help="Requests that run at once.")] = 8,
     queue: Annotated[
-        int, typer.Option(min=0, help="Requests that may wait; more are answered with 429.")
+        int, typer.Option(min=0, help="Requests that may wait beyond those; more are answered with 429.")
     ] = 64,
     max_body: Annotated[int, typer.Option(min=1, help="Largest body of a request, in bytes.")] = 1 << 20,
     max_inputs: Annotated[
@@ -87,6 +87,8 @@ def serve(
             raise ReftEdgeError(
                 f"the name {settings.name!r} has a colon, which separates adapters; give a --name without"
             )
+        if not settings.name.isprintable():
+            raise ReftEdgeError(f"the name {settings.name!r} cannot be shown; give another --name")
         sockets = listen(host, port)
         try:
             app = create_app(folder, adapters, settings, device, threads, provider_options(provider_option))
@@ -106,8 +108,11 @@ def serve(
 def _api_key(file: Path | None) -> str | None:
     """The key that clients must send, from a file or the environment; None if there is neither."""
     if file is None:
-        return os.environ.get("REFT_EDGE_API_KEY") or None
-    key = read_text(file, f"the API key in {file}").strip()
-    if not key or not key.isascii():
-        raise ReftEdgeError(f"{file} holds no API key; expected one line of ASCII text")
+        source, key = "REFT_EDGE_API_KEY", os.environ.get("REFT_EDGE_API_KEY", "").strip()
+        if not key:
+            return None
+    else:
+        source, key = str(file), read_text(file, f"the API key in {file}").strip()
+    if not key or not key.isascii() or not key.isprintable():
+        raise ReftEdgeError(f"{source} holds no API key; expected one line of ASCII text")
     return key
