@@ -18,6 +18,7 @@ from http_targets import registry_target, web_target
 from own_targets import adapter_target, manifest_target, signature_target, trusted_keys_target
 from repository_targets import index_target, oci_manifest_target
 from server_targets import server_bodies_target
+from template_targets import grown_template_target, template_target
 
 TARGETS: dict[str, Callable[[Path], Target]] = {
     "adapter": adapter_target,
@@ -33,6 +34,8 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "onnx-adapter": onnx_adapter_target,
     "index": index_target,
     "oci-manifest": oci_manifest_target,
+    "template": template_target,
+    "grown-template": grown_template_target,
     "web": web_target,
     "registry": registry_target,
     "server-bodies": server_bodies_target,

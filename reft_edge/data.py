@@ -17,7 +17,7 @@ from reft_edge.errors import ReftEdgeError
 from reft_edge.files import sha256_of
 from reft_edge.jsonl import read_rows
 from reft_edge.positions import active, group_names, parse_positions
-from reft_edge.prompts import ANSWER, Message, Prompts, check_texts
+from reft_edge.prompts import ANSWER, Message, Prompts
 
 Tools = list[dict[str, Any]] | None
 
@@ -100,8 +100,6 @@ def view_row(row: Any, prompts: Prompts, prompt_format: str) -> View:
     """
     if not isinstance(row, dict):
         raise ReftEdgeError('expected an object like {"prompt": ..., "completion": ...}')
-    for name in ("prompt", "completion", "tools", "messages"):
-        check_texts(row.get(name), f"`{name}`")
     tools = _tools(row.get("tools"))
     if prompt_format == "raw" and ("messages" in row or tools):
         raise ReftEdgeError(

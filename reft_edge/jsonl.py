@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from reft_edge.errors import ReftEdgeError
 from reft_edge.files import read_text
+from reft_edge.texts import check_texts
 
 Row = TypeVar("Row")
 
@@ -20,7 +21,10 @@ def read_rows(path: Path, parse: Callable[[Any], Row]) -> Iterator[tuple[int, Ro
     """
     for number, line in read_lines(path):
         with at_line(path, number):
-            row = parse(json.loads(line))
+            value = json.loads(line)
+            for name, part in value.items() if isinstance(value, dict) else ():
+                check_texts([name, part], f"`{name}`")
+            row = parse(value)
         yield number, row
 
 

@@ -8,6 +8,7 @@ template that only writes its conversation down meets it.
 import json
 import re
 import time
+import warnings
 from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
 from contextvars import ContextVar
 from datetime import datetime
@@ -52,7 +53,9 @@ class Template:
                 f"at most {LONGEST_SOURCE:,} are taken"
             )
         try:
-            self._template = _Environment().from_string(source)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", SyntaxWarning)  # of Python, at what jinja2 made of the source
+                self._template = _Environment().from_string(source)
         except Exception as error:  # a parser's and a compiler's kinds are many
             raise _failed(error) from error
 
@@ -479,6 +482,11 @@ class _Environment(ImmutableSandboxedEnvironment):
         else:
             _spend_product(operator, left, right)
         return _made(super().call_binop(context, operator, left, right))
+
+
+def filter_names() -> list[str]:
+    """Every filter that templates have."""
+    return sorted(_Environment().filters)
 
 
 def _spend_product(operator: str, left: Any, right: Any) -> None:

@@ -372,3 +372,17 @@ def test_a_graph_without_the_residual_stream_is_refused(device_folder):
         match=rf"found {LAYERS} blocks by structure, expected {LAYERS + 2} \(by name: ",
     ):
         find_blocks(model.graph, LAYERS + 2)
+
+
+def test_an_export_stops_at_the_end_of_a_turn(tmp_path, device_folder):
+    source = tmp_path / "hf"
+    shutil.copytree(device_folder / "hf", source)
+    for name in ("config.json", "generation_config.json"):
+        content = json.loads((source / name).read_text())
+        (source / name).write_text(json.dumps({**content, "eos_token_id": 0}))
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    (source / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": "<|start|>"}))
+    manifest = export_model(ModelFolder(source, "tiny-llama"), tmp_path / "export")
+    assert manifest.eos_token_ids == (0, 1)
+    genai = json.loads((tmp_path / "export/genai_config.json").read_text())
+    assert genai["model"]["eos_token_id"] == [0, 1]
