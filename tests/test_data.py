@@ -379,5 +379,5 @@ def test_pairs_are_viewed_as_rows_are(tmp_path, prompts):
         "rows with tools that the chat template does not write: 2",
         "answers that hold a token at which the model stops, so that it will end them there: 1",
     )
-    with pytest.raises(ReftEdgeError, match="line 1: `completion`: character 1"):
+    with pytest.raises(ReftEdgeError, match="line 1: `chosen`: character 1"):
         load_preferences(write(tmp_path, {**row, "chosen": "\ud83d"}), base, "chat", 999)
