@@ -24,7 +24,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from reft_edge.export.gguf_blocks import KINDS, Blocks, Bytes, Floats, Kind, read_rows, read_tensors
+from reft_edge.export.gguf_blocks import KINDS, Blocks, Bytes, Floats, Kind, Stored, read_matrices, read_rows
 from reft_edge.files import read_text
 
 CARRIED = "Carried blocks: "
@@ -107,7 +107,7 @@ class _Matrix:
 
 
 @dataclass(frozen=True)
-class _Stored:
+class _Rows:
     """Rows as MatMulNBits has them, all `[rows, blocks, ...]`."""
 
     codes: Bytes
@@ -127,7 +127,7 @@ def kinds_that_cannot(gguf: Path) -> list[str]:
 
 
 def _matrix_kinds(gguf: Path) -> list[str]:
-    return [str(tensor.tensor_type.name) for tensor in read_tensors(gguf).values() if len(tensor.shape) == 2]
+    return [matrix.kind for matrix in read_matrices(gguf).values()]
 
 
 def carry_blocks(graph: ir.Graph, gguf: Path, model: Path, how: Carrying) -> tuple[int, int]:
@@ -137,7 +137,7 @@ def carry_blocks(graph: ir.Graph, gguf: Path, model: Path, how: Carrying) -> tup
     was converted to. A matrix is only carried if its blocks give that folder's weights, so a file whose rows are in
     another order than expected is quantised anew, never wrong. The blocks are read when the graph is saved.
     """
-    file = _File(read_tensors(gguf), _Weights(model), how)
+    file = _File(read_matrices(gguf), _Weights(model), how)
     table = file.find(*_TABLE, gathered=True)
     widened: dict[tuple[ir.Value, int], ir.Value] = {}
     head: tuple[ir.Value, ...] | None = None
@@ -165,7 +165,7 @@ def carry_blocks(graph: ir.Graph, gguf: Path, model: Path, how: Carrying) -> tup
 class _File:
     """What a GGUF holds of a model."""
 
-    def __init__(self, tensors: Mapping[str, Any], weights: "_Weights", how: Carrying) -> None:
+    def __init__(self, tensors: Mapping[str, Stored], weights: "_Weights", how: Carrying) -> None:
         self._tensors, self._weights, self._how = tensors, weights, how
 
     def parts(self, node: ir.Node, table: _Matrix | None) -> list[tuple[str, _Matrix]]:
@@ -193,9 +193,9 @@ class _File:
     def find(self, name: str, expected: str, gathered: bool = False) -> _Matrix | None:
         """A tensor by its name, if it is in blocks and is PyTorch's `expected`. `gathered`: rows are looked up in it."""
         tensor = self._tensors.get(name)
-        if tensor is None or tensor.tensor_type.name not in KINDS or len(tensor.shape) != 2:
+        if tensor is None or tensor.kind not in KINDS:
             return None
-        kind = KINDS[tensor.tensor_type.name]
+        kind = KINDS[tensor.kind]
         plain = _Matrix(tensor.data, kind, None, _Form(8, kind.size))
         for order in (None, *_rotary_orders(plain.rows, self._weights.heads)):
             matrix = replace(plain, order=order)
@@ -254,23 +254,23 @@ def _split_offsets(blocks: Blocks, levels: int, form: _Form) -> tuple[Floats, By
     return step, added.astype(np.uint8), zero.astype(np.uint8), left
 
 
-def _store(blocks: Blocks, matrix: _Matrix) -> _Stored:
+def _store(blocks: Blocks, matrix: _Matrix) -> _Rows:
     form = matrix.form
     middle = 1 << (form.bits - 1)
     if blocks.offsets is None:
         zeros = np.full(blocks.scales.shape, middle, np.uint8)
-        return _Stored(blocks.codes + np.uint8(middle - blocks.middle), blocks.scales, zeros)
+        return _Rows(blocks.codes + np.uint8(middle - blocks.middle), blocks.scales, zeros)
     step, added, zero, left = _split_offsets(blocks, matrix.kind.levels, form)
     codes = np.where(blocks.scales[..., None] == 0, 0, blocks.codes * np.uint8(form.finer))
     codes = codes.astype(np.uint8) + added[..., None]
     if not form.means:
-        return _Stored(codes, step, zero)
+        return _Rows(codes, step, zero)
     rows, count = left.shape
     further = matrix.stored_blocks - count
     columns = np.zeros((rows, further * form.size), np.float32)
     columns[:, :count] = form.size * left
     q, scales = _round(columns.reshape(rows, further, form.size), middle)
-    return _Stored(
+    return _Rows(
         np.concatenate([codes, q], axis=1),
         np.concatenate([step, scales], axis=1),
         np.concatenate([zero, np.full((rows, further), middle, np.uint8)], axis=1),
@@ -309,7 +309,7 @@ def _weight_values(
     first = matrices[0]
     rows, blocks = sum(matrix.rows for matrix in matrices), first.stored_blocks
 
-    def add(suffix: str, shape: list[int], dtype: ir.DataType, part: Callable[[_Stored], Any]) -> ir.Value:
+    def add(suffix: str, shape: list[int], dtype: ir.DataType, part: Callable[[_Rows], Any]) -> ir.Value:
         def read() -> ir.TensorProtocol:
             content, start = np.empty(shape, dtype.numpy()), 0
             for matrix in matrices:

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from reft_edge.gguf_header import MAX_GGUF_HEADER, read_gguf_header
+
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 Read = Callable[[Bytes], tuple[Any, Any, Any]]
@@ -59,11 +61,32 @@ class Blocks:
         return rows
 
 
-def read_tensors(gguf: Path) -> dict[str, Any]:
-    """The file's tensors by name, as gguf's reader gives them: their bytes are mapped, not read."""
-    from gguf import GGUFReader
+@dataclass(frozen=True)
+class Stored:
+    """A matrix in the file."""
 
-    return {tensor.name: tensor for tensor in GGUFReader(gguf).tensors}
+    kind: str
+    """ggml's name for its type."""
+    rows: int
+    data: Bytes
+    """`[rows, bytes]`, mapped: read as it is used."""
+
+
+def read_matrices(gguf: Path) -> dict[str, Stored]:
+    """The file's matrices by name. Raises ReftEdgeError for a malformed file."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    content = np.memmap(gguf, np.uint8, "r")
+    found = {}
+    for tensor in read_gguf_header(gguf, MAX_GGUF_HEADER).tensors:
+        if len(tensor.shape) == 2:
+            kind = GGMLQuantizationType(tensor.kind)
+            columns, rows = tensor.shape
+            weights, stored = GGML_QUANT_SIZES[kind]
+            width = columns // weights * stored
+            data = content[tensor.start : tensor.start + rows * width].reshape(rows, width)
+            found[tensor.name] = Stored(kind.name, rows, data)
+    return found
 
 
 def read_rows(data: Bytes, kind: Kind, rows: slice | NDArray[np.int64]) -> Blocks:

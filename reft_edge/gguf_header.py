@@ -12,6 +12,8 @@ from reft_edge.errors import ReftEdgeError
 from reft_edge.files import open_regular
 
 MAGIC = b"GGUF"
+MAX_GGUF_HEADER = 128 << 20
+"""Bytes that are read of a file's header at most."""
 _PIECE = 1 << 20
 _MAX_PAIRS, _MAX_TENSORS = 1 << 12, 1 << 16
 _MAX_NAME = 1 << 10

@@ -14,7 +14,7 @@ from reft_edge.cache import cache_folder, check_own
 from reft_edge.errors import ReftEdgeError
 from reft_edge.files import sha256_of
 from reft_edge.folders import replace_folder, scratch_folder
-from reft_edge.gguf_header import GgufHeader, check_model, is_gguf, read_gguf_header
+from reft_edge.gguf_header import MAX_GGUF_HEADER, GgufHeader, check_model, is_gguf, read_gguf_header
 from reft_edge.hub import download_model
 from reft_edge.json_files import read_object
 from reft_edge.packaged import packaged_gguf
@@ -22,7 +22,6 @@ from reft_edge.pretrained import from_folder
 from reft_edge.prompts import Prompts, load_prompts
 
 PACKAGED = "smollm2"
-_MAX_GGUF_HEADER = 128 << 20
 _LARGER = 1.25
 """Most parameters that a model may have for one number in its GGUF: some are stored once and used twice."""
 
@@ -68,7 +67,7 @@ def convert_gguf(gguf: Path, report: Report = lambda message: None) -> Path:
 
     Raises ReftEdgeError if the file is malformed, ends early, or holds what transformers cannot read.
     """
-    header = read_gguf_header(gguf, _MAX_GGUF_HEADER)
+    header = read_gguf_header(gguf, MAX_GGUF_HEADER)
     target = cache_folder() / f"{_stem(gguf)}-{sha256_of(gguf)[:16]}"
     if target.is_dir():
         check_own(target)
