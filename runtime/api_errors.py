@@ -57,7 +57,7 @@ def as_api_error(error: ReftEdgeError) -> ApiError:
     return ApiError(400, str(error))
 
 
-def too_long(context: int, tokens: int, what: str) -> ApiError:
+def too_long(context: int, tokens: int | str, what: str) -> ApiError:
     """In OpenAI's words, by which clients know it."""
     return ApiError(
         400,

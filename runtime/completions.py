@@ -25,6 +25,10 @@ from reft_edge.runtime.model import SteeredModel
 from reft_edge.runtime.served import Decoder
 from reft_edge.runtime.token_bytes import TokenBytes
 
+_FIRST_LOOK = 8
+"""Characters for each token of the context; a text that is longer is looked at from its beginning."""
+_CUT = 64
+"""Tokens that a text's beginning may have more than the whole, where it was cut."""
 _PATIENCE = 0.25
 """Seconds between looks at whether a client that waits for a whole answer is still there."""
 
@@ -81,7 +85,7 @@ def _encoded(
     vocabulary = tokenizer.get_vocab_size()
     found = []
     for prompt in prompts:
-        ids = _tokens(tokenizer, prompt, special) if isinstance(prompt, str) else prompt
+        ids = _tokens(tokenizer, prompt, special, context, what) if isinstance(prompt, str) else prompt
         if not ids:
             raise ApiError(400, f"{what}: it is empty; give at least one token", param=what)
         if len(ids) >= context:
@@ -94,9 +98,19 @@ def _encoded(
     return found
 
 
-def _tokens(tokenizer: Tokenizer, text: str, special: bool) -> list[int]:
-    """As `encode` gives them; other threads run meanwhile, which they do not during `encode`."""
-    return list(tokenizer.encode_batch([text], add_special_tokens=special)[0].ids)
+def _tokens(tokenizer: Tokenizer, text: str, special: bool, context: int, what: str) -> list[int]:
+    """As `encode` gives them; other threads run meanwhile, which they do not during `encode`. Raises ApiError as soon as a
+    beginning of the text is too long."""
+
+    def encoded(part: str) -> list[int]:
+        return list(tokenizer.encode_batch_fast([part], add_special_tokens=special)[0].ids)
+
+    size = _FIRST_LOOK * context
+    while size < len(text):
+        if (count := len(encoded(text[:size]))) >= context + _CUT:
+            raise too_long(context, f"at least {count - _CUT}", what)
+        size *= 4
+    return encoded(text)
 
 
 def _mix(served: Decoder, body: api.Generate) -> dict[str, float]:

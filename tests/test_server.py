@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from reft_edge.adapter import Adapter, load_adapter, save_adapter
 from reft_edge.cli import app as cli
-from reft_edge.runtime import Sampling, SteeredModel
+from reft_edge.runtime import Sampling, SteeredModel, completions
 from reft_edge.runtime.api_errors import ApiError
 from reft_edge.runtime.guard import check_host
 from reft_edge.runtime.server import LOOPBACK, ServerSettings, create_app
@@ -473,6 +473,26 @@ def test_prompts_over_the_context_have_openais_code(client, model):
         assert error["message"].startswith(
             "This model's maximum context length is 256 tokens. However, your "
         )
+
+
+def test_long_texts_are_not_tokenised_to_their_end(client, model, monkeypatch):
+    lengths = []
+
+    class Watched:
+        def __getattr__(self, name):
+            return getattr(model.prompts.tokenizer, name)
+
+        def encode_batch_fast(self, texts, **options):
+            lengths.extend(map(len, texts))
+            return model.prompts.tokenizer.encode_batch_fast(texts, **options)
+
+    for text in ("a " * 100_000, " " * 100_000 + "a" * 100_000):
+        with pytest.raises(ApiError, match="resulted in at least"):
+            completions._tokens(Watched(), text, True, 256, "prompt")
+        assert max(lengths) < len(text)
+    for text in ("a " * 2000, "ice" * 200, "é" * 700):
+        expected = model.prompts.tokenizer.encode(text).ids
+        assert completions._tokens(Watched(), text, True, len(expected), "prompt") == expected
 
 
 def test_a_model_without_a_template_names_the_other_route(device_folder, tmp_path):
