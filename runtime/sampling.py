@@ -43,7 +43,7 @@ class Sampling:
                 raise ReftEdgeError(f"{name} is {getattr(self, name)}; expected {expected}")
 
 
-_FLOAT32 = np.finfo(np.float32)
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 class Sampler:
@@ -65,7 +65,7 @@ class Sampler:
             raise ReftEdgeError(
                 "the model's logits are not finite with these adapters and scales; choose smaller scales"
             )
-        if np.float32(min(s.temperature, _FLOAT32.max)) > 0:
+        if np.float32(min(s.temperature, _LARGEST)) > 0:
             token = self._draw(logits)
         self._seen.add(token)
         return token
@@ -85,7 +85,7 @@ def distribution(
         tokens = np.sort(np.argpartition(logits, -sampling.top_k)[-sampling.top_k :]).astype(np.int32)
         logits = logits[tokens]
     with np.errstate(over="ignore", under="ignore"):
-        p = np.exp((logits - logits.max()) / np.float32(min(sampling.temperature, _FLOAT32.max)))
+        p = np.exp((logits - logits.max()) / np.float32(min(sampling.temperature, _LARGEST)))
     total = p.sum(dtype=np.float64)
     if sampling.top_p < 1:
         # Tokens below this share have less than 1 - top_p in all, so that the likelier ones reach top_p without them.
@@ -119,5 +119,5 @@ def _penalise(logits: NDArray[np.float32], seen: NDArray[np.int64], penalty: flo
     with np.errstate(over="ignore", under="ignore"):
         changed = np.where(chosen > 0, chosen / penalty, chosen * penalty)
     numbers = np.isfinite(chosen)
-    logits[seen[numbers]] = changed[numbers].clip(-_FLOAT32.max, _FLOAT32.max)
+    logits[seen[numbers]] = changed[numbers].clip(-_LARGEST, _LARGEST)
     return logits

@@ -1,6 +1,7 @@
 """Streaming text out of tokens: whole characters only, and nothing from a stop string on."""
 
 import re
+from collections import deque
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -32,7 +33,8 @@ class TextStream:
         for text in list(patterns):
             patterns[_marked(text, special, self._marks)] = None
         self._stops = [_Stop(text) for text in patterns]
-        self._held = ""
+        self._held: deque[str] = deque()
+        """Characters."""
         self.stopped = False
 
     def push(self, token: int) -> str:
@@ -44,25 +46,22 @@ class TextStream:
     def flush(self) -> str:
         """What was held back, at the end; a character that was never completed is U+FFFD."""
         ready = self._take(self._decoder.flush())
-        if not self.stopped:
-            ready, self._held = ready + self._held, ""
-        return ready
+        return ready if self.stopped else ready + self._release(0)
 
     def _take(self, text: str) -> str:
         if not self._stops:
             return text
         for character in text:
-            mark = _FIRST_MARK <= ord(character) <= _LAST_MARK
-            if not mark:
-                self._held += character
-            found = [stop.seen for stop in self._stops if stop.feed(character, mark)]
+            if not _is_mark(character):
+                self._held.append(character)
+            found = [stop.seen for stop in self._stops if stop.feed(character)]
             if found:
                 self.stopped = True
-                ready, self._held = self._held[: len(self._held) - max(found)], ""
-                return ready
-        keep = max(stop.seen for stop in self._stops)
-        ready, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
-        return ready
+                return self._release(max(found))
+        return self._release(max(stop.seen for stop in self._stops))
+
+    def _release(self, keep: int) -> str:
+        return "".join(self._held.popleft() for _ in range(len(self._held) - keep))
 
 
 class _Stop:
@@ -70,7 +69,7 @@ class _Stop:
 
     def __init__(self, text: str) -> None:
         self._text = text
-        self._has_marks = any(_FIRST_MARK <= ord(character) <= _LAST_MARK for character in text)
+        self._marks = {character for character in text if _is_mark(character)}
         self._matched = 0
         self._shorter = [0, 0]
         """For each length of a begun match, the longest shorter one that ends alike; known as far as one was reached."""
@@ -82,9 +81,11 @@ class _Stop:
         """Characters of the text that belong to the match so far."""
         return self._visible[self._matched]
 
-    def feed(self, character: str, mark: bool) -> bool:
-        """Take the next character; whether the stop string is complete with it."""
-        if mark and not self._has_marks:
+    def feed(self, character: str) -> bool:
+        """Take the next character; whether the stop string is complete with it. Special tokens that it does not have are
+        passed over."""
+        mark = _is_mark(character)
+        if mark and character not in self._marks:
             return False
         while self._matched and self._text[self._matched] != character:
             self._matched = self._shorter[self._matched]
@@ -102,6 +103,10 @@ class _Stop:
             while shorter and self._text[shorter] != self._text[size - 1]:
                 shorter = self._shorter[shorter]
             self._shorter.append(shorter + (self._text[shorter] == self._text[size - 1]))
+
+
+def _is_mark(character: str) -> bool:
+    return _FIRST_MARK <= ord(character) <= _LAST_MARK
 
 
 @lru_cache(maxsize=4)

@@ -118,3 +118,65 @@ def test_repetition_penalty_counts_prompt_and_answer():
 def test_bad_options(options):
     with pytest.raises(ReftEdgeError, match=next(iter(options))):
         Sampling(**options)
+
+
+@pytest.mark.parametrize("temperature", [1e-46, 5e-324, 1e-320, 1e-40])
+def test_a_temperature_that_float32_does_not_have_is_greedy(temperature):
+    logits = np.array([0.5, 3.0, 2.999, -1e30], np.float32)
+    assert {Sampler(Sampling(temperature, seed=seed), []).choose(logits) for seed in range(20)} == {1}
+
+
+IMPOSSIBLE = np.array([-np.inf, 1.0, 2.0, -np.inf], np.float32)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-46, 0.7, 1e300])
+@pytest.mark.parametrize(
+    "logits",
+    [
+        [1.0, np.nan, 0.0],
+        [np.inf, 1.0, 2.0],
+        [-np.inf, -np.inf, -np.inf],
+        [np.nan] * 3,
+        [np.inf, np.nan, -np.inf],
+    ],
+)
+@pytest.mark.parametrize("options", [{}, {"top_k": 1}, {"top_p": 0.5}, {"repetition_penalty": 2.0}])
+def test_logits_that_are_not_finite_are_an_error_at_any_setting(temperature, logits, options):
+    with pytest.raises(ReftEdgeError, match="not finite"):
+        Sampler(Sampling(temperature, **options), [0, 1]).choose(np.array(logits, np.float32))
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_is_impossible_is_never_drawn():
+    for temperature in (0.0, 1e-46, 1.0, 1e300):
+        sampler = Sampler(Sampling(temperature, repetition_penalty=1.5, seed=0), [0, 1, 2, 3])
+        assert {sampler.choose(IMPOSSIBLE) for _ in range(50)} <= {1, 2}
+
+
+POSITIVE = st.floats(1e-300, 1.7e308)
+
+
+@given(
+    logits=st.lists(st.floats(-(2.0**127), 2.0**127, width=32), min_size=1, max_size=30),
+    temperature=st.one_of(st.just(0.0), POSITIVE),
+    top_k=st.one_of(st.integers(0, 40), st.just(10**30)),
+    top_p=st.floats(1e-300, 1.0),
+    min_p=st.floats(0, 1),
+    penalty=POSITIVE,
+    seed=st.one_of(st.none(), st.integers(0, 2**200)),
+)
+@pytest.mark.filterwarnings("error")
+def test_no_setting_breaks_a_draw(logits, temperature, top_k, top_p, min_p, penalty, seed):
+    sampling = Sampling(temperature, top_k, top_p, min_p, penalty, seed)
+    sampler = Sampler(sampling, [0, len(logits) - 1])
+    scores = np.array(logits, np.float32)
+    for _ in range(3):
+        assert 0 <= sampler.choose(scores) < len(logits)
+    np.testing.assert_array_equal(scores, np.array(logits, np.float32))
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_p", "min_p", "repetition_penalty"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), -float("inf")])
+def test_numbers_without_end_are_refused(name, value):
+    with pytest.raises(ReftEdgeError, match=name):
+        Sampling(**{name: value})
