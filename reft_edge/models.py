@@ -6,7 +6,7 @@ Everything ends as a local folder in the Hugging Face layout. GGUF files are con
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from reft_edge.hub import download_model
 from reft_edge.json_files import read_object
 from reft_edge.packaged import packaged_gguf
 from reft_edge.pretrained import from_folder
-from reft_edge.prompts import Prompts, load_prompts
+from reft_edge.prompts import Prompts, load_prompts, read_end_ids
 
 PACKAGED = "smollm2"
 _LARGER = 1.25
@@ -198,6 +198,6 @@ def load_model_prompts(folder: ModelFolder) -> Prompts:
         tokenizer = from_folder(AutoTokenizer, folder.path, folder.name)
         with scratch_folder(cache_folder()) as temporary:
             tokenizer.save_pretrained(temporary)
-            return load_prompts(temporary)
+            return replace(load_prompts(temporary), end_ids=read_end_ids(folder.path))
     except (ReftEdgeError, OSError, ValueError, ImportError) as error:
         raise ReftEdgeError(f"{folder.name} has no tokenizer that can be loaded: {error}") from error

@@ -214,7 +214,9 @@ def load_prompts(folder: Path) -> Prompts:
     named = {**_read_json(folder / "special_tokens_map.json"), **config}
     special = {name: text for name in _TEXTS if (text := _token_text(named.get(name))) is not None}
     templates = _templates(folder, config)
-    return Prompts(tokenizer, templates.get("default"), special, templates.get("tool_use"), _end_ids(folder))
+    return Prompts(
+        tokenizer, templates.get("default"), special, templates.get("tool_use"), read_end_ids(folder)
+    )
 
 
 def _templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
@@ -232,8 +234,8 @@ def _templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     return {name: text for name, text in found.items() if isinstance(text, str)}
 
 
-def _end_ids(folder: Path) -> tuple[int, ...]:
-    """`eos_token_id`, one or several, of the first file that has it."""
+def read_end_ids(folder: Path) -> tuple[int, ...]:
+    """Tokens that end an answer by a model folder's generation_config.json or, where that names none, config.json."""
     for name in ("generation_config.json", "config.json"):
         config = _read_json(folder / name)
         text = config.get("text_config")
