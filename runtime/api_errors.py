@@ -1,6 +1,7 @@
 """Errors in OpenAI's form."""
 
 import logging
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,6 +56,13 @@ def as_api_error(error: ReftEdgeError) -> ApiError:
         _log.warning("%s", error)
         return ApiError(403, str(error), "adapter_not_trusted")
     return ApiError(400, str(error))
+
+
+def row_error(text: str) -> ApiError:
+    """What ended a row: no memory, which may come back, or what this request asked for."""
+    if re.search(r"memory|bad_alloc|allocate", text):
+        return ApiError(503, text, "no_memory", _LATER)
+    return ApiError(400, text, "generation_failed")
 
 
 def too_long(context: int, tokens: int | str, what: str) -> ApiError:

@@ -15,7 +15,14 @@ from tokenizers import Tokenizer
 
 from reft_edge.errors import ReftEdgeError
 from reft_edge.runtime import openai_api as api
-from reft_edge.runtime.api_errors import CLIENT_LEFT, ApiError, as_api_error, error_body, too_long
+from reft_edge.runtime.api_errors import (
+    CLIENT_LEFT,
+    ApiError,
+    as_api_error,
+    error_body,
+    row_error,
+    too_long,
+)
 from reft_edge.runtime.batch import Piece
 from reft_edge.runtime.batch import Request as EngineRequest
 from reft_edge.runtime.engine import Ticket
@@ -275,12 +282,7 @@ def _whole(
 def _failure(piece: Piece) -> ApiError | None:
     """What went wrong with a choice, by its last piece."""
     if piece.error is not None:
-        short = "memory" in piece.error
-        return (
-            ApiError(503, piece.error, "no_memory")
-            if short
-            else ApiError(400, piece.error, "generation_failed")
-        )
+        return row_error(piece.error)
     if piece.finish_reason == "cancelled":
         return ApiError(503, "the server is closing", "closing")
     return None

@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from reft_edge.errors import ReftEdgeError
-from reft_edge.runtime.api_errors import CLIENT_LEFT, ApiError, as_api_error, error_response
+from reft_edge.runtime.api_errors import CLIENT_LEFT, ApiError, as_api_error, error_response, row_error
 from reft_edge.runtime.bodies import Arriving, too_large
 from reft_edge.runtime.engine import QueueFullError
 from reft_edge.runtime.served import ServerSettings
@@ -103,6 +103,8 @@ class Guard:
             error = as_api_error(refusal)
         except asyncio.CancelledError:
             error = ApiError(503, "the server is closing", "closing")
+        except MemoryError:
+            error = row_error("there is no memory left for this request; try again later")
         except Exception as failure:
             _log.error("a request to %s failed: %s", _route(scope), _where(failure))
             error = ApiError(500, "the server failed; its log says where", "internal_error")

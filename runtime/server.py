@@ -42,9 +42,10 @@ def create_app(
             raise ReftEdgeError("provider options are for decoders; this folder holds an encoder")
         served = Encoder(SteeredEncoder(folder, device, threads, settings.trusted), adapters, settings)
     else:
-        served = Decoder(
-            SteeredModel(folder, device, threads, settings.trusted, provider_options), adapters, settings
+        model = SteeredModel(
+            folder, device, threads, settings.trusted, provider_options, settings.adapter_budget
         )
+        served = Decoder(model, adapters, settings)
     return serve(served)
 
 

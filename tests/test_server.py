@@ -25,6 +25,7 @@ from reft_edge.adapter import Adapter, load_adapter, save_adapter
 from reft_edge.cli import app as cli
 from reft_edge.runtime import Sampling, SteeredModel, completions
 from reft_edge.runtime.api_errors import ApiError
+from reft_edge.runtime.batch import Piece
 from reft_edge.runtime.guard import check_host
 from reft_edge.runtime.server import LOOPBACK, ServerSettings, create_app
 from tests.tiny import CLASSIFIED
@@ -626,6 +627,53 @@ def test_what_nobody_foresaw_is_one_line_in_the_log_without_the_clients_text(dev
     assert "RuntimeError at " in line
     assert "secret" not in line + "".join(capfd.readouterr())
     assert "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("text", "status", "code"),
+    [
+        ("there is no memory for 50 MB of keys and values", 503, "no_memory"),
+        ("ONNX Runtime failed: std::bad_alloc", 503, "no_memory"),
+        ("cannot choose a token", 400, "generation_failed"),
+    ],
+)
+def test_a_row_that_ends_in_an_error_ends_its_own_request_only(device_folder, text, status, code, stream):
+    app = create_app(device_folder / "export", None, ServerSettings("tiny", hosts=("*",)), "cpu")
+    submit = app.state.served.engine.submit
+
+    def fail(request, deliver):
+        ticket = submit(request, lambda _piece: None)
+        deliver(Piece("a"))
+        deliver(Piece("", finish_reason="error", error=text))
+        return ticket
+
+    with TestClient(app) as client:
+        app.state.served.engine.submit = fail
+        answer = ask(client, stream=stream)
+        if stream:
+            error = json.loads(answer.text.split("\n\n")[-2].removeprefix("data: "))["error"]
+        else:
+            error = answer.json()["error"]
+        assert answer.status_code == (200 if stream else status)
+        assert (error["message"], error["code"]) == (text, code)
+        app.state.served.engine.submit = submit
+        assert ask(client).status_code == 200
+
+
+def test_no_memory_left_is_told_as_such(device_folder):
+    app = create_app(device_folder / "export", None, ServerSettings("tiny", hosts=("*",)), "cpu")
+    submit = app.state.served.engine.submit
+
+    def fail(*_):
+        raise MemoryError
+
+    with TestClient(app) as client:
+        app.state.served.engine.submit = fail
+        answer = ask(client)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "no_memory")
+        app.state.served.engine.submit = submit
+        assert ask(client).status_code == 200
 
 
 BLOCKED = [
