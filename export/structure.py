@@ -17,7 +17,21 @@ from reft_edge.errors import ReftEdgeError
 from reft_edge.export.residual import SKIP_NORMS, Site, Use, find_sites
 from reft_edge.places import Place
 
-_ATTENTION = ("Attention", "GroupQueryAttention", "MultiHeadAttention", "PagedAttention", "SparseAttention")
+_ATTENTION = (
+    "Attention", "DecoderMaskedMultiHeadAttention", "GroupQueryAttention", "MultiHeadAttention", "PagedAttention",
+    "QAttention", "SparseAttention",
+)  # fmt: skip
+_PRODUCTS = {
+    "MatMul": (0, 1),
+    "FusedMatMul": (0, 1),
+    "Einsum": (0, 1),
+    "MatMulInteger": (0, 1),
+    "MatMulIntegerToFloat": (0, 1),
+    "DynamicQuantizeMatMul": (0, 1),
+    "QLinearMatMul": (0, 3),
+}
+"""Products of two matrices, and which inputs these are: others are scales and zero points."""
+_SOFTMAX = ("Softmax", "QLinearSoftmax")
 _SAME = ("Cast", "Dropout", "Identity")
 _SHAPE_ONLY = {"Shape": (0,), "Size": (0,), "CastLike": (1,), "ConstantOfShape": (0,)}
 """Inputs of which a node takes the shape or type, not the content."""
@@ -251,14 +265,19 @@ def _carries(value: ir.Value | None, stream: ir.Node | None) -> bool:
 
 def _attends(branch: Sequence[ir.Node]) -> bool:
     """Whether a branch mixes tokens: a fused attention node, or a softmax and a product of two computed matrices."""
-    inside = set(branch)
     if any(node.op_type in _ATTENTION for node in branch):
         return True
-    products = (node for node in branch if node.op_type in ("MatMul", "Einsum"))
-    return any(node.op_type == "Softmax" for node in branch) and any(
-        sum(value is not None and value.producer() in inside for value in node.inputs) == 2
-        for node in products
+    inside = set(branch)
+    return any(node.op_type in _SOFTMAX for node in branch) and any(
+        all(_is_from(node, index, inside) for index in _PRODUCTS[node.op_type])
+        for node in branch
+        if node.op_type in _PRODUCTS
     )
+
+
+def _is_from(node: ir.Node, index: int, nodes: set[ir.Node]) -> bool:
+    value = node.inputs[index] if index < len(node.inputs) else None
+    return value is not None and value.producer() in nodes
 
 
 def _cache_numbers(branch: Sequence[ir.Node]) -> Iterator[int]:

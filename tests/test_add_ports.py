@@ -28,7 +28,7 @@ from reft_edge.runtime import Engine, Request, SteeredModel
 from reft_edge.runtime.binding import port_inputs
 from reft_edge.runtime.session import GraphSession
 from reft_edge.steering import steered
-from tests.foreign import export_dynamo, quantise_int4, quantise_int8
+from tests.foreign import export_dynamo, quantise_int4, quantise_int8, quantise_int8_all
 from tests.tiny import LAYERS, make_model
 from tests.torch_reference import greedy, logits, random_adapter
 
@@ -147,7 +147,10 @@ def test_a_prompt_in_chunks(cached, source, tiny_model, tmp_path):
         bound.step(np.array([[3]]))
 
 
-@pytest.mark.parametrize(("quantise", "precision"), [(quantise_int8, "int8"), (quantise_int4, "int4")])
+@pytest.mark.parametrize(
+    ("quantise", "precision"),
+    [(quantise_int8, "int8"), (quantise_int8_all, "int8"), (quantise_int4, "int4")],
+)
 def test_quantised_graphs(cached, source, tmp_path, quantise, precision):
     graph = quantise(cached, tmp_path / "onnx")
     manifest = add_ports(graph, tmp_path / "ported", source).manifest
@@ -160,6 +163,24 @@ def test_quantised_graphs(cached, source, tmp_path, quantise, precision):
     assert figures["base_error"] is None
     model = SteeredModel(tmp_path / "ported", "cpu")
     assert len(model.stream("Who are you?", max_tokens=4).text()) > 0
+
+
+def test_attention_is_seen_through_every_quantised_product(cached, tmp_path):
+    """Of both inputs computed, and not of a computed one and its zero point."""
+    every = quantise_int8_all(cached, tmp_path / "every")
+    model = ir.load(every)
+    products = [node for node in model.graph if node.op_type == "MatMulInteger"]
+    assert sum(node.inputs[1].producer() is not None for node in products) >= 2 * LAYERS
+    assert [site.place.layer for site in find_sites_by_structure(model.graph)] == list(range(LAYERS))
+    for node in model.graph:
+        if node.op_type == "Softmax":
+            node.op_type, node.domain = "QLinearSoftmax", "com.microsoft"
+    assert len(find_sites_by_structure(model.graph)) == LAYERS
+    for node in products:  # the weights' products alone do not attend
+        if node.inputs[1].producer() is not None:
+            node.op_type = "Mul"
+    with pytest.raises(ReftEdgeError, match="before any attention does"):
+        find_sites_by_structure(model.graph)
 
 
 def test_fp16(cached, source, tmp_path):
