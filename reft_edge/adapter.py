@@ -34,14 +34,14 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors.numpy import load
 
 from reft_edge.algebra import Array, Edit, Gate, LayerEdit
 from reft_edge.errors import AdapterFileError, ReftEdgeError
-from reft_edge.files import write_atomically
+from reft_edge.files import open_regular, write_atomically
 from reft_edge.places import COMPONENTS, Place
 from reft_edge.positions import Span, parse_positions
-from reft_edge.storage import ROWS, STORES, data_bytes, declared, decode, encode
+from reft_edge.storage import ROWS, STORES, data_bytes, declared, decode, encode, serialise
 
 FORMAT = "reft-edge"
 VERSIONS = ("1", "2")
@@ -140,6 +140,7 @@ class Adapter:
                 )
             if not np.isfinite(tensor).all():
                 raise AdapterFileError(f"tensor {name} holds NaN or infinity; train the adapter again")
+        _check_folds(self.config, self.tensors)
 
     @property
     def num_parameters(self) -> int:
@@ -191,8 +192,23 @@ def folded_rows(intervention: str, t: Mapping[str, Any]) -> tuple[Any, Any, Any]
     return None, t["alpha"], t["v"]
 
 
+def _check_folds(config: AdapterConfig, tensors: Mapping[str, Array]) -> None:
+    """Raise AdapterFileError if a difference that folding takes of finite numbers is beyond float32."""
+    if config.act_fn != "linear":
+        return
+    with np.errstate(over="ignore"):
+        rows_a, bias, _ = folded_rows(config.intervention, tensors)
+    for name, folded in (("A", rows_a), ("b", bias)):
+        given = folded is None or any(folded is tensor for tensor in tensors.values())
+        if not given and not np.isfinite(folded).all():
+            raise AdapterFileError(
+                f"its tensors are finite, but not the {name} of h + (hA + b)B that they fold to: they hold values up to "
+                f"{max(float(np.abs(tensor).max()) for tensor in tensors.values()):.3g}; train the adapter again"
+            )
+
+
 def save_adapter(adapter: Adapter, path: Path | str, store: str = "fp32") -> None:
-    """Write the file atomically, its tensors stored as `reft_edge.storage.STORES` tells.
+    """Write the file atomically, its tensors stored as `reft_edge.storage.STORES` tells; the same adapter gives the same bytes.
 
     Raises ReftEdgeError if it cannot be written, or fp16 cannot hold a value.
     """
@@ -203,7 +219,7 @@ def save_adapter(adapter: Adapter, path: Path | str, store: str = "fp32") -> Non
         "version": VERSIONS[store != "fp32"],
         "adapter": json.dumps(dataclasses.asdict(adapter.config), allow_nan=False, separators=(",", ":")),
     }
-    write_atomically(Path(path), save(encode(adapter.tensors, store), metadata))
+    write_atomically(Path(path), serialise(encode(adapter.tensors, store), metadata))
 
 
 @dataclass(frozen=True)
@@ -268,7 +284,7 @@ def _opened(source: AdapterSource) -> Iterator[BinaryIO]:
     if isinstance(source, OpenedFile):
         yield source.file
         return
-    with open(source, "rb") as file:
+    with open_regular(Path(source)) as file:
         yield file
 
 
@@ -280,7 +296,7 @@ def parse_stored(content: bytes, name: str) -> StoredAdapter:
 
 def read_config(path: Path | str) -> AdapterConfig:
     """Read and check an adapter file's header only. Raises AdapterFileError."""
-    with _about(path), open(path, "rb") as file:
+    with _about(path), _opened(path) as file:
         return _read_header(file, os.fstat(file.fileno()).st_size).config
 
 

@@ -15,6 +15,7 @@ from reft_edge.places import Place
 from reft_edge.positions import Span, active
 
 Array = NDArray[np.float32]
+LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,14 @@ class Edit:
 
 
 def scale(edit: Edit, factor: float) -> Edit:
-    """The edit with its effect multiplied by `factor`: h' = h + factor (hA + b) B."""
-    return replace(edit, gates=tuple(replace(gate, scale=gate.scale * factor) for gate in edit.gates))
+    """The edit with its effect multiplied by `factor`: h' = h + factor (hA + b) B.
+
+    Raises ReftEdgeError for a factor that is not finite in float32, in which edits run.
+    """
+    gates = tuple(replace(gate, scale=gate.scale * factor) for gate in edit.gates)
+    if not all(abs(gate.scale) <= LARGEST for gate in gates):
+        raise ReftEdgeError(f"scaled by {factor:g}, the edit is not finite in float32; give a smaller scale")
+    return replace(edit, gates=gates)
 
 
 def concat(edits: Sequence[Edit]) -> Edit:

@@ -21,7 +21,8 @@ from reft_edge.positions import UNLIMITED, Span, describe_spans
 def grouped(edit: Edit) -> Edit:
     """The same edit with one gate of scale 1 for each span, in the order in which spans first appear.
 
-    Columns that never act are left out, and so are places that have no others.
+    Columns that never act are left out, and so are places that have no others. Raises ReftEdgeError if a scale takes
+    weights beyond float32.
     """
     spans = list(dict.fromkeys(_canonical(gate.span) for gate in edit.gates if _acts(gate)))
     number = {span: index for index, span in enumerate(spans)}
@@ -33,7 +34,13 @@ def grouped(edit: Edit) -> Edit:
         columns = np.argsort(groups, kind="stable")
         columns = columns[groups[columns] >= 0]
         if columns.size:
-            back = part.B[columns] * scales[part.gates[columns], None]
+            with np.errstate(over="ignore"):
+                back = part.B[columns] * scales[part.gates[columns], None]
+            if not np.isfinite(back).all():
+                raise ReftEdgeError(
+                    f"scaled by up to {np.abs(scales).max():g}, the edit of layer {place} is not finite in float32; "
+                    "give a smaller scale"
+                )
             places[place] = LayerEdit(part.A[:, columns], part.b[columns], back, groups[columns])
     return Edit(edit.hidden_size, tuple(Gate(span) for span in spans), places)
 

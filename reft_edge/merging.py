@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from reft_edge.adapter import HEAD, Adapter, fold, load_adapter, save_adapter
 from reft_edge.algebra import Edit, LayerEdit, concat, scale
@@ -111,7 +112,8 @@ def compress(edit: Edit, rank: int) -> tuple[Edit, tuple[Loss, ...], float]:
 
     That is the root mean square error of the edit for hidden states of independent entries of variance 1. Each map
     [A; b] B is cut to its largest singular values (Eckart and Young 1936), found from the thin QR factors of both
-    sides. Gives the edit, each place and group's loss, and the relative error over all.
+    sides. Gives the edit, each place and group's loss, and the relative error over all. Raises ReftEdgeError for an edit
+    whose numbers are too large for that.
     """
     if rank < 1:
         raise ReftEdgeError(f"rank {rank} holds nothing; give at least 1")
@@ -126,7 +128,7 @@ def compress(edit: Edit, rank: int) -> tuple[Edit, tuple[Loss, ...], float]:
             left = np.concatenate([part.A[:, columns], part.b[None, columns]]).astype(np.float64)
             q_left, r_left = np.linalg.qr(left)
             q_right, r_right = np.linalg.qr(part.B[columns].T.astype(np.float64))
-            u, values, v = np.linalg.svd(r_left @ r_right.T)
+            u, values, v = _svd(r_left @ r_right.T, place)
             kept = min(rank, len(values))
             root = np.sqrt(values[:kept])
             cut, total = float((values[rank:] ** 2).sum()), float((values**2).sum())
@@ -139,8 +141,11 @@ def compress(edit: Edit, rank: int) -> tuple[Edit, tuple[Loss, ...], float]:
                     LayerEdit(part.A[:, columns], part.b[columns], part.B[columns], part.gates[columns])
                 )
                 continue
-            left = (q_left @ u[:, :kept] * root).astype(np.float32)
-            back = (root[:, None] * v[:kept] @ q_right.T).astype(np.float32)
+            with np.errstate(over="ignore"):
+                left = (q_left @ u[:, :kept] * root).astype(np.float32)
+                back = (root[:, None] * v[:kept] @ q_right.T).astype(np.float32)
+            if not (np.isfinite(left).all() and np.isfinite(back).all()):
+                raise ReftEdgeError(f"compressed, the edit of layer {place} is not finite in float32")
             pieces.append(LayerEdit(left[:-1], left[-1], back, np.full(kept, group, np.int64)))
         places[place] = LayerEdit(
             np.concatenate([piece.A for piece in pieces], axis=1),
@@ -204,6 +209,15 @@ def merge(sources: Sequence[Source], rank: int | None = None, raw: bool | None =
     return Merged(
         _with_head(unfold(edit, Base.of(first), prompt_format, training), sources, adapters), losses, error
     )
+
+
+def _svd(product: NDArray[np.float64], place: Place) -> Any:
+    try:
+        return np.linalg.svd(product)
+    except np.linalg.LinAlgError as error:
+        raise ReftEdgeError(
+            f"the edit of layer {place} cannot be compressed: {error}; merge without --rank"
+        ) from error
 
 
 def save_merged(merged: Merged, output: Path) -> int:

@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from safetensors.numpy import save
 
 from reft_edge.adapter import Adapter, AdapterSource, StoredAdapter, parse_stored, read_stored
 from reft_edge.errors import ReftEdgeError, SignatureError
 from reft_edge.files import decode_text, write_atomically
+from reft_edge.storage import serialise
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -286,7 +286,7 @@ def sign(
     metadata = {**stored.metadata, ENTRY: _to_text(signature)}
     target = (output or path).resolve()
     mode = stat.S_IMODE((target if target.is_file() else path).stat().st_mode)
-    write_atomically(target, save(dict(stored.tensors), metadata), mode)
+    write_atomically(target, serialise(stored.tensors, metadata), mode)
     return signature
 
 

@@ -9,11 +9,13 @@ Read back, all are float32. R keeps what rounding leaves of its orthonormality: 
 orthonormal rows are as far from those that were trained.
 """
 
+import json
 import math
 from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors.numpy import save
 
 from reft_edge.algebra import Array, Edit
 from reft_edge.errors import AdapterFileError, ReftEdgeError
@@ -84,6 +86,18 @@ def decode(stored: Mapping[str, NDArray[np.generic]]) -> dict[str, Array]:
         else:
             found[name] = tensor.astype(np.float32, copy=False)
     return found
+
+
+def serialise(tensors: Mapping[str, NDArray[np.generic]], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file, the same bytes for the same content: the library itself writes metadata in random order."""
+    content = save(dict(tensors), dict(metadata))
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(metadata.items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    whole: bytes = len(text).to_bytes(8, "little") + text + content[end:]
+    return whole
 
 
 def edit_error(exact: Edit, rounded: Edit) -> float:

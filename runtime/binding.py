@@ -29,7 +29,7 @@ class Bound:
 def port_inputs(edit: Edit, manifest: Manifest, dtype: np.dtype[np.generic]) -> PortInputs:
     """The edit as port inputs with adapter_batch 1, floats in the graph's `dtype`.
 
-    Raises ReftEdgeError if the edit is for another hidden size or a place without a port.
+    Raises ReftEdgeError if the edit is for another hidden size or a place without a port, or `dtype` cannot hold it.
     """
     if edit.hidden_size != manifest.hidden_size:
         raise ReftEdgeError(
@@ -50,15 +50,32 @@ def port_inputs(edit: Edit, manifest: Manifest, dtype: np.dtype[np.generic]) -> 
         "reft.first": per_gate([gate.span.first for gate in edit.gates], int64),
         "reft.last": per_gate([gate.span.last for gate in edit.gates], int64),
         "reft.after": per_gate([gate.span.after for gate in edit.gates], int64),
-        "reft.scale": per_gate([gate.scale for gate in edit.gates], dtype),
+        "reft.scale": per_gate([gate.scale for gate in edit.gates], np.dtype(np.float32)),
     }
     for place, part in edit.places.items():
         name = place.port
-        inputs[f"{name}.A"] = np.ascontiguousarray(part.A[None], dtype)
-        inputs[f"{name}.b"] = np.ascontiguousarray(part.b[None, None], dtype)
-        inputs[f"{name}.B"] = np.ascontiguousarray(part.B[None], dtype)
-        inputs[f"{name}.columns"] = np.ascontiguousarray(part.gates, np.int64)
-    return inputs
+        inputs[f"{name}.A"] = part.A[None]
+        inputs[f"{name}.b"] = part.b[None, None]
+        inputs[f"{name}.B"] = part.B[None]
+    inputs = {name: array if array.dtype == int64 else _held(array, dtype) for name, array in inputs.items()}
+    columns = {
+        f"{place.port}.columns": np.ascontiguousarray(part.gates, np.int64)
+        for place, part in edit.places.items()
+    }
+    return inputs | columns
+
+
+def _held(array: NDArray[np.generic], dtype: np.dtype[np.generic]) -> NDArray[np.generic]:
+    if array.dtype == dtype:
+        return np.ascontiguousarray(array)
+    with np.errstate(over="ignore"):
+        found = array.astype(dtype)
+    if not np.isfinite(found).all():
+        raise ReftEdgeError(
+            f"the adapter holds values up to {np.abs(array.astype(np.float64)).max():.3g}, which are not finite in this folder's {dtype.name}; "
+            "give a smaller scale, or export the model as fp32"
+        )
+    return found
 
 
 DecodeEdit = dict[Place, tuple[Array, Array, Array]]
@@ -69,7 +86,10 @@ _RANKS = 16
 
 def decode_edit(edit: Edit) -> DecodeEdit:
     """The columns that are open on every generated token, their scales multiplied into B; empty if there are none. Arrays
-    are the edit's own where all columns are open, and B where all scales are 1."""
+    are the edit's own where all columns are open, and B where all scales are 1.
+
+    Raises ReftEdgeError if a scale takes weights beyond float32.
+    """
     scales = np.array([gate.scale if gate.span.on_generated else 0.0 for gate in edit.gates], np.float32)
     found: DecodeEdit = {}
     for place, part in edit.places.items():
@@ -79,7 +99,12 @@ def decode_edit(edit: Edit) -> DecodeEdit:
             if columns.size < strength.size:
                 a, b, back = a[:, columns], b[columns], back[columns]
             if (strength[columns] != 1).any():
-                back = back * strength[columns, None]
+                with np.errstate(over="ignore"):
+                    back = back * strength[columns, None]
+                if not np.isfinite(back).all():
+                    raise ReftEdgeError(
+                        "so scaled, the adapters are not finite in float32; give smaller scales"
+                    )
             found[place] = (a, b, back)
     return found
 
@@ -87,7 +112,8 @@ def decode_edit(edit: Edit) -> DecodeEdit:
 def decode_inputs(edits: Sequence[DecodeEdit], dtype: np.dtype[np.generic]) -> PortInputs:
     """Port inputs of a decode step in which every row has an edit of its own; empty if none has any.
 
-    adapter_batch is the number of rows; ranks are padded with zeros, at least to each place's largest.
+    adapter_batch is the number of rows; ranks are padded with zeros, at least to each place's largest. Raises ReftEdgeError
+    if `dtype` cannot hold an edit.
     """
     places = sorted({place for edit in edits for place in edit})
     if not places:
@@ -110,7 +136,7 @@ def decode_inputs(edits: Sequence[DecodeEdit], dtype: np.dtype[np.generic]) -> P
         for row, part in enumerate(parts):
             if part is not None:
                 used = len(part[1])
-                a[row, :, :used], b[row, 0, :used], back[row, :used] = part
+                a[row, :, :used], b[row, 0, :used], back[row, :used] = (_held(array, dtype) for array in part)
         inputs |= {
             f"{place.port}.A": a,
             f"{place.port}.b": b,

@@ -243,3 +243,69 @@ def test_no_changed_byte_crashes_the_reader(tmp_path: Path, at: int, byte: int) 
     path.write_bytes(content)
     with contextlib.suppress(AdapterFileError):
         load_adapter(path)
+
+
+def test_the_same_adapter_gives_the_same_bytes(tmp_path: Path) -> None:
+    """The library writes metadata in random order; with three entries, ten files would differ."""
+    from safetensors import safe_open
+
+    for store in ("fp32", "fp16", "int8"):
+        adapter = make_adapter("noreft", add_bias=True, training={"b": 1, "a": 'é"\\\n'})
+        path = tmp_path / f"{store}.safetensors"
+        contents = set()
+        for _ in range(10):
+            save_adapter(adapter, path, store)
+            contents.add(path.read_bytes())
+        assert len(contents) == 1
+        with safe_open(path, "numpy") as file:
+            assert file.metadata() == parts(path)[0]["__metadata__"]
+            assert {name: file.get_tensor(name).shape for name in adapter.tensors} == {
+                name: tensor.shape for name, tensor in adapter.tensors.items()
+            }
+        assert len(path.read_bytes()) % 4 == 0
+        assert load_adapter(path).config == adapter.config
+
+
+OVERFLOWING = {
+    "loreft": {"W": 3e38, "R": -3e38},
+    "noreft": {"b": -2e38, "b2": 3e38},
+    "both": {"W1": -1.8e38, "W2": 1.8e38},
+}
+
+
+@pytest.mark.parametrize("name", OVERFLOWING)
+def test_weights_that_fold_to_infinity_are_refused(tmp_path: Path, name: str) -> None:
+    kind = "loreft" if name == "loreft" else "noreft"
+    adapter = make_adapter(kind, add_bias=kind == "noreft")
+    save_adapter(adapter, tmp_path / "a.safetensors")
+    header, data = parts(tmp_path / "a.safetensors")
+    changed = bytearray(data)
+    for tensor, value in OVERFLOWING[name].items():
+        begin, end = header[tensor]["data_offsets"]
+        changed[begin:end] = np.full((end - begin) // 4, value, np.float32).tobytes()
+    rewrite(tmp_path / "a.safetensors", header, bytes(changed))
+    with pytest.raises(AdapterFileError, match="tensors are finite, but not the"):
+        load_adapter(tmp_path / "a.safetensors")
+    change_config(tmp_path / "a.safetensors", act_fn="relu")  # such a difference is never taken then
+    load_adapter(tmp_path / "a.safetensors")
+
+
+def test_numbers_at_the_ends_of_float32_are_kept(tmp_path: Path) -> None:
+    adapter = make_adapter("direft")
+    adapter.tensors["W"].flat[:4] = [1e-45, -0.0, 3.4e38, -1e-40]
+    save_adapter(adapter, tmp_path / "a.safetensors")
+    loaded = load_adapter(tmp_path / "a.safetensors").tensors["W"]
+    assert loaded.tobytes() == adapter.tensors["W"].tobytes()
+
+
+def test_an_adapter_is_opened_once_and_not_waited_for(saved: Path) -> None:
+    import os
+
+    os.mkfifo(saved.parent / "fifo.safetensors")
+    (saved.parent / "link.safetensors").symlink_to(saved)
+    (saved.parent / "loop.safetensors").symlink_to("loop.safetensors")
+    for name in ("fifo", "loop", "."):
+        for read in (load_adapter, read_config):
+            with pytest.raises(AdapterFileError, match="cannot read adapter"):
+                read(saved.parent / f"{name}.safetensors" if name != "." else saved.parent)
+    assert load_adapter(saved.parent / "link.safetensors").config == load_adapter(saved).config

@@ -311,3 +311,41 @@ def test_the_command(tmp_path):
     assert done.exit_code == 1
     assert "the adapter's rank is 3" in done.output
     assert out.read_bytes() == before
+
+
+def test_the_same_merge_gives_the_same_bytes(tmp_path):
+    save_adapter(make_adapter("loreft"), tmp_path / "a.safetensors")
+    save_adapter(make_adapter("direft", 1), tmp_path / "b.safetensors")
+    contents = set()
+    for number in range(6):
+        output = tmp_path / f"merged-{number}.safetensors"
+        sources = [f"{tmp_path}/a.safetensors:0.5", f"{tmp_path}/b.safetensors"]
+        assert CliRunner().invoke(app, ["merge", *sources, "-o", str(output)]).exit_code == 0
+        contents.add(output.read_bytes())
+    assert len(contents) == 1
+
+
+@pytest.mark.parametrize("factor", [1e38, -1e38, 3e38, 1e300])
+@pytest.mark.parametrize("rank", [None, 1])
+def test_scales_that_leave_float32_are_refused(tmp_path, factor, rank):
+    save_adapter(make_adapter("loreft"), tmp_path / "a.safetensors")
+    adapter = make_adapter("direft", 1)
+    adapter.tensors["R"][:] = 40
+    save_adapter(adapter, tmp_path / "b.safetensors")
+    with pytest.raises(ReftEdgeError, match="not finite in float32"):
+        merge([Source(tmp_path / "a.safetensors"), Source(tmp_path / "b.safetensors", factor)], rank)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("size", [3e38, 1e-44, 1e-20, 0.0])
+def test_weights_of_any_size_compress_or_are_refused(tmp_path, size):
+    adapter = make_adapter("nodireft")
+    for tensor in adapter.tensors.values():
+        tensor[:] = np.sign(tensor) * np.float32(size)
+    save_adapter(adapter, tmp_path / "a.safetensors")
+    if size == 3e38:
+        with pytest.raises(ReftEdgeError, match="not finite in float32"):
+            merge([Source(tmp_path / "a.safetensors")], 1)
+        return
+    merged = merge([Source(tmp_path / "a.safetensors")], 1).adapter
+    assert all(np.isfinite(tensor).all() for tensor in merged.tensors.values())

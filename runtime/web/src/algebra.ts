@@ -36,6 +36,13 @@ export function fold({ config, tensors }: Adapter): Edit {
     );
   }
   const rows = foldedRows(config.intervention, tensors);
+  for (const name of ["A", "b"] as const) {
+    if (!rows[name].every(Number.isFinite)) {
+      throw new ReftEdgeError(
+        `its tensors are finite, but not the ${name} of h + (hA + b)B that they fold to; train the adapter again`,
+      );
+    }
+  }
   const gates = adapterSpans(config).map((span) => ({ span, scale: 1 }));
   const d = config.hidden_size;
   const r = gates.length * config.rank;
@@ -58,9 +65,13 @@ export function portName(layer: number, component: string): string {
   return `reft.layers.${layer}` + (component === "block" ? "" : `.${component}`);
 }
 
-/** The edit with its effect multiplied by `factor`. */
+/** The edit with its effect multiplied by `factor`. Raises ReftEdgeError for a factor that is not finite in float32. */
 export function scale(edit: Edit, factor: number): Edit {
-  return { ...edit, gates: edit.gates.map((gate) => ({ ...gate, scale: gate.scale * factor })) };
+  const gates = edit.gates.map((gate) => ({ ...gate, scale: gate.scale * factor }));
+  if (!gates.every((gate) => Number.isFinite(Math.fround(gate.scale)))) {
+    throw new ReftEdgeError(`scaled by ${factor}, the edit is not finite in float32; give a smaller scale`);
+  }
+  return { ...edit, gates };
 }
 
 /** All edits at once, each computed from the same h: their deltas add. */

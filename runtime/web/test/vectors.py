@@ -144,6 +144,14 @@ def bad_adapters(manifest: Manifest, folder: Path) -> dict[str, tuple[str, bytes
         at = half["R"]["data_offsets"][0]
         return joined(half, half_data[:at] + struct.pack("<e", value) + half_data[at + 2 :])
 
+    huge = dict(plain.tensors)
+    huge["W"] = np.full_like(huge["W"], 3e38)
+    huge["R"] = np.full_like(huge["R"], -3e38)
+    beyond = {"R": huge["R"], "W": huge["W"], "b": huge["b"]}
+    overflowing = joined(
+        header, b"".join(beyond[name].tobytes() for name in sorted(offsets, key=lambda n: offsets[n]))
+    )
+
     as_first = {**eighth["__metadata__"], "version": "1"}
     return {
         "scale-below-zero": ("no scale", scaled(-1.0)),
@@ -168,6 +176,7 @@ def bad_adapters(manifest: Manifest, folder: Path) -> dict[str, tuple[str, bytes
         "list-header": ("not a JSON object", struct.pack("<Q", 2) + b"[]" + data),
         "not-utf8": ("its header is not", struct.pack("<Q", 4) + b'{"\xff' + data),
         "not-finite": ("NaN or infinity", bytes(not_finite)),
+        "folds-to-infinity": ("fold to", overflowing),
         "doubled-name": ("twice", struct.pack("<Q", len(doubled)) + doubled + data),
         "doubled-field": ("twice", described_as(twice)),
         "no-metadata": ("its metadata", with_header(lambda h: h.pop("__metadata__"))),
