@@ -154,3 +154,73 @@ def onnx_adapter_target(folder: Path) -> Target:
         fold(from_onnx_adapter(path, manifest, False))
 
     return Target(read, seeds, len(seeds))
+
+
+def gguf_model_target(folder: Path) -> Target:
+    """The header of a GGUF model, as it is checked before a library reads the file."""
+    import io
+
+    import gguf
+    import numpy as np
+
+    from reft_edge.gguf_header import check_model, parse_gguf_header
+
+    path = folder / "model.gguf"
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_block_count(1)
+    writer.add_vocab_size(8)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([f"<{number}>" for number in range(8)])
+    writer.add_token_types([1] * 8)
+    writer.add_token_scores([0.0] * 8)
+    writer.add_token_merges(["a b"])
+    writer.add_tensor("token_embd.weight", np.zeros((8, 32), np.float32))
+    quantised = gguf.quants.quantize(np.zeros((4, 32), np.float32), gguf.GGMLQuantizationType.Q4_1)
+    writer.add_tensor("blk.0.attn_q.weight", quantised, raw_dtype=gguf.GGMLQuantizationType.Q4_1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    def read(content: bytes) -> None:
+        header = parse_gguf_header(io.BytesIO(content), len(content), 1 << 20)
+        check_model(header)
+        assert all(tensor.start <= len(content) for tensor in header.tensors)
+        assert sum(count for _, count in header.arrays.values()) <= len(content)
+
+    return Target(read, [path.read_bytes(), b"GGUF" + bytes(40)], 1)
+
+
+def adapterhub_config_target(folder: Path) -> Target:
+    """The adapter_config.json of an AdapterHub folder whose tensors are sound."""
+    import json
+
+    import torch
+
+    from reft_edge.convert.from_adapterhub import from_adapterhub
+    from reft_edge.convert.from_pyreft import Asked
+
+    config = {
+        "architecture": "reft",
+        "layers": [1],
+        "prefix_positions": 2,
+        "suffix_positions": 1,
+        "r": 2,
+        "tied_weights": True,
+    }
+    config |= {"orthogonality": False, "non_linearity": None}
+    seed = json.dumps({"config": config, "hidden_size": 8}).encode()
+    names = {"learned_source.weight": (2, 8), "learned_source.bias": (2,), "projection.weight": (2, 8)}
+    place = "model.layers.1.reft_layer.refts.a.units.0."
+    torch.save(
+        {place + name: torch.ones(shape) for name, shape in names.items()}, folder / "pytorch_adapter.bin"
+    )
+
+    def read(content: bytes) -> None:
+        (folder / "adapter_config.json").write_bytes(content)
+        asked = Asked(intervention="noreft", raw=True)
+        adapter = from_adapterhub(folder, lambda: BASE, asked)
+        if adapter.config.act_fn == "linear":
+            fold(adapter)
+
+    return Target(read, [seed], 1)

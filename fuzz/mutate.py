@@ -77,7 +77,9 @@ def body_frame(content: bytes, source: random.Random) -> bytes:
 
 FRAMES = {
     **dict.fromkeys(("adapter", "checkpoint"), mutate_safetensors),
-    **dict.fromkeys(("manifest", "signature", "pyreft-config", "index", "oci-manifest"), json_frame),
+    **dict.fromkeys(
+        ("manifest", "signature", "pyreft-config", "adapterhub-config", "index", "oci-manifest"), json_frame
+    ),
     "server-bodies": body_frame,
 }
 """By target."""

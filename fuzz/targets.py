@@ -6,7 +6,9 @@ from pathlib import Path
 
 from checkpoint_targets import checkpoint_target
 from foreign_targets import (
+    adapterhub_config_target,
     control_vector_target,
+    gguf_model_target,
     onnx_adapter_target,
     pyreft_config_target,
     pyreft_target,
@@ -31,6 +33,8 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "torch-pickle": torch_pickle_target,
     "pyreft-config": pyreft_config_target,
     "control-vector": control_vector_target,
+    "adapterhub-config": adapterhub_config_target,
+    "gguf-model": gguf_model_target,
     "onnx-adapter": onnx_adapter_target,
     "index": index_target,
     "oci-manifest": oci_manifest_target,

@@ -737,21 +737,15 @@ def test_a_bad_packed_adapter_is_refused_by_name(device_folder, tmp_path, damage
 
 
 def test_what_padding_would_blow_up_is_refused():
-    """4,096 groups at one place and 500 columns in one group at another: 10 MB of numbers, 8 GB in a file."""
-    gates = tuple(Gate(Span(first=number)) for number in range(1, 4097))
-    ones = np.ones((500, 500), np.float32)
-    many = np.arange(4096)
+    """One group of rank 2,000 at one place, 64 groups at another: 4 GB once every group has the largest rank."""
+    gates = tuple(Gate(Span(first=number + 1, last=0)) for number in range(64))
+    matrix, few = np.ones((2000, 2000), np.float32), np.ones((2000, 64), np.float32)
     places = {
-        Place(0): LayerEdit(
-            np.ones((500, 4096), np.float32),
-            np.ones(4096, np.float32),
-            np.ones((4096, 500), np.float32),
-            many,
-        ),
-        Place(1): LayerEdit(ones, ones[0], ones, np.zeros(500, np.int64)),
+        Place(0): LayerEdit(few, few[0], np.ascontiguousarray(few.T), np.arange(64)),
+        Place(1): LayerEdit(matrix, matrix[0], matrix, np.zeros(2000, np.int64)),
     }
     with pytest.raises(ReftEdgeError, match=r"takes .* bytes as float32; at most"):
-        unfold(Edit(500, gates, places), Base("b", "0", 500, 2), "raw", {})
+        unfold(Edit(2000, gates, places), Base("b", "0", 2000, 2), "raw", {})
 
 
 # ---- the command ----
@@ -852,7 +846,10 @@ def test_an_adapter_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr("reft_edge.convert.files.find_base", lambda *given: BASE)
     done = convert("someone/steers", tmp_path / "a.safetensors", Given("m", positions="f3+l2", raw=True))
     assert done.adapter.config.intervention == "consreft"
-    assert set(asked_for_files) == {"config.json", "*intkey_*.bin", "*pytorch_model.bin"}
+    assert {"config.json", "*intkey_*.bin", "*pytorch_model.bin", "adapter_config.json"} <= set(
+        asked_for_files
+    )
+    assert not any(name in ("*", "*.bin", "*.py") for name in asked_for_files)
     for name, message in (("some/model", "holds no intkey"), ("some/huge", "bytes to download")):
         asked_for_files.clear()
         with pytest.raises(ReftEdgeError, match=message):
@@ -898,3 +895,41 @@ def test_groups_set_apart_train_like_any_positions(device_folder, tmp_path):
     model = SteeredModel(device_folder / "export", device="cpu")
     model.load_adapter(out, "task")
     assert np.abs(model.logits([[5, 6, 7]], "task")[0] - model.logits([[5, 6, 7]])[0]).max() > 1e-4
+
+
+def test_endings_in_any_case_and_a_gguf_of_any_name(device_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = device_folder / "export"
+    shutil.copy(device_folder / "first.safetensors", "FIRST.SAFETENSORS")
+    packed = call("convert", "FIRST.SAFETENSORS", "--for", folder, "-o", "FIRST.ONNX_ADAPTER")
+    assert "(onnx_adapter)" in packed
+    call("convert", "FIRST.ONNX_ADAPTER", "--for", folder, "--chat", "-o", "AGAIN.Safetensors")
+    assert Path("AGAIN.Safetensors").is_file()
+    directions = {1: np.ones(64, np.float32)}
+    write_theirs(Path("happy.GGUF"), directions)
+    shutil.copy("happy.GGUF", "sha256-abc")
+    for source in ("happy.GGUF", "sha256-abc"):
+        call("convert", source, "--for", folder, "--raw", "-o", "happy.safetensors")
+        assert load_adapter("happy.safetensors").config.intervention == "steering"
+    call("convert", "happy.safetensors", "-o", "back.Gguf")
+    assert read_control_vector(Path("back.Gguf"), 64, 3).keys() == {1}
+
+
+def test_a_packed_adapter_is_not_waited_for(device_folder, tmp_path):
+    import os
+
+    os.mkfifo(tmp_path / "fifo.onnx_adapter")
+    with pytest.raises(ReftEdgeError, match="not a regular file"):
+        from_onnx_adapter(tmp_path / "fifo.onnx_adapter", load_manifest(device_folder / "export"), True)
+
+
+def test_conversions_give_the_same_bytes(device_folder, tmp_path):
+    source, folder = device_folder / "first.safetensors", device_folder / "export"
+    for ending in (".onnx_adapter", ""):
+        contents = set()
+        for number in range(3):
+            output = tmp_path / f"{number}{ending}"
+            convert(str(source), output, Given(folder=folder if ending else None))
+            files = sorted(path for path in (output.iterdir() if output.is_dir() else [output]))
+            contents.add(tuple((path.name if output.is_dir() else "", path.read_bytes()) for path in files))
+        assert len(contents) == 1, ending

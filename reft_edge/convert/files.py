@@ -7,14 +7,22 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from reft_edge.adapter import Adapter, load_adapter, save_adapter
-from reft_edge.base import find_base
+from reft_edge.base import Base, find_base
 from reft_edge.errors import ReftEdgeError
 from reft_edge.files import check_place
+from reft_edge.gguf_header import is_gguf
 
 OURS, GGUF, PACKED = ".safetensors", ".gguf", ".onnx_adapter"
 _MAX_HUB = 8 << 30
 """Bytes; DiReFT of a model with 7 billion parameters, untied at every layer, has 4.5 GB, since pyreft stores [d, d] for each."""
-_HUB_FILES = ["config.json", "*intkey_*.bin", "*pytorch_model.bin"]
+_HUB_FILES = [
+    "config.json",
+    "*intkey_*.bin",
+    "*pytorch_model.bin",
+    "adapter_config.json",
+    "pytorch_adapter.bin",
+    "adapter.safetensors",
+]
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,7 @@ class Converted:
 
     source: str
     result: str
-    """Formats: `reft-edge`, `pyreft`, `control vector` or `onnx_adapter`."""
+    """Formats: `reft-edge`, `pyreft`, `adapterhub`, `control vector` or `onnx_adapter`."""
     adapter: Adapter
 
 
@@ -49,36 +57,37 @@ def convert(
     ReftEdgeError that names the option for what is missing, or what cannot be carried.
     """
     path = Path(source)
-    if path.suffix != OURS:
-        if output.suffix != OURS:
+    kind, ending = kind_of(path), output.suffix.lower()
+    if kind != OURS:
+        if ending != OURS:
             raise ReftEdgeError(f"{output} is no adapter file: other formats are converted to {OURS}")
         check_place(output)
-        kind, adapter = _read(source, given, report)
+        library, adapter = _read(source, kind, given, report)
         save_adapter(adapter, output)
-        return Converted(kind, "reft-edge", adapter)
-    if output.suffix == OURS:
+        return Converted(library, "reft-edge", adapter)
+    if ending == OURS:
         raise ReftEdgeError(
             f"{source} and {output} are both adapter files; give a {GGUF} or {PACKED} file, or a folder for pyreft"
         )
     _refuse(given, source, "positions", "act_fn", "intervention", "raw", "model")
-    if output.suffix != PACKED and given.folder is not None:
+    if ending != PACKED and given.folder is not None:
         raise ReftEdgeError(f"{source} says which base it is for; --for DIR is for {PACKED} files")
     adapter = load_adapter(path)
     if output.suffix in (GGUF, PACKED):
         check_place(output)
-    if output.suffix == GGUF:
+    if ending == GGUF:
         from reft_edge.convert.control_vector import to_control_vector
 
         to_control_vector(adapter, output)
         return Converted("reft-edge", "control vector", adapter)
-    if output.suffix == PACKED:
+    if ending == PACKED:
         from reft_edge.runtime.pack import pack_adapter
 
         if given.folder is None:
             raise ReftEdgeError(f"a {PACKED} file is for one exported folder: give it with --for DIR")
         pack_adapter(path, given.folder, output)
         return Converted("reft-edge", "onnx_adapter", adapter)
-    if output.suffix:
+    if ending:
         raise ReftEdgeError(
             f"{output} has no ending that is known: {GGUF}, {PACKED}, or none, for a folder that pyreft loads"
         )
@@ -89,9 +98,20 @@ def convert(
     return Converted("reft-edge", "pyreft", adapter)
 
 
-def _read(source: str, given: Given, report: Callable[[str], None]) -> tuple[str, Adapter]:
+def kind_of(path: Path) -> str:
+    """OURS, GGUF, PACKED or nothing, for a folder: by the first bytes of a file that is GGUF, else by the name's ending."""
+    try:
+        if not path.is_dir() and is_gguf(path):
+            return GGUF
+    except OSError:  # what reads it says so
+        pass
+    ending = path.suffix.lower()
+    return ending if ending in (OURS, GGUF, PACKED) and not path.is_dir() else ""
+
+
+def _read(source: str, kind: str, given: Given, report: Callable[[str], None]) -> tuple[str, Adapter]:
     path = Path(source)
-    if path.suffix == PACKED:
+    if kind == PACKED:
         from reft_edge.convert.onnx_adapter import from_onnx_adapter
         from reft_edge.manifest import load_manifest
 
@@ -99,22 +119,29 @@ def _read(source: str, given: Given, report: Callable[[str], None]) -> tuple[str
             raise ReftEdgeError(f"{source} is for one exported folder: give it with --for DIR")
         _refuse(given, source, "positions", "act_fn", "intervention", "model")
         return "onnx_adapter", from_onnx_adapter(path, load_manifest(given.folder), _raw(given, source))
-    if path.suffix == GGUF:
+    if kind == GGUF:
         from reft_edge.convert.control_vector import EVERY_TOKEN, from_control_vector
 
         _refuse(given, source, "act_fn", "intervention")
         raw = _raw(given, source)
-        if not path.is_file():
+        if not path.exists():
             raise ReftEdgeError(f"there is no file {source}")
         base = find_base(given.model, given.folder, report)
         if given.positions is None:
             report(f"control vectors act on every token: positions {EVERY_TOKEN}")
         return "control vector", from_control_vector(path, base, raw, given.positions or EVERY_TOKEN)
+    from reft_edge.convert.from_adapterhub import from_adapterhub, is_adapterhub
     from reft_edge.convert.from_pyreft import Asked, from_pyreft
 
     asked = Asked(given.positions, given.act_fn, given.intervention, given.raw)
-    folder = _pyreft_folder(source, report)
-    return "pyreft", from_pyreft(folder, lambda: find_base(given.model, given.folder, report), asked, report)
+    folder = _foreign_folder(source, report)
+
+    def found() -> Base:
+        return find_base(given.model, given.folder, report)
+
+    if is_adapterhub(folder):
+        return "adapterhub", from_adapterhub(folder, found, asked, report)
+    return "pyreft", from_pyreft(folder, found, asked, report)
 
 
 def _raw(given: Given, source: str) -> bool:
@@ -131,13 +158,13 @@ def _refuse(given: Given, source: str, *options: str) -> None:
         raise ReftEdgeError(f"{source} already says what --{option} would; leave the option out")
 
 
-def _pyreft_folder(source: str, report: Callable[[str], None]) -> Path:
+def _foreign_folder(source: str, report: Callable[[str], None]) -> Path:
     path = Path(source)
     if path.is_dir():
         return path
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
         raise ReftEdgeError(
-            f"cannot convert {source}; give a folder that pyreft wrote or its Hub id, or a file that ends in {GGUF}, "
+            f"cannot convert {source}; give a folder that pyreft or AdapterHub wrote or its Hub id, or a file that ends in {GGUF}, "
             f"{PACKED} or {OURS}"
         )
     from huggingface_hub import HfApi, snapshot_download
@@ -164,9 +191,9 @@ def _pyreft_folder(source: str, report: Callable[[str], None]) -> Path:
 def _check_listing(source: str, sizes: Mapping[str, int]) -> None:
     """Raise ReftEdgeError, before anything is downloaded, for a repository that is none of pyreft's or a huge one."""
     wanted = {name: size for name, size in sizes.items() if any(fnmatch(name, glob) for glob in _HUB_FILES)}
-    if not any(fnmatch(name, "*intkey_*.bin") for name in wanted):
+    if not any(fnmatch(name, "*intkey_*.bin") or name == "adapter_config.json" for name in wanted):
         raise ReftEdgeError(
-            f"{source} on the Hub holds no intkey_*.bin; expected what pyreft's ReftModel.save writes"
+            f"{source} on the Hub holds no intkey_*.bin, which pyreft's ReftModel.save writes, and no adapter_config.json of AdapterHub"
         )
     if (total := sum(wanted.values())) > _MAX_HUB:
         raise ReftEdgeError(

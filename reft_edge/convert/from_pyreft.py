@@ -9,22 +9,24 @@ reflections below the diagonal of `original [d, r]` and `sign` its diagonal. Nei
 the base model are stored, so they must be given.
 """
 
-import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from reft_edge.adapter import LINEAR_ONLY, Adapter, AdapterConfig
 from reft_edge.algebra import Array
 from reft_edge.base import Base
+from reft_edge.convert.folder import open_inside
+from reft_edge.convert.rotation import householder_rows, sound
 from reft_edge.convert.tensor_file import read_tensors
 from reft_edge.errors import ReftEdgeError
-from reft_edge.files import name_to_store, read_text
+from reft_edge.files import name_to_store
 from reft_edge.interventions import activation
+from reft_edge.json_files import parse_object
 from reft_edge.positions import UNLIMITED, parse_positions
 
 CLASSES = {
@@ -51,8 +53,6 @@ _BY_PATH = re.compile(
     r"unit[._](?P<unit>\w+)[._]nunit[._](?P<count>\d+)#(?P<number>\d{1,3})\.bin"
 )
 _MODULES = {None: "block", "self_attn": "attention", "mlp": "mlp"}
-ORTHONORMAL = 1e-4
-"""How far R Rᵀ may be from the identity."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def from_pyreft(
         name: np.stack([part[name] for part in parts]).reshape(len(layers), groups, *parts[0][name].shape)
         for name in parts[0]
     }
-    kind, tensors = _sound(intervention, stacked, report)
+    kind, tensors = sound(intervention, stacked, report)
     config = AdapterConfig(
         kind,
         whole.name,
@@ -175,12 +175,6 @@ class _Described:
     """Names of the files it speaks of."""
 
 
-def off_orthonormal(rotations: Array) -> float:
-    """The largest entry of R Rᵀ − 1 over all R `[..., r, d]`."""
-    wide = rotations.astype(np.float64)
-    return float(np.abs(wide @ wide.swapaxes(-1, -2) - np.eye(wide.shape[-2])).max())
-
-
 def _list_files(folder: Path) -> list[_File]:
     files = []
     for path in folder.glob("intkey_*"):
@@ -212,12 +206,14 @@ def _list_files(folder: Path) -> list[_File]:
 def _refuse_trained_base(folder: Path) -> None:
     """pyreft can train parts of the base, such as a classification head, which it stores beside the interventions."""
     path = folder / TRAINED_BASE
-    if not path.exists():
+    if not os.path.lexists(path):
         return
-    if path.stat().st_size > 1 << 20:
-        names = ["more than 1 MB of them"]
-    else:
-        names = sorted(read_tensors(path, 1 << 20))
+    try:
+        with open_inside(path) as file:
+            large = os.fstat(file.fileno()).st_size > 1 << 20
+    except OSError as error:
+        raise ReftEdgeError(f"cannot read {path}: {error.strerror}") from error
+    names = ["more than 1 MB of them"] if large else sorted(read_tensors(path, 1 << 20))
     if names:
         raise ReftEdgeError(
             f"{folder} also holds trained parameters of the base model ({TRAINED_BASE}: {', '.join(names[:4]):.200}), "
@@ -227,12 +223,14 @@ def _refuse_trained_base(folder: Path) -> None:
 
 def _read_config(folder: Path) -> _Described | None:
     path = folder / "config.json"
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     try:
-        if path.stat().st_size > _MAX_CONFIG:
+        with open_inside(path) as file:
+            content = file.read(_MAX_CONFIG + 1)
+        if len(content) > _MAX_CONFIG:
             raise ReftEdgeError(f"{path} has more than {_MAX_CONFIG:,} bytes")
-        fields = json.loads(read_text(path))
+        fields = parse_object(content, str(path))
         types = fields["intervention_types"]
         representations = fields["representations"]
         keys = fields["sorted_keys"]
@@ -245,6 +243,8 @@ def _read_config(folder: Path) -> _Described | None:
             raise ValueError("its lists are of unlike lengths")
     except OSError as error:
         raise ReftEdgeError(f"cannot read {path}: {error.strerror}") from error
+    except ReftEdgeError as error:
+        raise ReftEdgeError(f"{path} is not the config.json of a pyreft adapter: {error}") from error
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         raise ReftEdgeError(f"{path} is not the config.json of a pyreft adapter ({error!r:.100})") from error
     if unknown := sorted(names - CLASSES.keys()):
@@ -378,7 +378,7 @@ def _unpack(intervention: str, state: dict[str, Array], size: int, folder: Path)
         rank = original.shape[1]
         if rank > size:
             raise ReftEdgeError(f"{folder}: rank {rank} is larger than the hidden size {size}")
-        found = {"R": _rotation(original, take(f"{ROTATION}.0.base", size, size))}
+        found = {"R": householder_rows(original, take(f"{ROTATION}.0.base", size, size))}
         if intervention == "direft":
             found |= {"W": take("learned_source.weight", rank, size), "b": take("learned_source.bias", rank)}
         else:
@@ -388,35 +388,3 @@ def _unpack(intervention: str, state: dict[str, Array], size: int, folder: Path)
     if any(not np.isfinite(tensor).all() for tensor in found.values()):
         raise ReftEdgeError(f"{folder} holds NaN or infinity")
     return found
-
-
-def _rotation(original: Array, base: Array) -> Array:
-    """R [r, d] from torch's parametrisation."""
-    vectors = torch.from_numpy(original).tril(-1)
-    columns = torch.linalg.householder_product(vectors, 2 / (1 + (vectors * vectors).sum(dim=0)))
-    signs = torch.from_numpy(original).diagonal().int()
-    rows: Array = (torch.from_numpy(base) @ (columns * signs)).mT.contiguous().numpy()
-    return rows
-
-
-def _sound(
-    intervention: str, tensors: dict[str, Array], report: Callable[[str], None]
-) -> tuple[str, dict[str, Array]]:
-    """The same edit without a rotation where R's rows are not orthonormal, which our rotations always are.
-
-    That happens in pyreft with weight decay, which turns R into zeros, and with weights kept in bfloat16.
-    """
-    if "R" not in tensors:
-        return intervention, tensors
-    off = off_orthonormal(tensors["R"])
-    if off <= ORTHONORMAL:
-        return intervention, tensors
-    kind = {"loreft": "noreft", "consreft": "noreft", "direft": "nodireft", "lobireft": "nodireft"}[
-        intervention
-    ]
-    zeros = " (R is zero: the adapter changes nothing; pyreft's weight decay does that)"
-    report(
-        f"R is not orthonormal, off by {off:.2g}{'' if tensors['R'].any() else zeros}; carried as {kind}, the same edit"
-    )
-    W1 = tensors["W"] if "W" in tensors else np.zeros_like(tensors["R"])
-    return kind, {"W1": W1, "W2": tensors["R"], "b": tensors["b"]}

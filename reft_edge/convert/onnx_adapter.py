@@ -1,6 +1,8 @@
 """From `.onnx_adapter` files that `reft-edge pack` wrote: they hold folded edits, so the result is NoDiReFT."""
 
+import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ from reft_edge.adapter import Adapter
 from reft_edge.algebra import Edit, Gate, LayerEdit
 from reft_edge.base import Base
 from reft_edge.errors import ReftEdgeError
-from reft_edge.files import name_to_store
+from reft_edge.files import name_to_store, open_regular
 from reft_edge.folded import unfold
 from reft_edge.manifest import Manifest
 from reft_edge.positions import Span
@@ -65,10 +67,15 @@ def from_onnx_adapter(path: Path, manifest: Manifest, raw: bool) -> Adapter:
 def _read(path: Path) -> dict[str, NDArray[Any]]:
     ort = import_onnxruntime()
     try:
-        if path.stat().st_size > _MAX_SIZE:
-            raise ReftEdgeError(f"{path} has more than {_MAX_SIZE:,} bytes")
-        values = ort.AdapterFormat.read_adapter(str(path)).get_parameters()
-        return {name: _array(value) for name, value in values.items()}
+        with open_regular(path) as file, TemporaryDirectory() as folder:
+            if os.fstat(file.fileno()).st_size > _MAX_SIZE:
+                raise ReftEdgeError(f"{path} has more than {_MAX_SIZE:,} bytes")
+            copy = (
+                Path(folder) / "adapter"
+            )  # onnxruntime opens a name, which may be another file by then, or be waited for
+            copy.write_bytes(file.read(_MAX_SIZE))
+            values = ort.AdapterFormat.read_adapter(str(copy)).get_parameters()
+            return {name: _array(value) for name, value in values.items()}
     except OSError as error:
         raise ReftEdgeError(f"cannot read {path}: {error.strerror}") from error
     except ReftEdgeError:

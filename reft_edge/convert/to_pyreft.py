@@ -18,7 +18,8 @@ import torch
 
 from reft_edge.adapter import Adapter, folded_rows
 from reft_edge.algebra import Array
-from reft_edge.convert.from_pyreft import CLASSES, COMPONENTS, ORTHONORMAL, ROTATION, off_orthonormal
+from reft_edge.convert.from_pyreft import CLASSES, COMPONENTS, ROTATION
+from reft_edge.convert.rotation import ORTHONORMAL, off_orthonormal
 from reft_edge.errors import ReftEdgeError
 from reft_edge.folders import replace_folder
 from reft_edge.positions import UNLIMITED, Span, group_names
