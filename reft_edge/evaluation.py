@@ -31,7 +31,7 @@ from reft_edge.encoders import Text, parse_row
 from reft_edge.errors import ReftEdgeError
 from reft_edge.files import write_atomically
 from reft_edge.jsonl import at_line, read_lines, read_rows
-from reft_edge.prompts import Prompts, choose_format
+from reft_edge.prompts import Prompts, check_text, choose_format
 from reft_edge.signing import TrustedKeys, load_verified
 
 TASKS = ("choice", "number", "answer", "label")
@@ -490,6 +490,11 @@ def _task_of(row: Any) -> str:
 
 
 def _question(task: str, number: int, row: Any) -> Question:
+    if isinstance(row, dict):
+        choices = row.get("choices")
+        for text in (*row.values(), *(choices if isinstance(choices, list) else ())):
+            if isinstance(text, str):
+                check_text(text)
     if task == "label":
         text, label = parse_row(row)
         return Question(number, text, label)

@@ -373,11 +373,22 @@ def test_labelled_texts_become_prompts(tmp_path):
             "Answer format",
         ),
         ('{"prompt": "a", "answer": "b"}', "multiple", "unknown task"),
+        *(
+            (row, task, "line 2: character 1 of the text is half of one")
+            for row, task in (
+                ('{"prompt": "\\ud83d", "answer": "7", "choices": ["7", "8"]}', None),
+                ('{"prompt": "a", "answer": 0, "choices": ["\\udc00", "8"]}', None),
+                ('{"prompt": "a", "answer": "\\ud83d"}', "answer"),
+                ('{"text": "\\ud83d", "text2": "b", "label": 1}', "label"),
+                ('{"text": "a", "text2": "\\ud83d", "label": 1}', "label"),
+            )
+        ),
     ],
 )
 def test_rows_of_other_forms_are_refused(tmp_path, line, task, message):
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"prompt": "q", "answer": "7", "choices": ["7", "8"]}\n' + line + "\n")
+    first = '{"prompt": "q", "answer": "7", "choices": ["7", "8"], "text": "a", "label": 0}'
+    path.write_text(f"{first}\n{line}\n")
     with pytest.raises(ReftEdgeError, match=message):
         load_questions(path, task)
 
