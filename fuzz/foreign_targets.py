@@ -7,7 +7,10 @@ from own_targets import make_adapter, make_manifest
 
 from reft_edge.adapter import INTERVENTIONS, fold
 from reft_edge.base import Base
+from reft_edge.convert.tensor_file import parse_tensors
+from reft_edge.convert.torch_zip import read_entries
 from reft_edge.errors import ReftEdgeError
+from reft_edge.gguf_header import check_model, parse_gguf_header
 
 BASE = Base("base", "0" * 16, 8, 4)
 
@@ -42,8 +45,6 @@ def torch_pickle_target(folder: Path) -> Target:
 
     import torch
 
-    from reft_edge.convert.tensor_file import parse_tensors
-
     stored = {"W": torch.ones(2, 8), "b": torch.ones(2).bfloat16(), "count": torch.tensor(8)}
     linear = torch.nn.Linear(8, 2, bias=False)
     seeds = []
@@ -75,8 +76,6 @@ def torch_zip_target(folder: Path) -> Target:
     import zipfile
 
     import torch
-
-    from reft_edge.convert.torch_zip import read_entries
 
     seeds = []
     for state in ({"W": torch.ones(2, 8)}, {"W": torch.ones(2), "b": torch.ones(1)}):
@@ -162,8 +161,6 @@ def gguf_model_target(folder: Path) -> Target:
 
     import gguf
     import numpy as np
-
-    from reft_edge.gguf_header import check_model, parse_gguf_header
 
     path = folder / "model.gguf"
     writer = gguf.GGUFWriter(str(path), "llama")

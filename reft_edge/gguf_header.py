@@ -126,7 +126,7 @@ def check_model(header: GgufHeader) -> None:
             most = _FEW
         if count > max(most, 1):
             raise ReftEdgeError(
-                f"its metadata {name:.80} is a list of {count:,} entries; at most {most:,} are accepted"
+                f"its metadata {name!r:.80} is a list of {count:,} entries; at most {most:,} are accepted"
             )
     if (total := sum(count for _, count in header.arrays.values())) > _MAX_ENTRIES:
         raise ReftEdgeError(
@@ -230,7 +230,7 @@ def _metadata(header: _Bytes, pairs: int) -> tuple[str, dict[str, int], dict[str
     for _ in range(pairs):
         name, kind = header.name(), header.number("I")
         if name in names:
-            raise ReftEdgeError(f"its metadata name {name:.80} twice")
+            raise ReftEdgeError(f"its metadata name {name!r:.80} twice")
         names.add(name)
         if name == "general.architecture" and kind == _STRING:
             architecture = header.name()
@@ -265,7 +265,7 @@ class _Described:
 def _tensor(header: _Bytes) -> _Described:
     name, dimensions = header.name(), header.number("I")
     if not 0 < dimensions <= 4:
-        raise ReftEdgeError(f"tensor {name:.60} has {dimensions} dimensions; expected 1 to 4")
+        raise ReftEdgeError(f"tensor {name!r:.60} has {dimensions} dimensions; expected 1 to 4")
     shape = tuple(header.number("Q") for _ in range(dimensions))
     return _Described(name, shape, header.number("I"), header.number("Q"))
 
@@ -276,7 +276,9 @@ def _placed(described: list[_Described], start: int, alignment: int, size: int) 
     end = 0
     for part in sorted(described, key=lambda part: part.offset):
         if part.offset % alignment or part.offset < end:
-            raise ReftEdgeError(f"tensor {part.name:.60} is not at a place of its own; the file is malformed")
+            raise ReftEdgeError(
+                f"tensor {part.name!r:.60} is not at a place of its own; the file is malformed"
+            )
         end = part.offset + _nbytes(part)
         placed.append(GgufTensor(part.name, part.shape, part.kind, start + part.offset))
     if start + end > size:
@@ -290,11 +292,11 @@ def _nbytes(part: _Described) -> int:
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
     if part.kind not in set(GGMLQuantizationType):
-        raise ReftEdgeError(f"tensor {part.name:.60} has GGML type {part.kind}, which is unknown")
+        raise ReftEdgeError(f"tensor {part.name!r:.60} has GGML type {part.kind}, which is unknown")
     numbers, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType(part.kind)]
     if part.shape[0] % numbers:
         raise ReftEdgeError(
-            f"tensor {part.name:.60} has rows of {part.shape[0]:,}; expected a multiple of {numbers}"
+            f"tensor {part.name!r:.60} has rows of {part.shape[0]:,}; expected a multiple of {numbers}"
         )
     blocks: int = math.prod(part.shape) // numbers
     return blocks * int(nbytes)

@@ -223,6 +223,7 @@ ZIPS = {
     "big-endian": (zipped(PICKLE, ("a/byteorder", b"big")), "byte order"),
     "a name beyond ASCII": (zipped(PICKLE, ("a/é", b"")), "name"),
     "encrypted": (changed(changed(zipped(PICKLE), b"PK\1\2", 8, b"\1"), b"PK\3\4", 6, b"\1"), "of a kind"),
+    "a later version": (changed(zipped(PICKLE), b"PK\1\2", 6, b"\xfd"), "of a kind"),
     "flags that differ": (changed(zipped(PICKLE), b"PK\3\4", 6, b"\x08"), "agree"),
     "names that differ": (changed(zipped(PICKLE), b"PK\3\4", 30, b"b"), "agree"),
     "sizes that differ": (changed(zipped(PICKLE), b"PK\3\4", 18, b"\3"), "agree"),

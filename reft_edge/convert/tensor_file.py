@@ -77,7 +77,7 @@ def _check_claims(views: dict[str, View], limit: int) -> None:
         taken += math.prod(max(size, 1) for size in view.shape) * np.dtype(_TYPES[view.storage.kind]).itemsize
         if taken > limit:
             raise ReftEdgeError(
-                f"{name:.80} claims {list(view.shape)} numbers, more than the file holds or its shapes allow"
+                f"{name!r:.80} claims {list(view.shape)} numbers, more than the file holds or its shapes allow"
             )
 
 
@@ -87,14 +87,14 @@ def _array(name: str, view: View, storages: dict[str, memoryview]) -> Array:
     kind = np.dtype(_TYPES[storage.kind])
     data = storages.get(storage.key)
     if data is None or len(data) != storage.count * kind.itemsize:
-        raise ReftEdgeError(f"{name:.80} has {storage.count:,} numbers that the file does not hold")
+        raise ReftEdgeError(f"{name!r:.80} has {storage.count:,} numbers that the file does not hold")
     if 0 in view.shape:
         return np.zeros(view.shape, np.float32)
     last = view.offset + sum(
         (size - 1) * stride for size, stride in zip(view.shape, view.strides, strict=True)
     )
     if last >= storage.count:
-        raise ReftEdgeError(f"{name:.80} reaches beyond the numbers that the file holds for it")
+        raise ReftEdgeError(f"{name!r:.80} reaches beyond the numbers that the file holds for it")
     numbers = np.frombuffer(data, kind)[view.offset :]
     strides = [stride * kind.itemsize for stride in view.strides]
     found = as_strided(numbers, view.shape, strides, writeable=False)

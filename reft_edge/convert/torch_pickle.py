@@ -189,7 +189,7 @@ class _Machine:
 def _name(argument: Any) -> _Name:
     if argument not in _NAMES:
         raise ReftEdgeError(
-            f"its pickle asks for {str(argument).replace(' ', '.'):.80}, which no dictionary of tensors needs; not read"
+            f"its pickle asks for {str(argument).replace(' ', '.')!r:.80}, which no dictionary of tensors needs; not read"
         )
     return _Name(argument)
 

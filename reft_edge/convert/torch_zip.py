@@ -17,6 +17,8 @@ _END_64 = struct.Struct("<4sQ2H2I4Q")
 _LOCATOR_64 = struct.Struct("<4sIQI")
 _DESCRIPTOR = struct.Struct("<4s3I")
 _SIZES_FOLLOW, _UTF8 = 1 << 3, 1 << 11
+_VERSION = 45
+"""The latest of the zip format that such a file can ask for."""
 
 
 def read_entries(content: bytes) -> dict[str, memoryview]:
@@ -83,14 +85,37 @@ def _entry(
         raise ReftEdgeError("its zip's directory is truncated")
     central = _CENTRAL.unpack_from(view, entry_at)
     local = _LOCAL.unpack_from(view, at)
-    mark, _, _, flags, method, _, _, checksum, packed, size, name_size, extra, comment, disk, _, _, offset = (
-        central
-    )
+    (
+        mark,
+        _,
+        version,
+        flags,
+        method,
+        _,
+        _,
+        checksum,
+        packed,
+        size,
+        name_size,
+        extra,
+        comment,
+        disk,
+        _,
+        _,
+        offset,
+    ) = central
     if mark != b"PK\1\2" or local[0] != b"PK\3\4" or offset != at:
         raise ReftEdgeError("its zip's directory and entries do not agree")
     if method or packed != size:
         raise ReftEdgeError("it is a compressed zip, which torch.save never writes; not unpacked")
-    if flags & ~(_SIZES_FOLLOW | _UTF8) or extra or comment or disk or size == 0xFFFFFFFF:
+    if (
+        flags & ~(_SIZES_FOLLOW | _UTF8)
+        or extra
+        or comment
+        or disk
+        or size == 0xFFFFFFFF
+        or max(version, local[1]) > _VERSION
+    ):
         raise ReftEdgeError("its zip has entries of a kind that torch.save does not write for adapters")
     follows = bool(flags & _SIZES_FOLLOW)
     stated = (checksum, size, size)
