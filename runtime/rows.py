@@ -119,7 +119,7 @@ class BoundRows:
         self, graph: GraphSession, values: KeysAndValues, count: int, ports: Mapping[str, Any]
     ) -> None:
         """`count`: rows whose logits are wanted, the first of those in `values`."""
-        self._graph, self._values, self._count = graph, values, count
+        self._graph, self._values, self._count, self._ports = graph, values, count, ports
         self._bound = len(next(iter(values.values())))
         self._binding = graph.new_binding(ports)
         for name, value in values.items():

@@ -219,6 +219,7 @@ class GraphSession:
         """Tokens."""
         self._has_positions = "position_ids" in inputs
         self._own_keep = [1] * len(inputs[_OWN_KEEP].shape) if _OWN_KEEP in inputs else None
+        self._own_keep_last = np.ones(self._own_keep or [1], np.int64)
         self._keeps_logits = "reft.logits_to_keep" in manifest.ports
         self.dtype = HOST_TYPES[manifest.float_type]
         """Of float arrays given to this session; where the graph has bf16, which numpy lacks, they are converted."""
@@ -282,14 +283,17 @@ class GraphSession:
         return BoundSession(self, cache, ports)
 
     def new_binding(self, ports: Mapping[str, Any]) -> Any:
-        """An I/O binding with port inputs, and only the last token's logits asked for."""
+        """An I/O binding with port inputs, and only the last token's logits asked for.
+
+        ONNX Runtime reads arrays where they lie: whoever keeps the binding keeps `ports`, too.
+        """
         binding = self.session.io_binding()
         for name, value in ports.items():
             binding.bind_ortvalue_input(name, value)
         if self._keeps_logits:
             binding.bind_ortvalue_input("reft.logits_to_keep", self._keep_last)
         if self._own_keep is not None:
-            binding.bind_cpu_input(_OWN_KEEP, np.ones(self._own_keep, np.int64))
+            binding.bind_cpu_input(_OWN_KEEP, self._own_keep_last)
         return binding
 
     def bind_logits(self, binding: Any, rows: int) -> Any:
@@ -304,10 +308,12 @@ class GraphSession:
 
     def run_bound(self, binding: Any, ids: Ids, mask: Ids, positions: Ids) -> None:
         """Run with what is bound and these tokens `[rows, tokens]`, mask `[rows, past and tokens]` and positions."""
-        binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids, np.int64))
-        binding.bind_cpu_input("attention_mask", mask)
+        feeds = {"input_ids": ids, "attention_mask": mask}
         if self._has_positions:
-            binding.bind_cpu_input("position_ids", np.ascontiguousarray(positions))
+            feeds["position_ids"] = positions
+        arrays = {name: np.ascontiguousarray(array, np.int64) for name, array in feeds.items()}
+        for name, array in arrays.items():
+            binding.bind_cpu_input(name, array)
         with plain_failure():
             self.session.run_with_iobinding(binding)
 
@@ -346,7 +352,7 @@ class BoundSession:
     """A cache and a set of port inputs, bound to the session through I/O binding."""
 
     def __init__(self, graph: GraphSession, cache: KVCache, ports: Mapping[str, Any]) -> None:
-        self._graph, self._cache = graph, cache
+        self._graph, self._cache, self._ports = graph, cache, ports
         self._binding = graph.new_binding(ports)
         if not graph.shares_cache:
             return

@@ -1,7 +1,9 @@
 """Many requests at once, each with its own adapters: every row must be what it is alone."""
 
+import gc
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from reft_edge.positions import Span
 from reft_edge.runtime import Engine, QueueFullError, Request, Sampling, SteeredModel
 from reft_edge.runtime.binding import decode_edit, decode_inputs, port_inputs
 from reft_edge.runtime.prefix import Prefix, PrefixCache, shared
-from reft_edge.runtime.rows import SeparateRows
+from reft_edge.runtime.rows import BoundRows, SeparateRows
 
 CHOICES = [None, "first", "everywhere", {"everywhere": 0.5}, {"first": 1.0, "everywhere": -0.7}]
 PROMPTS = [
@@ -337,3 +339,21 @@ def test_prefixes_of_an_edit_that_is_gone_go_with_the_next():
     cache.add(Prefix(ids, None, values))
     assert cache.size == values["k"].nbytes
     assert cache.find([*ids, 1, 2], None)[0] == 16
+
+
+def test_what_is_bound_is_kept_while_it_may_be_read(device_folder):
+    """ONNX Runtime reads bound arrays where they lie, whether or not Python still has them."""
+    model = SteeredModel(device_folder / "export", device="cpu")
+    graph = model.graph
+    ports = graph.to_device({"reft.scale": np.ones((1, 1, 1), np.float32)})
+    kept = weakref.ref(ports["reft.scale"])
+    values = {
+        name: np.zeros((1, heads, 8, size), np.float32) for name, (heads, size) in graph.cache_shapes.items()
+    }
+    bound = BoundRows(graph, values, 1, ports)
+    del ports
+    gc.collect()
+    assert kept() is not None
+    del bound
+    gc.collect()
+    assert kept() is None
