@@ -17,6 +17,7 @@ from typing import Any
 import transformers
 
 from reft_edge.export.carry import CARRIED, Carrying, carry_blocks
+from reft_edge.export.rotary import Rotation, compute_tables, frequencies_of
 from reft_edge.models import class_name
 
 _OLMO_EPSILON = 1e-5  # OlmoLayerNorm has it as a constant
@@ -79,7 +80,9 @@ def main() -> None:
     builders.OLMoModel.make_layernorm = layer_norm
     options, sys.argv[1:] = _own_arguments(sys.argv[1:])
     if options.gguf is not None:
-        _carry_first(builders.base.Model, options.gguf, options.precision)
+        _carry_first(
+            builders.base.Model, options.gguf, options.precision, _note_rotations(builders.base.Model)
+        )
     sys.modules["transformers"].AutoConfig = _AutoConfig  # type: ignore[attr-defined]  # the import above replaced the module
     runpy.run_module("onnxruntime_genai.models.builder", run_name="__main__", alter_sys=True)
 
@@ -93,14 +96,33 @@ def _own_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]
     return options, [*others, "-p", options.precision]
 
 
-def _carry_first(model_class: Any, gguf: Path, precision: str) -> None:
-    """Have the builder's models take the file's blocks before they round what is left."""
+def _note_rotations(model_class: Any) -> list[Rotation]:
+    """A list that gets what each pair of rotary tables is computed from, once the builder has made it."""
+    made: list[Rotation] = []
+    plain = model_class.make_rotary_embedding_caches
+
+    def make_caches(self: Any, **options: Any) -> Any:
+        makes = self.rope_attrs["create_caches"] and self.rope_attrs["save_caches"]
+        cosines, sines = plain(self, **options)
+        if makes:
+            frequencies = frequencies_of(self, model_class.make_rotary_embedding_caches_from_scratch)
+            made.append(Rotation(cosines, sines, self.rope_attrs["cache_length"], frequencies.numpy()))
+        return cosines, sines
+
+    model_class.make_rotary_embedding_caches = make_caches
+    return made
+
+
+def _carry_first(model_class: Any, gguf: Path, precision: str, rotations: list[Rotation]) -> None:
+    """Have the builder's models take the file's blocks before they round what is left, and compute their rotary tables."""
     plain = model_class.to_nbits
 
     def to_nbits(self: Any) -> Any:
         how = Carrying(precision, self.quant_attrs["accuracy_level"], whole_blocks=self.ep == "cuda")
         carried, matrices = carry_blocks(self.model.graph, gguf, Path(self.model_name_or_path), how)
         print(f"{CARRIED}{carried} of {matrices}")
+        for rotation in rotations:
+            compute_tables(self.model.graph, rotation)
         left = any(
             node.op_type == "MatMul" and node.inputs[1] is not None and node.inputs[1].const_value is not None
             for node in self.model.graph

@@ -183,6 +183,17 @@ def test_a_tied_table_is_stored_once(exported):
     assert not any(node.op_type == "Reshape" for node in graph)
 
 
+def test_rotary_tables_are_computed_and_not_stored(exported):
+    """The exports' verification against PyTorch says that they are right."""
+    graph = ir.load(exported("exact")[0] / "model.onnx").graph
+    assert not [name for name in graph.initializers if "cos" in name or "sin" in name]
+    attention = next(node for node in graph if node.op_type == "GroupQueryAttention")
+    made_by = [
+        value.producer().op_type for value in attention.inputs if value is not None and value.producer()
+    ]
+    assert made_by[-2:] == ["Cos", "Sin"]
+
+
 def test_offsets_that_4_bits_have_no_room_for_get_8(tmp_path, monkeypatch):
     """Blocks of one sign, far from zero: the zero point would lie beyond 15."""
     model = load_model(resolve_model(str(make_model(tmp_path / "hf", **WIDE))))
