@@ -157,7 +157,7 @@ def compare(
         steered_error=largest_difference(found.steered, steered_base),
         effect=largest_difference(steered_base, base),
         agreement=float(
-            np.mean(np.concatenate(found.shipped).argmax(1) == np.concatenate(original).argmax(1))
+            np.mean(np.concatenate(_likeliest(found.shipped)) == np.concatenate(_likeliest(original)))
         ),
         rank0_bitwise=all(np.array_equal(a, b) for a, b in zip(found.shipped, found.plain, strict=True)),
     )
@@ -195,9 +195,13 @@ def _logits(
     return [[graph.score([row], ports)[0] for row in rows] for ports in bindings]
 
 
+def _likeliest(logits: Sequence[Logits]) -> list[NDArray[np.intp]]:
+    return [row.argmax(axis=1) for row in logits]
+
+
 def largest_difference(left: Sequence[Logits], right: Sequence[Logits]) -> float:
     """max |left − right| over all rows, each `[tokens, n]`."""
-    return float(np.abs(np.concatenate(left) - np.concatenate(right)).max())
+    return float(np.max([np.abs(a - b).max() for a, b in zip(left, right, strict=True)]))
 
 
 def require(verification: Checked) -> None:

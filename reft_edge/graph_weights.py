@@ -102,6 +102,8 @@ class _Quantised:
 
     data: Any
     """uint8, `bits` a number"""
+    place: tuple[Any, ...] | None
+    """Of `data`: its file, offset and length, if it is in a file of its own."""
     scales: Any
     zeros: Any
     """None for the middle."""
@@ -119,7 +121,7 @@ class _Quantised:
             int(node.attributes[name].as_int()) for name in ("bits", "block_size", "N", "K")
         )
         data, scales, zeros = (_array(_optional(node, index)) for index in (1, 2, 3))
-        return cls(data, scales, zeros, bits, size, rows, columns)
+        return cls(data, _place(node.inputs[1]), scales, zeros, bits, size, rows, columns)
 
     @classmethod
     def of_lookup(cls, node: ir.Node, shape: Sequence[int]) -> "_Quantised":
@@ -127,13 +129,18 @@ class _Quantised:
         bits = int(node.attributes["bits"].as_int()) if "bits" in node.attributes else 4
         data, scales, zeros = (_array(_optional(node, index)) for index in (0, 2, 3))
         size = int(node.attributes["block_size"].as_int())
-        return cls(data, scales, zeros, bits, size, shape[0], shape[1])
+        return cls(data, _place(node.inputs[0]), scales, zeros, bits, size, shape[0], shape[1])
 
     def equals(self, other: "_Quantised | None") -> bool:
         """Whether both are the same numbers."""
-        return other is not None and all(
+        if other is None:
+            return False
+        pairs = [(self.scales, other.scales), (self.zeros, other.zeros)]
+        if self.place is None or self.place != other.place:
+            pairs.append((self.data, other.data))
+        return all(
             a is b or (a is not None and b is not None and np.array_equal(a.reshape(-1), b.reshape(-1)))
-            for a, b in ((self.data, other.data), (self.scales, other.scales), (self.zeros, other.zeros))
+            for a, b in pairs
         )
 
     def dequantised(self, start: int, stop: int) -> NDArray[np.float32]:
@@ -226,13 +233,24 @@ def _optional(node: ir.Node, index: int) -> ir.Value | None:
     return node.inputs[index] if len(node.inputs) > index else None
 
 
+def _place(value: ir.Value | None) -> tuple[Any, ...] | None:
+    stored = None if value is None else _initializer(value).const_value
+    return (stored.path, stored.offset, stored.length) if isinstance(stored, ir.ExternalTensor) else None
+
+
+def _initializer(value: ir.Value) -> ir.Value:
+    """What a value is stored in, looked up through a reshape."""
+    producer = value.producer()
+    if producer is not None and producer.op_type == "Reshape" and producer.inputs[0] is not None:
+        return _initializer(producer.inputs[0])
+    return value
+
+
 def _array(value: ir.Value | None) -> Any:
-    """An initializer's content as bytes or floats, looked up through a reshape; None if the input is absent."""
+    """An initializer's content as bytes or floats; None if the input is absent."""
     if value is None:
         return None
-    producer = value.producer()
-    if producer is not None and producer.op_type == "Reshape":
-        return _array(producer.inputs[0])
-    if value.const_value is None:
+    stored = _initializer(value).const_value
+    if stored is None:
         raise ReftEdgeError(f"the weight {value.name} is not stored in the graph")
-    return value.const_value.numpy()
+    return stored.numpy()
