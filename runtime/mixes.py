@@ -112,7 +112,7 @@ def _own_bytes(arrays: Iterable[NDArray[np.generic]], edits: Iterable[Edit]) -> 
         id(_root(array))
         for edit in edits
         for part in edit.places.values()
-        for array in (part.A, part.b, part.B)
+        for array in (part.A, part.b, part.B, part.gates)
     }
     own = {id(root): root.nbytes for array in arrays if id(root := _root(array)) not in shared}
     return sum(own.values())

@@ -48,12 +48,12 @@ class JoinedRows:
         return most <= self.capacity and (self.capacity <= _STEP or 4 * most > self.capacity)
 
     def reserve(self, needs: Sequence[int], used: Sequence[int]) -> None:
-        """Make room for `needs[i]` tokens in row i, of which the first `used[i]` are kept, and give back room that is far
-        too large. What was bound is stale then, unless it `fits`. Raises NoMemoryError; then nothing changed."""
+        """Make room for `needs[i]` tokens in row i, of which the first `used[i]` are kept, and for twice as many, which take
+        no memory before they come; give back room that is far too large. What was bound is stale then, unless it `fits`. Raises NoMemoryError; then nothing changed."""
         if self.fits(needs):
             return
         most = max(needs)
-        wanted = max(most, min(2 * most, 2 * self.capacity, self.graph.context_length))
+        wanted = max(most, min(2 * most, self.graph.context_length))
         capacity = -(-wanted // _STEP) * _STEP
         try:
             moved = {
@@ -200,9 +200,12 @@ class SeparateRows:
 
     def _grown(self, old: KVCache | None, tokens: int, used: int) -> KVCache:
         """A cache for `tokens` tokens or more, with the first `used` of the old one."""
+        context = self.graph.context_length
+        if not self.graph.shares_cache:
+            return self.graph.take_cache(1, max(tokens, context))
         if old is None:
-            return self.graph.take_cache(1, tokens)
-        cache = self.graph.take_cache(1, max(tokens, min(2 * old.capacity, self.graph.context_length)))
+            return self.graph.take_cache(1, max(tokens, min(tokens + _STEP, context)))
+        cache = self.graph.take_cache(1, max(tokens, min(2 * old.capacity, context)))
         self._put(cache, {name: value.numpy()[0, :, :used] for name, value in old.values.items()}, used)
         return cache
 
