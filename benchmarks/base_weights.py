@@ -20,16 +20,19 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from reft_edge.adapter import load_adapter
+from reft_edge.adapter.file import load_adapter
 from reft_edge.commands.console import training_bar
-from reft_edge.data import load_dataset
-from reft_edge.export import Quantisation, export_model
-from reft_edge.interventions import Interventions
-from reft_edge.models import load_model, resolve_model
-from reft_edge.prompts import load_prompts
+from reft_edge.export import Quantisation
+from reft_edge.export.decoder import export_model
+from reft_edge.model.loading import load_model
+from reft_edge.model.prompts import load_prompts
+from reft_edge.model.source import resolve_model
 from reft_edge.runtime import SteeredModel
-from reft_edge.steering import steered
-from reft_edge.training import TrainSettings, train
+from reft_edge.steering.hooks import steered
+from reft_edge.steering.interventions import Interventions
+from reft_edge.training.data import load_dataset
+from reft_edge.training.run import train
+from reft_edge.training.settings import TrainSettings
 
 
 @dataclass(frozen=True)

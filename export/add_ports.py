@@ -11,19 +11,19 @@ from typing import Any
 import onnx_ir as ir
 
 from reft_edge.errors import ReftEdgeError
-from reft_edge.export import package_versions
 from reft_edge.export.check_ports import compare, probe, require, run_graphs, tap
 from reft_edge.export.ports import ATTENTION_MASK, INPUT_IDS, insert_ports
 from reft_edge.export.residual import Site, find_head_input
 from reft_edge.export.structure import find_blocks
 from reft_edge.export.verify import TEXTS
 from reft_edge.files import read_text
-from reft_edge.fingerprint import fingerprint
 from reft_edge.folders import replace_folder
-from reft_edge.layers import parse_layers
-from reft_edge.manifest import MANIFEST, Manifest, save_manifest
-from reft_edge.models import ModelFolder, class_name, load_config, load_model
-from reft_edge.prompts import load_prompts
+from reft_edge.model.fingerprint import fingerprint
+from reft_edge.model.loading import load_model
+from reft_edge.model.manifest import MANIFEST, Manifest, package_versions, save_manifest
+from reft_edge.model.places import parse_layers
+from reft_edge.model.prompts import load_prompts
+from reft_edge.model.source import ModelFolder, class_name, load_config
 
 GRAPH = "model.onnx"
 _PLAIN = "plain.onnx"

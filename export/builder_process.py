@@ -18,7 +18,7 @@ import transformers
 
 from reft_edge.export.carry import CARRIED, Carrying, carry_blocks
 from reft_edge.export.rotary import Rotation, compute_tables, frequencies_of
-from reft_edge.models import class_name
+from reft_edge.model.source import class_name
 
 _OLMO_EPSILON = 1e-5  # OlmoLayerNorm has it as a constant
 

@@ -16,16 +16,17 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
-from reft_edge.algebra import apply
+from reft_edge.adapter.algebra import apply
 from reft_edge.errors import ReftEdgeError
 from reft_edge.export.exact import write_exact
 from reft_edge.export.residual import Site
 from reft_edge.export.verify import TOLERANCE, all_at_once, largest_difference, random_adapters, torch_logits
-from reft_edge.manifest import Manifest
-from reft_edge.places import Place
+from reft_edge.model.blocks import decoder_layers
+from reft_edge.model.manifest import Manifest
+from reft_edge.model.places import Place
 from reft_edge.runtime.binding import PortInputs, port_inputs
 from reft_edge.runtime.session import GraphSession, Logits, open_graph, plain_failure, plain_feeds
-from reft_edge.steering import decoder_layers, steered
+from reft_edge.steering.hooks import steered
 
 PORT_TOLERANCE = 1e-4
 _UNRELATED = 1.0

@@ -14,29 +14,23 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from reft_edge.adapter import fold
-from reft_edge.encoders import (
-    TextTokens,
-    Tokens,
-    context_length,
-    has_token_types,
-    load_encoder,
-    read_config,
-)
+from reft_edge.adapter.linear import fold
 from reft_edge.errors import ReftEdgeError
-from reft_edge.export import package_versions
 from reft_edge.export.ports import insert_ports
 from reft_edge.export.residual import Site, Use
 from reft_edge.export.verify import TEXTS, TOLERANCE, largest_difference, random_adapters, require
-from reft_edge.fingerprint import fingerprint
 from reft_edge.folders import replace_folder
-from reft_edge.layers import parse_layers
-from reft_edge.manifest import MANIFEST, Manifest, save_manifest
-from reft_edge.models import ModelFolder, load_model_prompts
-from reft_edge.places import Place
+from reft_edge.model.blocks import decoder_layers
+from reft_edge.model.encoders import context_length, has_token_types, load_encoder, read_config
+from reft_edge.model.fingerprint import fingerprint
+from reft_edge.model.loading import load_model_prompts
+from reft_edge.model.manifest import MANIFEST, Manifest, package_versions, save_manifest
+from reft_edge.model.places import Place, parse_layers
+from reft_edge.model.source import ModelFolder
+from reft_edge.model.texts import TextTokens, Tokens
 from reft_edge.runtime.binding import port_inputs
 from reft_edge.runtime.encoder import EncoderSession, Floats
-from reft_edge.steering import decoder_layers, steered
+from reft_edge.steering.hooks import steered
 
 _OUTPUT = "last_hidden_state"
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from reft_edge.gguf_header import MAX_GGUF_HEADER, read_gguf_header
+from reft_edge.model.gguf_header import MAX_GGUF_HEADER, read_gguf_header
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]

@@ -28,8 +28,8 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
+from reft_edge.adapter.positions import UNLIMITED
 from reft_edge.export.residual import Site, Use, find_head_input
-from reft_edge.positions import UNLIMITED
 
 INPUT_IDS, ATTENTION_MASK = "input_ids", "attention_mask"
 _END = np.iinfo(np.int64).max

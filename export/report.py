@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from reft_edge.export import Quantisation, Report, export_model
+from reft_edge.export import Quantisation
 from reft_edge.export.carry import can_carry
+from reft_edge.export.decoder import Report, export_model
 from reft_edge.export.verify import all_at_once, random_adapters
-from reft_edge.manifest import Manifest
-from reft_edge.models import ModelFolder
-from reft_edge.prompts import load_prompts
+from reft_edge.model.manifest import Manifest
+from reft_edge.model.prompts import load_prompts
+from reft_edge.model.source import ModelFolder
 from reft_edge.runtime.binding import port_inputs
 from reft_edge.runtime.session import GraphSession
 

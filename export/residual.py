@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from reft_edge.errors import ReftEdgeError
-from reft_edge.places import Place
+from reft_edge.model.places import Place
 
 SKIP_NORMS = ("SkipSimplifiedLayerNormalization", "SkipLayerNormalization")
 _PRODUCTS = ("MatMul", "MatMulNBits", "DynamicQuantizeMatMul")

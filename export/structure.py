@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from reft_edge.errors import ReftEdgeError
 from reft_edge.export.residual import SKIP_NORMS, Site, Use, find_sites
-from reft_edge.places import Place
+from reft_edge.model.places import Place
 
 _ATTENTION = (
     "Attention", "DecoderMaskedMultiHeadAttention", "GroupQueryAttention", "MultiHeadAttention", "PagedAttention",

@@ -9,16 +9,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from reft_edge.adapter import AdapterConfig, fold
-from reft_edge.algebra import Edit, concat
+from reft_edge.adapter.algebra import Edit, concat
+from reft_edge.adapter.config import AdapterConfig
+from reft_edge.adapter.linear import fold
 from reft_edge.errors import ReftEdgeError
 from reft_edge.export.exact import write_exact
-from reft_edge.graph_weights import use_graph_weights
-from reft_edge.interventions import Interventions
-from reft_edge.manifest import Manifest
+from reft_edge.model.exported_weights import use_graph_weights
+from reft_edge.model.manifest import Manifest
 from reft_edge.runtime.binding import PortInputs, port_inputs
 from reft_edge.runtime.session import GraphSession, Logits, open_graph, plain_failure, plain_feeds
-from reft_edge.steering import steered
+from reft_edge.steering.hooks import steered
+from reft_edge.steering.interventions import Interventions
 
 TEXTS = (
     "The capital of France is Paris, and the capital of Italy is",

@@ -7,11 +7,12 @@ import torch
 from harness import Target
 from safetensors.torch import save
 
-from reft_edge.adapter import AdapterConfig
-from reft_edge.checkpoint import Checkpoint
-from reft_edge.data import Dataset, Example
-from reft_edge.interventions import Interventions
-from reft_edge.training import Trainer, TrainSettings
+from reft_edge.adapter.config import AdapterConfig
+from reft_edge.steering.interventions import Interventions
+from reft_edge.training.checkpoint import Checkpoint
+from reft_edge.training.data import Dataset, Example
+from reft_edge.training.settings import TrainSettings
+from reft_edge.training.trainer import Trainer
 
 _MINE = {"settings": {"lr": 0.1, "seed": 0}, "data": "digest"}
 _DATA = Dataset([Example((1, 2), (3,))] * 4, 0, "digest")

@@ -5,12 +5,13 @@ from pathlib import Path
 from harness import Target
 from own_targets import make_adapter, make_manifest
 
-from reft_edge.adapter import INTERVENTIONS, fold
-from reft_edge.base import Base
+from reft_edge.adapter.base import Base
+from reft_edge.adapter.config import INTERVENTIONS
+from reft_edge.adapter.linear import fold
 from reft_edge.convert.tensor_file import parse_tensors
 from reft_edge.convert.torch_zip import read_entries
 from reft_edge.errors import ReftEdgeError
-from reft_edge.gguf_header import check_model, parse_gguf_header
+from reft_edge.model.gguf_header import check_model, parse_gguf_header
 
 BASE = Base("base", "0" * 16, 8, 4)
 

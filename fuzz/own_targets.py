@@ -8,20 +8,14 @@ from typing import Any
 import numpy as np
 from harness import Target
 
-from reft_edge.adapter import (
-    INTERVENTIONS,
-    Adapter,
-    AdapterConfig,
-    fold,
-    parse_stored,
-    read_config,
-    read_stored,
-    save_adapter,
-)
+from reft_edge.adapter.config import INTERVENTIONS, Adapter, AdapterConfig
+from reft_edge.adapter.file import parse_stored, read_config, read_stored, save_adapter
+from reft_edge.adapter.linear import fold
+from reft_edge.adapter.storage import STORES
 from reft_edge.errors import ReftEdgeError
-from reft_edge.manifest import MANIFEST, Manifest, load_manifest, save_manifest
-from reft_edge.signing import PrivateKey, TrustedKey, TrustedKeys, parse_trusted, read_signature, sign, verify
-from reft_edge.storage import STORES
+from reft_edge.model.manifest import MANIFEST, Manifest, load_manifest, save_manifest
+from reft_edge.signing.keys import PrivateKey, TrustedKey, TrustedKeys, parse_trusted
+from reft_edge.signing.signatures import read_signature, sign, verify
 
 _NOW = datetime(2026, 1, 1, tzinfo=timezone.utc)
 

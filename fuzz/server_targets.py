@@ -13,11 +13,11 @@ from own_targets import make_manifest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from reft_edge.errors import ReftEdgeError
-from reft_edge.prompts import Prompts
+from reft_edge.model.prompts import Prompts
 from reft_edge.runtime.batch import Piece, TokenScore
 from reft_edge.runtime.encoder import Classification
-from reft_edge.runtime.served import Decoder, Encoder
-from reft_edge.runtime.server import ServerSettings, serve
+from reft_edge.runtime.serving.app import serve
+from reft_edge.runtime.serving.served import Decoder, Encoder, ServerSettings
 
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/classify")
 _TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"

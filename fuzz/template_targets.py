@@ -6,7 +6,7 @@ from pathlib import Path
 
 from harness import Target
 
-from reft_edge.templates import Template, filter_names
+from reft_edge.model.templates import Template, filter_names
 
 _MESSAGES = [
     {"role": "system", "content": "Be brief."},

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from reft_edge.errors import ReftEdgeError
 from reft_edge.files import read_text
-from reft_edge.texts import check_texts
+from reft_edge.unicode import check_texts
 
 Row = TypeVar("Row")
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from reft_edge.adapter import Adapter, AdapterConfig, save_adapter
+from reft_edge.adapter.config import Adapter, AdapterConfig
+from reft_edge.adapter.file import save_adapter
 from reft_edge.errors import ReftEdgeError
 from reft_edge.runtime.binding import Bound, decode_inputs
 from reft_edge.runtime.model import SteeredModel

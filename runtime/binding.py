@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from reft_edge.algebra import Array, Edit
+from reft_edge.adapter.algebra import Array, Edit
+from reft_edge.adapter.positions import UNLIMITED
 from reft_edge.errors import ReftEdgeError
-from reft_edge.manifest import Manifest
-from reft_edge.places import Place
-from reft_edge.positions import UNLIMITED
+from reft_edge.model.manifest import Manifest
+from reft_edge.model.places import Place
 
 PortInputs = dict[str, NDArray[np.generic]]
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from reft_edge.errors import ReftEdgeError
-from reft_edge.prompts import Message
+from reft_edge.model.prompts import Message
+from reft_edge.runtime.adapter_folder import AdapterStore
 from reft_edge.runtime.model import Generation, SteeredModel
 from reft_edge.runtime.sampling import Sampling
-from reft_edge.runtime.store import AdapterStore
 
 HELP = """\
 /adapter NAME[:SCALE] ...  answer with these adapters from now on

@@ -7,15 +7,18 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from reft_edge.adapter import AdapterConfig, AdapterSource, fold
-from reft_edge.algebra import Edit, scale
-from reft_edge.encoders import Text, TextTokens, Tokens
+from reft_edge.adapter.algebra import Edit, scale
+from reft_edge.adapter.config import AdapterConfig
+from reft_edge.adapter.file import AdapterSource
+from reft_edge.adapter.linear import fold
 from reft_edge.errors import ReftEdgeError
-from reft_edge.manifest import Manifest, load_manifest
-from reft_edge.prompts import load_prompts
+from reft_edge.model.manifest import Manifest, load_manifest
+from reft_edge.model.prompts import load_prompts
+from reft_edge.model.texts import Text, TextTokens, Tokens
 from reft_edge.runtime.binding import PortInputs, port_inputs
 from reft_edge.runtime.session import open_graph, plain_failure
-from reft_edge.signing import Signature, TrustedKeys, load_verified
+from reft_edge.signing.keys import TrustedKeys
+from reft_edge.signing.signatures import Signature, load_verified
 
 Floats = NDArray[np.float32]
 Input = Text | list[int]

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from reft_edge.algebra import Edit, concat, scale
+from reft_edge.adapter.algebra import Edit, concat, scale
 from reft_edge.errors import ReftEdgeError
-from reft_edge.manifest import Manifest
+from reft_edge.model.manifest import Manifest
 from reft_edge.runtime.binding import Bound, decode_edit, port_inputs
 from reft_edge.runtime.session import GraphSession
 

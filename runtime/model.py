@@ -10,17 +10,20 @@ from typing import Any
 
 import numpy as np
 
-from reft_edge.adapter import AdapterConfig, AdapterSource, fold
-from reft_edge.algebra import Edit, concat, scale
+from reft_edge.adapter.algebra import Edit, concat, scale
+from reft_edge.adapter.config import AdapterConfig
+from reft_edge.adapter.file import AdapterSource
+from reft_edge.adapter.linear import fold
 from reft_edge.errors import ReftEdgeError
-from reft_edge.manifest import load_manifest
-from reft_edge.prompts import Message, Prompts, choose_format, load_prompts
+from reft_edge.model.manifest import load_manifest
+from reft_edge.model.prompts import Message, Prompts, choose_format, load_prompts
 from reft_edge.runtime.batch import Batch, Piece, Request, Row
 from reft_edge.runtime.binding import Bound, PortInputs, port_inputs
 from reft_edge.runtime.mixes import BUDGET, Mixes
 from reft_edge.runtime.sampling import Sampling
 from reft_edge.runtime.session import GraphSession, Logits
-from reft_edge.signing import Signature, TrustedKeys, load_verified
+from reft_edge.signing.keys import TrustedKeys
+from reft_edge.signing.signatures import Signature, load_verified
 
 AdapterChoice = str | Sequence[str] | Mapping[str, float] | None
 """No adapter, one by name, several by name, or several with a scale each."""

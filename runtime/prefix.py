@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from reft_edge.algebra import Edit
-from reft_edge.positions import active
+from reft_edge.adapter.algebra import Edit
+from reft_edge.adapter.positions import active
 from reft_edge.runtime.rows import ALIGNMENT, KeysAndValues
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reft_edge.errors import ReftEdgeError
-from reft_edge.manifest import Manifest
+from reft_edge.model.manifest import Manifest
 
 PREFILL_CHUNK = 512
 DEVICES = ("auto", "cpu", "cuda")

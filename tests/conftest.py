@@ -14,13 +14,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 @pytest.fixture(scope="session")
 def device_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `tests/tiny.py` writes: an export, adapters and PyTorch's answers.
+    """What `tests.helpers.tiny.py` writes: an export, adapters and PyTorch's answers.
 
     Taken from $REFT_EDGE_TEST_FOLDER where it is set: on a machine without torch.
     """
     if given := os.environ.get("REFT_EDGE_TEST_FOLDER"):
         return Path(given)
-    from tests.tiny import write_device_folder
+    from tests.helpers.tiny import write_device_folder
 
     folder = tmp_path_factory.mktemp("device")
     write_device_folder(folder)
@@ -30,6 +30,7 @@ def device_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_model(device_folder: Path) -> object:
     """The PyTorch model behind `device_folder`."""
-    from reft_edge.models import ModelFolder, load_model
+    from reft_edge.model.loading import load_model
+    from reft_edge.model.source import ModelFolder
 
     return load_model(ModelFolder(device_folder / "hf", "tiny-llama"))

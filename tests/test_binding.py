@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from reft_edge.adapter import fold
-from reft_edge.algebra import scale
+from reft_edge.adapter.algebra import scale
+from reft_edge.adapter.linear import fold
 from reft_edge.errors import ReftEdgeError
-from reft_edge.manifest import Manifest
+from reft_edge.model.manifest import Manifest
 from reft_edge.runtime.binding import decode_edit, decode_inputs, port_inputs
-from tests.test_algebra import LAYERS, D, make_adapter
+from tests.adapter.test_algebra import LAYERS, D, make_adapter
 
 MANIFEST = Manifest("base", "0" * 16, "llama", "fp16", D, LAYERS, tuple(range(LAYERS)), 4, 64, (1,), {})
 HALF, WHOLE = np.dtype(np.float16), np.dtype(np.float32)

@@ -13,10 +13,10 @@ from reft_edge.commands.serve import _api_key
 from reft_edge.errors import ReftEdgeError
 from reft_edge.files import decode_text, open_regular, read_text
 from reft_edge.jsonl import read_rows
-from reft_edge.manifest import load_manifest
-from reft_edge.prompts import load_prompts
+from reft_edge.model.manifest import load_manifest
+from reft_edge.model.prompts import load_prompts
 from reft_edge.shipping.release import FORMAT, VERSION, parse_index
-from reft_edge.signing import generate_key, load_private_key, load_trusted
+from reft_edge.signing.keys import generate_key, load_private_key, load_trusted
 from reft_edge.terminal import printable
 
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from reft_edge.cli import app
 from reft_edge.convert.control_vector import write_control_vector
-from tests.foreign import export_dynamo
+from tests.helpers.foreign import export_dynamo
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -37,7 +37,7 @@ def test_the_guides_run_as_written(device_folder, tiny_model, tmp_path, monkeypa
     write_control_vector(Path("happy.gguf"), {2: np.ones(size, np.float32)}, "llama")
     used = []
     for arguments in commands():
-        if arguments[0] == "serve":  # it does not end; tests/test_server.py
+        if arguments[0] == "serve":  # it does not end; tests.serving.test_server.py
             continue
         here = [
             {"smollm2": str(device_folder / "hf"), "9;14;19;24": "0;2"}.get(part, part) for part in arguments

@@ -10,17 +10,18 @@ import numpy as np
 import pytest
 import torch
 
-from reft_edge.adapter import load_adapter
-from reft_edge.data import load_dataset
-from reft_edge.demo import SETTINGS
-from reft_edge.export import export_model
-from reft_edge.interventions import Interventions
-from reft_edge.models import load_model, load_model_prompts, resolve_model
+from reft_edge.adapter.file import load_adapter
+from reft_edge.commands.demo_steps import SETTINGS
+from reft_edge.convert.onnx_adapter import pack_adapter
+from reft_edge.export.decoder import export_model
+from reft_edge.model.loading import load_model, load_model_prompts
+from reft_edge.model.source import resolve_model
 from reft_edge.runtime import SteeredModel
-from reft_edge.runtime.pack import pack_adapter
-from reft_edge.steering import steered
-from reft_edge.training import train
-from tests.torch_reference import greedy, logits, random_adapter
+from reft_edge.steering.hooks import steered
+from reft_edge.steering.interventions import Interventions
+from reft_edge.training.data import load_dataset
+from reft_edge.training.run import train
+from tests.helpers.torch_reference import greedy, logits, random_adapter
 
 pytestmark = pytest.mark.real
 
@@ -199,6 +200,6 @@ def test_int4_runs_the_same_adapter(source, adapters, tmp_path):
 
 
 def test_fingerprint_is_stable(model, source):
-    from reft_edge.fingerprint import fingerprint
+    from reft_edge.model.fingerprint import fingerprint
 
     assert model.manifest.base_fingerprint == fingerprint(load_model(source, torch.bfloat16))

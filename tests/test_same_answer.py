@@ -6,13 +6,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from reft_edge.export import export_model
-from reft_edge.models import ModelFolder, load_model
+from reft_edge.export.decoder import export_model
+from reft_edge.model.loading import load_model
+from reft_edge.model.source import ModelFolder
 from reft_edge.runtime import Engine, Request, Sampling, SteeredModel
 from reft_edge.runtime.batch import Batch
 from reft_edge.runtime.session import GraphSession
-from tests.tiny import make_model
-from tests.torch_reference import random_adapter
+from tests.helpers.tiny import make_model
+from tests.helpers.torch_reference import random_adapter
 
 PROMPTS = [
     "ice",

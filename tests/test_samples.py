@@ -13,10 +13,10 @@ from pathlib import Path
 import onnxruntime
 import pytest
 
-from reft_edge.manifest import load_manifest
-from reft_edge.prompts import load_prompts
+from reft_edge.convert.onnx_adapter import pack_adapter
+from reft_edge.model.manifest import load_manifest
+from reft_edge.model.prompts import load_prompts
 from reft_edge.runtime import SteeredModel
-from reft_edge.runtime.pack import pack_adapter
 
 SAMPLE = Path(__file__).parent.parent / "samples/c/steer.c"
 INCLUDE = os.environ.get("REFT_EDGE_ORT_INCLUDE")

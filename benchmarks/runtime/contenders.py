@@ -19,7 +19,7 @@ Run = Callable[[], tuple[float, float]]
 def reft_edge(job: dict[str, Any], adapter: bool, folder: str) -> Run:
     from pathlib import Path
 
-    from reft_edge.manifest import load_manifest
+    from reft_edge.model.manifest import load_manifest
     from reft_edge.runtime.bench import timed_run
     from reft_edge.runtime.binding import Bound
     from reft_edge.runtime.model import SteeredModel
@@ -110,9 +110,9 @@ def transformers(job: dict[str, Any], adapter: bool) -> Run:
         job["model"], dtype=torch.float32, trust_remote_code=False
     ).eval()
     if adapter:
-        from reft_edge.adapter import load_adapter
-        from reft_edge.interventions import Interventions
-        from reft_edge.steering import Steering
+        from reft_edge.adapter.file import load_adapter
+        from reft_edge.steering.hooks import Steering
+        from reft_edge.steering.interventions import Interventions
 
         Steering(model, [(Interventions.from_adapter(load_adapter(job["adapter"])).eval(), 1.0)])
     ids = torch.tensor([job["ids"]])

@@ -21,7 +21,7 @@ from pathlib import Path
 import httpx
 from rich.console import Console
 
-from reft_edge.adapter import save_adapter
+from reft_edge.adapter.file import save_adapter
 from reft_edge.runtime import SteeredModel
 from reft_edge.runtime.batch import Request
 from reft_edge.runtime.bench import random_adapter
@@ -166,7 +166,7 @@ def loaded(folder: Path, work: Path, count: int) -> dict[str, float]:
     code = f"""
 import json, sys
 from pathlib import Path
-from reft_edge.adapter import save_adapter
+from reft_edge.adapter.file import save_adapter
 from reft_edge.runtime import SteeredModel
 from reft_edge.runtime.bench import random_adapter
 model = SteeredModel({str(folder)!r}, "cpu")
@@ -200,7 +200,7 @@ def memory_of_run(folder: Path) -> dict[str, float]:
     """Peak memory of `reft-edge run`, over what its weights take, and of the same imports without a model."""
     run = ["-m", "reft_edge", "run", str(folder), PROMPT, "--max-tokens", "32", "--device", "cpu"]
     imports = "import onnxruntime, reft_edge.runtime, reft_edge.cli, reft_edge.prompts"
-    tokenizer = f"reft_edge.prompts.load_prompts(__import__('pathlib').Path({str(folder)!r}))"
+    tokenizer = f"reft_edge.model.prompts.load_prompts(__import__('pathlib').Path({str(folder)!r}))"
     weights = sum(file.stat().st_size for file in folder.glob("model.onnx*"))
     peak, without = peak_of(run), peak_of(["-c", f"{imports}; {tokenizer}"])
     return {

@@ -23,7 +23,7 @@ import httpx
 from rich.console import Console
 from rich.progress import Progress
 
-from reft_edge.adapter import save_adapter
+from reft_edge.adapter.file import save_adapter
 from reft_edge.runtime import SteeredModel
 from reft_edge.runtime.bench import random_adapter
 

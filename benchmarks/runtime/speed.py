@@ -26,13 +26,14 @@ from gguf import GGUFWriter
 from rich.console import Console
 from rich.table import Table
 
-from reft_edge.adapter import save_adapter
-from reft_edge.export import Quantisation, export_model
+from reft_edge.adapter.file import save_adapter
+from reft_edge.export import Quantisation
 from reft_edge.export.build import Target, build_graph
+from reft_edge.export.decoder import export_model
 from reft_edge.export.gguf_blocks import carry_blocks
 from reft_edge.export.ports import insert_ports
-from reft_edge.manifest import Manifest, save_manifest
-from reft_edge.models import ModelFolder, resolve_model
+from reft_edge.model.manifest import Manifest, save_manifest
+from reft_edge.model.source import ModelFolder, resolve_model
 from reft_edge.runtime import SteeredModel
 from reft_edge.runtime.bench import random_adapter
 

@@ -23,13 +23,15 @@ Report = Callable[[float, float], None]
 def reft_edge(job: Job, report: Report) -> None:
     import torch
 
-    from reft_edge.adapter import load_adapter
-    from reft_edge.arithmetic import compiled
-    from reft_edge.data import Dataset, Example
-    from reft_edge.interventions import Interventions
-    from reft_edge.models import ModelFolder, load_model
-    from reft_edge.steering import steered
-    from reft_edge.training import StepReport, Trainer, TrainSettings, frozen
+    from reft_edge.adapter.file import load_adapter
+    from reft_edge.model.loading import load_model
+    from reft_edge.model.source import ModelFolder
+    from reft_edge.steering.hooks import steered
+    from reft_edge.steering.interventions import Interventions
+    from reft_edge.training.data import Dataset, Example
+    from reft_edge.training.frozen_base import compiled, frozen
+    from reft_edge.training.settings import StepReport, TrainSettings
+    from reft_edge.training.trainer import Trainer
 
     torch.set_num_threads(job["threads"])
     model = load_model(ModelFolder(Path(job["model"]), "model"))

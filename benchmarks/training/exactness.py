@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.table import Table
 from stage import Side, prepare, report_tokens
 
-from reft_edge.data import Example
-from reft_edge.models import ModelFolder, resolve_model
-from reft_edge.training import TrainSettings
+from reft_edge.model.source import ModelFolder, resolve_model
+from reft_edge.training.data import Example
+from reft_edge.training.settings import TrainSettings
 
 CASES = [(kind, tied) for kind in ("loreft", "direft") for tied in (False, True)]
 

@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.table import Table
 from stage import Side, prepare, report_tokens, variant
 
-from reft_edge.data import Example
-from reft_edge.models import resolve_model
-from reft_edge.training import TrainSettings
+from reft_edge.model.source import resolve_model
+from reft_edge.training.data import Example
+from reft_edge.training.settings import TrainSettings
 
 
 def main() -> None:

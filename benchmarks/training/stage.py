@@ -11,11 +11,14 @@ import torch
 from safetensors.torch import save_file
 
 import reft_edge.export
-from reft_edge.adapter import save_adapter
-from reft_edge.data import Dataset, Example
-from reft_edge.interventions import Interventions, Rotation
-from reft_edge.models import ModelFolder, load_model, load_model_prompts
-from reft_edge.training import Trainer, TrainSettings, adapter_config
+from reft_edge.adapter.file import save_adapter
+from reft_edge.model.loading import load_model, load_model_prompts
+from reft_edge.model.source import ModelFolder
+from reft_edge.steering.interventions import Interventions, Rotation
+from reft_edge.training.data import Dataset, Example
+from reft_edge.training.run import adapter_config
+from reft_edge.training.settings import TrainSettings
+from reft_edge.training.trainer import Trainer
 
 TEXT = Path(reft_edge.export.__file__).with_name("report_text.txt")
 CONTENDER = Path(__file__).with_name("contender.py")

@@ -27,19 +27,15 @@ from typing import Any
 import numpy as np
 from tasks import TASKS, Task, completion, load
 
-from reft_edge.data import encode_row
-from reft_edge.evaluation import (
-    Question,
-    Questions,
-    Record,
-    compare,
-    judge,
-    load_questions,
-    summarise,
-)
-from reft_edge.models import load_model_prompts, resolve_model
-from reft_edge.prompts import Prompts
-from reft_edge.training import TrainSettings, rate
+from reft_edge.evaluation.answering import judge
+from reft_edge.evaluation.results import Record, compare, summarise
+from reft_edge.evaluation.tasks import Question, Questions, load_questions
+from reft_edge.model.loading import load_model_prompts
+from reft_edge.model.prompts import Prompts
+from reft_edge.model.source import resolve_model
+from reft_edge.training.data import encode_row
+from reft_edge.training.settings import TrainSettings
+from reft_edge.training.trainer import rate
 
 HERE = Path(__file__).parent
 MARK = "<!-- trainings -->"

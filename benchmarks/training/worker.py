@@ -140,9 +140,9 @@ def complete_by_reflections(rotation: Any) -> None:
 
 
 def open_reft_edge(job: Job) -> Adapted:
-    from reft_edge.adapter import load_adapter
-    from reft_edge.interventions import Interventions
-    from reft_edge.steering import Steering
+    from reft_edge.adapter.file import load_adapter
+    from reft_edge.steering.hooks import Steering
+    from reft_edge.steering.interventions import Interventions
 
     model = base_model(job)
     interventions = Interventions.from_adapter(load_adapter(Path(job["adapter"]))).eval()
@@ -158,9 +158,11 @@ def open_reft_edge(job: Job) -> Adapted:
 
 def train_reft_edge(job: Job, on_step: OnStep) -> None:
     """What `reft-edge train` does."""
-    from reft_edge.data import load_dataset
-    from reft_edge.models import load_model, load_model_prompts, resolve_model
-    from reft_edge.training import TrainSettings, train
+    from reft_edge.model.loading import load_model, load_model_prompts
+    from reft_edge.model.source import resolve_model
+    from reft_edge.training.data import load_dataset
+    from reft_edge.training.run import train
+    from reft_edge.training.settings import TrainSettings
 
     folder = resolve_model(job["model"])
     given = job["settings"]

@@ -42,7 +42,7 @@ def add_ports(
     with plain_errors(), extra("export"):
         from reft_edge.export.add_ports import add_ports as run_add_ports
         from reft_edge.export.add_ports import model_beside
-        from reft_edge.models import resolve_model
+        from reft_edge.model.source import resolve_model
 
         folder = resolve_model(model, console.say) if model else model_beside(graph)
         with console.working(f"adding ports to {graph.name}") as status:

@@ -49,8 +49,8 @@ def chat(
     """Talk with an exported model and switch adapters between turns; /help lists the commands."""
     with plain_errors():
         from reft_edge.runtime import Sampling, SteeredModel
+        from reft_edge.runtime.adapter_folder import AdapterStore
         from reft_edge.runtime.chat import Chat, load_history
-        from reft_edge.runtime.store import AdapterStore
 
         model = SteeredModel(
             folder, device, threads, trusted_keys(require_signed), provider_options(provider_option)

@@ -16,7 +16,7 @@ from reft_edge.terminal import printable
 
 if TYPE_CHECKING:
     from reft_edge.commands.screen import Screen
-    from reft_edge.signing import TrustedKeys
+    from reft_edge.signing.keys import TrustedKeys
 
 
 def say(text: object = "", err: bool = False, end: str = "\n") -> None:
@@ -103,7 +103,7 @@ def trusted_keys(path: Path | None) -> "TrustedKeys | None":
     """The keys of --require-signed; from then on it is printed who signed the adapters that are loaded."""
     if path is None:
         return None
-    from reft_edge.signing import load_trusted
+    from reft_edge.signing.keys import load_trusted
 
     log = logging.getLogger("reft_edge")
     log.handlers, log.propagate = [_ToStderr()], False

@@ -76,8 +76,8 @@ def convert(
 
     console = Screen(stderr=True)
     with plain_errors(), extra("train"):
-        from reft_edge.convert.files import Given
-        from reft_edge.convert.files import convert as run_convert
+        from reft_edge.convert.formats import Given
+        from reft_edge.convert.formats import convert as run_convert
 
         given = Given(model, folder, positions, act_fn, intervention, raw)
         done = run_convert(source, output, given, console.say)

@@ -18,6 +18,6 @@ def demo(
     from reft_edge.commands.screen import Screen
 
     with plain_errors(), extra("export"):
-        from reft_edge.demo import run_demo
+        from reft_edge.commands.demo_steps import run_demo
 
         run_demo(output, precision, Screen())

@@ -92,16 +92,11 @@ def evaluate_task(
 
     console = Screen(stderr=True)
     with plain_errors(), extra("train"):
-        from reft_edge.evaluation import (
-            EvalSettings,
-            evaluate_folder,
-            evaluate_model,
-            load_questions,
-            parse_words,
-            save_records,
-        )
+        from reft_edge.evaluation.results import save_records
+        from reft_edge.evaluation.run import EvalSettings, evaluate_folder, evaluate_model
+        from reft_edge.evaluation.tasks import load_questions, parse_words
         from reft_edge.files import check_apart, check_place
-        from reft_edge.manifest import MANIFEST
+        from reft_edge.model.manifest import MANIFEST
 
         settings = EvalSettings(
             raw=raw,

@@ -12,8 +12,8 @@ from reft_edge.errors import ReftEdgeError
 
 if TYPE_CHECKING:
     from reft_edge.commands.screen import Screen
-    from reft_edge.manifest import Manifest
-    from reft_edge.models import ModelFolder
+    from reft_edge.model.manifest import Manifest
+    from reft_edge.model.source import ModelFolder
 
 
 def export(
@@ -67,8 +67,9 @@ def export(
 
     console = Screen(stderr=True)
     with plain_errors(), extra("export"):
-        from reft_edge.export import Quantisation, export_model
-        from reft_edge.models import resolve_model
+        from reft_edge.export import Quantisation
+        from reft_edge.export.decoder import export_model
+        from reft_edge.model.source import resolve_model
 
         if (output is None) != report:
             raise ReftEdgeError(

@@ -37,10 +37,11 @@ def inspect(
     from reft_edge.commands.screen import Screen
 
     with plain_errors(), extra("train"):
-        from reft_edge.adapter import load_adapter
+        from reft_edge.adapter.file import load_adapter
         from reft_edge.files import check_apart, check_place, write_atomically
-        from reft_edge.inspection import inspect_adapter, measure_on
-        from reft_edge.report_page import render, summary
+        from reft_edge.inspection.effect import measure_on
+        from reft_edge.inspection.page import render, summary
+        from reft_edge.inspection.weights import inspect_adapter
 
         if (model is None) != (data is None):
             raise ReftEdgeError("--model and --data go together: rows, and the model to run on them")

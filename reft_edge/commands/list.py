@@ -55,7 +55,7 @@ def list_adapters(
 
 
 def _offered(place: str, plain_http: bool) -> tuple[list[dict[str, object]], list[list[str]]]:
-    from reft_edge.shipping.repository import open_repository
+    from reft_edge.shipping.address import open_repository
 
     releases = sorted(
         open_repository(place, plain_http).releases(), key=lambda release: (release.name, release.version)
@@ -70,7 +70,7 @@ def _offered(place: str, plain_http: bool) -> tuple[list[dict[str, object]], lis
 def _installed(folder: Path, trusted: Path | None) -> tuple[list[dict[str, object]], list[list[str]]]:
     from reft_edge.shipping.listing import list_store
     from reft_edge.shipping.store import DeviceStore
-    from reft_edge.signing import load_trusted
+    from reft_edge.signing.keys import load_trusted
 
     entries = list_store(DeviceStore(folder), load_trusted(trusted) if trusted is not None else None)
     shown = [["NAME", "VERSION", "SIZE", "DIGEST", "BASE", "SIGNATURE", "AS TRAINED", "EARLIER"]]

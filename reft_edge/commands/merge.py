@@ -39,9 +39,9 @@ def merge(
 ) -> None:
     """Merge adapters of one base model into one file that does what they do at once."""
     with plain_errors():
+        from reft_edge.adapter.merging import describe_loss, parse_source, save_merged
+        from reft_edge.adapter.merging import merge as run_merge
         from reft_edge.files import check_place
-        from reft_edge.merging import describe_loss, parse_source, save_merged
-        from reft_edge.merging import merge as run_merge
 
         check_place(output)
         merged = run_merge([parse_source(source) for source in sources], rank, raw)

@@ -22,7 +22,7 @@ def pack(
 ) -> None:
     """Pack an adapter for stock onnxruntime and onnxruntime-genai."""
     with plain_errors():
-        from reft_edge.runtime.pack import pack_adapter
+        from reft_edge.convert.onnx_adapter import pack_adapter
 
         path, factor = split_scale(adapter)
         size = pack_adapter(path, folder, output, factor)

@@ -55,12 +55,12 @@ def pull(
 ) -> None:
     """Install the newest version of adapters from a repository, checked and all at once."""
     with plain_errors(), extra("ship"):
-        from reft_edge.manifest import load_manifest
+        from reft_edge.model.manifest import load_manifest
+        from reft_edge.shipping.address import open_repository
         from reft_edge.shipping.pull import MAX_BYTES
         from reft_edge.shipping.pull import pull as pull_adapters
-        from reft_edge.shipping.repository import open_repository
         from reft_edge.shipping.store import DeviceStore
-        from reft_edge.signing import load_trusted
+        from reft_edge.signing.keys import load_trusted
 
         pulled = pull_adapters(
             open_repository(repository, plain_http),

@@ -31,8 +31,8 @@ def push(
 ) -> None:
     """Add adapter files to a repository, each as the next version of its name."""
     with plain_errors(), extra("ship"):
+        from reft_edge.shipping.address import open_repository
         from reft_edge.shipping.release import read_goods
-        from reft_edge.shipping.repository import open_repository
 
         if name is not None and len(files) > 1:
             raise ReftEdgeError("--name is for one FILE")

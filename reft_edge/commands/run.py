@@ -32,7 +32,7 @@ from reft_edge.commands.streams import read_input
 from reft_edge.errors import ReftEdgeError
 
 if TYPE_CHECKING:
-    from reft_edge.signing import TrustedKeys
+    from reft_edge.signing.keys import TrustedKeys
 
 _GENERATION = (
     "raw",
@@ -94,7 +94,7 @@ def run(
 ) -> None:
     """Answer PROMPT with an exported model, with any adapters; an encoder classifies it."""
     with plain_errors():
-        from reft_edge.manifest import load_manifest
+        from reft_edge.model.manifest import load_manifest
 
         trusted = trusted_keys(require_signed)
         if load_manifest(folder).kind == "encoder":

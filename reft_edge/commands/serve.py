@@ -61,9 +61,10 @@ def serve(
 ) -> None:
     """Serve an exported model, and each adapter as a model of its own, with OpenAI's API."""
     with plain_errors(), extra("serve"):
-        from reft_edge.runtime.connections import address_of, listen, make_server
-        from reft_edge.runtime.guard import is_loopback
-        from reft_edge.runtime.server import LOOPBACK, ServerSettings, create_app
+        from reft_edge.runtime.serving.app import create_app
+        from reft_edge.runtime.serving.connections import address_of, listen, make_server
+        from reft_edge.runtime.serving.guard import is_loopback
+        from reft_edge.runtime.serving.served import LOOPBACK, ServerSettings
 
         key = _api_key(api_key_file)
         if not is_loopback(host) and key is None:

@@ -10,7 +10,7 @@ from reft_edge.commands.options import Json
 from reft_edge.errors import ReftEdgeError
 
 if TYPE_CHECKING:
-    from reft_edge.algebra import Edit
+    from reft_edge.adapter.algebra import Edit
 
 
 def shrink(
@@ -27,8 +27,10 @@ def shrink(
     with plain_errors():
         from dataclasses import replace
 
-        from reft_edge.adapter import Adapter, fold, load_adapter, read_stored, save_adapter
-        from reft_edge.storage import edit_error
+        from reft_edge.adapter.algebra import edit_error
+        from reft_edge.adapter.config import Adapter
+        from reft_edge.adapter.file import load_adapter, read_stored, save_adapter
+        from reft_edge.adapter.linear import fold
 
         def edit(adapter: Adapter) -> "Edit":
             """Of a non-linear adapter, what it is without its act_fn."""

@@ -43,7 +43,7 @@ def keygen(
 ) -> None:
     """Make a key pair (Ed25519) to sign adapters with."""
     with plain_errors():
-        from reft_edge.signing import generate_key, parse_expiry
+        from reft_edge.signing.keys import generate_key, parse_expiry
 
         end = parse_expiry(expires) if expires else None
         key = generate_key(

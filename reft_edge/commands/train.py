@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def _take_recipe(context: typer.Context, name: str | None) -> str | None:
     """Make a recipe's values the defaults of the options that follow."""
     if name is not None:
-        from reft_edge.recipes import recipe
+        from reft_edge.training.recipes import recipe
 
         try:
             context.default_map = recipe(name)
@@ -177,25 +177,28 @@ def train(
     from reft_edge.commands.screen import Screen
 
     with plain_errors(), extra("train"):
-        from reft_edge.distributed import launch_note, launched_processes
+        from reft_edge.training.distributed import launch_note, launched_processes
 
         processes = launched_processes(device)
         console = Screen(stderr=True, quiet=not processes.main)
         if (note := launch_note(processes)) is not None:
             console.say(note)
-        from reft_edge.classification import LabelledTexts, load_labelled
         from reft_edge.commands.training_progress import training_progress, working_on
-        from reft_edge.data import load_dataset
-        from reft_edge.encoders import check_task, default_pooling, load_encoder, load_text_tokens
         from reft_edge.files import check_apart, check_place
-        from reft_edge.interrupts import Terminated
-        from reft_edge.loss_log import LossLog
-        from reft_edge.models import load_model, load_model_prompts, resolve_model
-        from reft_edge.objectives import Data
-        from reft_edge.preference import load_preferences
-        from reft_edge.quantised import load_quantised
-        from reft_edge.training import Execution, StepReport, TrainSettings, chosen_dtype, training_to
-        from reft_edge.training import train as run_training
+        from reft_edge.model.device import chosen_dtype
+        from reft_edge.model.encoders import check_task, default_pooling, load_encoder, load_text_tokens
+        from reft_edge.model.loading import load_model, load_model_prompts
+        from reft_edge.model.quantised import load_quantised
+        from reft_edge.model.source import resolve_model
+        from reft_edge.training.classification import LabelledTexts, load_labelled
+        from reft_edge.training.data import load_dataset
+        from reft_edge.training.interrupts import Terminated
+        from reft_edge.training.loss_log import LossLog
+        from reft_edge.training.objectives import Data
+        from reft_edge.training.preference import load_preferences
+        from reft_edge.training.run import train as run_training
+        from reft_edge.training.run import training_to
+        from reft_edge.training.settings import Execution, StepReport, TrainSettings
 
         def tell(text: str) -> None:
             """A terminal or a pipe that is gone does not end a training."""
@@ -343,7 +346,7 @@ def _print_profile(seconds: dict[str, float]) -> None:
 
 
 def _print_recipe(name: str, context: typer.Context, console: "Screen") -> None:
-    from reft_edge.recipes import recipe
+    from reft_edge.training.recipes import recipe
 
     say = console.say
     say(f"recipe {name}:")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from reft_edge.commands.screen import Screen
-    from reft_edge.training import StepReport
+    from reft_edge.training.settings import StepReport
 
     OnStep = Callable[[StepReport], None]
 

@@ -15,15 +15,15 @@ from pathlib import Path
 
 import numpy as np
 
-from reft_edge.adapter import Adapter, AdapterConfig, fold
-from reft_edge.algebra import Array
-from reft_edge.base import Base
+from reft_edge.adapter.algebra import Array
+from reft_edge.adapter.base import Base
+from reft_edge.adapter.config import Adapter, AdapterConfig
+from reft_edge.adapter.linear import fold, grouped
+from reft_edge.adapter.positions import UNLIMITED
 from reft_edge.errors import ReftEdgeError
 from reft_edge.files import name_to_store, open_regular, write_atomically
-from reft_edge.folded import grouped
-from reft_edge.gguf_header import GgufHeader, parse_gguf_header
-from reft_edge.places import Place
-from reft_edge.positions import UNLIMITED
+from reft_edge.model.gguf_header import GgufHeader, parse_gguf_header
+from reft_edge.model.places import Place
 
 ARCHITECTURE = "controlvector"
 EVERY_TOKEN = "all+gen"

@@ -15,17 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from reft_edge.adapter import Adapter, AdapterConfig
-from reft_edge.algebra import Array
-from reft_edge.base import Base
+from reft_edge.adapter.algebra import Array
+from reft_edge.adapter.base import Base
+from reft_edge.adapter.config import Adapter, AdapterConfig
 from reft_edge.convert.folder import open_inside
 from reft_edge.convert.from_pyreft import Asked
 from reft_edge.convert.rotation import householder_rows, sound
 from reft_edge.convert.tensor_file import read_tensors
 from reft_edge.errors import ReftEdgeError
 from reft_edge.files import name_to_store
-from reft_edge.interventions import activation
 from reft_edge.json_files import parse_object
+from reft_edge.steering.interventions import activation
 
 CONFIG = "adapter_config.json"
 _PICKLED, _PLAIN = "pytorch_adapter.bin", "adapter.safetensors"

@@ -17,29 +17,22 @@ from pathlib import Path
 
 import numpy as np
 
-from reft_edge.adapter import LINEAR_ONLY, Adapter, AdapterConfig
-from reft_edge.algebra import Array
-from reft_edge.base import Base
+from reft_edge.adapter.algebra import Array
+from reft_edge.adapter.base import Base
+from reft_edge.adapter.config import LINEAR_ONLY, Adapter, AdapterConfig
+from reft_edge.adapter.positions import UNLIMITED, parse_positions
 from reft_edge.convert.folder import open_inside
+from reft_edge.convert.pyreft_format import CLASSES, COMPONENTS, ROTATION
 from reft_edge.convert.rotation import householder_rows, sound
 from reft_edge.convert.tensor_file import read_tensors
 from reft_edge.errors import ReftEdgeError
 from reft_edge.files import name_to_store
-from reft_edge.interventions import activation
 from reft_edge.json_files import parse_object
-from reft_edge.positions import UNLIMITED, parse_positions
+from reft_edge.steering.interventions import activation
 
-CLASSES = {
-    "LoreftIntervention": "loreft",
-    "NoreftIntervention": "noreft",
-    "ConsreftIntervention": "consreft",
-    "LobireftIntervention": "lobireft",
-    "DireftIntervention": "direft",
-    "NodireftIntervention": "nodireft",
-}
-COMPONENTS = {"block_output": "block", "attention_output": "attention", "mlp_output": "mlp"}
 TRAINED_BASE = "pytorch_model.bin"
-ROTATION = "rotate_layer.parametrizations.weight"
+
+
 _SCALARS = ("embed_dim", "interchange_dim")
 _SUBFOLDER = "intervenable_model"
 _MAX_CONFIG = 1 << 22

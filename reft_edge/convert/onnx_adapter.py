@@ -1,6 +1,7 @@
 """From `.onnx_adapter` files that `reft-edge pack` wrote: they hold folded edits, so the result is NoDiReFT."""
 
 import os
+import tempfile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -8,15 +9,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from reft_edge.adapter import Adapter
-from reft_edge.algebra import Edit, Gate, LayerEdit
-from reft_edge.base import Base
+from reft_edge.adapter.algebra import Edit, Gate, LayerEdit, scale
+from reft_edge.adapter.base import Base
+from reft_edge.adapter.config import Adapter
+from reft_edge.adapter.file import load_adapter
+from reft_edge.adapter.linear import fold, unfold
+from reft_edge.adapter.positions import Span
 from reft_edge.errors import ReftEdgeError
-from reft_edge.files import name_to_store, open_regular
-from reft_edge.folded import unfold
-from reft_edge.manifest import Manifest
-from reft_edge.positions import Span
-from reft_edge.runtime.session import import_onnxruntime
+from reft_edge.files import name_to_store, open_regular, write_atomically
+from reft_edge.model.manifest import Manifest, load_manifest
+from reft_edge.runtime.binding import port_inputs
+from reft_edge.runtime.session import HOST_TYPES, import_onnxruntime, ort_value
 
 _GATES = ("first", "last", "after", "scale")
 _MAX_SIZE = 1 << 30
@@ -126,3 +129,31 @@ def _take(path: Path, inputs: dict[str, NDArray[Any]], name: str, shape: tuple[i
     if array.shape != shape:
         raise ReftEdgeError(f"{path}: {name} is {list(array.shape)}; expected {list(shape)}")
     return array
+
+
+def pack_adapter(adapter_path: Path, folder: Path, output: Path, factor: float = 1.0) -> int:
+    """Write `output` for the exported `folder`; returns its size in bytes.
+
+    Raises AdapterFileError, BaseMismatchError, or ReftEdgeError if the adapter does not fit or the file cannot be written.
+    """
+    ort = import_onnxruntime()
+    manifest = load_manifest(folder)
+    adapter = load_adapter(adapter_path)
+    manifest.check_base(adapter.config.base_fingerprint, str(adapter_path), adapter.config.base_name)
+    if adapter.config.labels:
+        raise ReftEdgeError(
+            f"{adapter_path} has a classification head, which an .onnx_adapter cannot carry; "
+            "run it with reft-edge"
+        )
+    inputs = port_inputs(scale(fold(adapter), factor), manifest, HOST_TYPES[manifest.float_type])
+    packed = ort.AdapterFormat()
+    packed.set_adapter_version(1)
+    packed.set_model_version(1)
+    bf16 = manifest.float_type == "bf16"
+    packed.set_parameters({name: ort_value(array, bf16) for name, array in inputs.items()})
+    with tempfile.TemporaryDirectory() as folder_of_one:
+        temporary = Path(folder_of_one) / "packed"
+        packed.export_adapter(str(temporary))
+        content = temporary.read_bytes()
+    write_atomically(output, content)
+    return len(content)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from reft_edge.algebra import Array
+from reft_edge.adapter.algebra import Array
 
 ORTHONORMAL = 1e-4
 """How far R Rᵀ may be from the identity."""

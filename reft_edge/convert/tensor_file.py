@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from reft_edge.algebra import Array
+from reft_edge.adapter.algebra import Array
 from reft_edge.convert.folder import open_inside
 from reft_edge.convert.torch_pickle import View, read_views
 from reft_edge.convert.torch_zip import read_entries

@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from reft_edge.adapter import Adapter, folded_rows
-from reft_edge.algebra import Array
-from reft_edge.convert.from_pyreft import CLASSES, COMPONENTS, ROTATION
+from reft_edge.adapter.algebra import Array, folded_rows
+from reft_edge.adapter.config import Adapter
+from reft_edge.adapter.positions import UNLIMITED, Span, group_names
+from reft_edge.convert.pyreft_format import CLASSES, COMPONENTS, ROTATION
 from reft_edge.convert.rotation import ORTHONORMAL, off_orthonormal
 from reft_edge.errors import ReftEdgeError
 from reft_edge.folders import replace_folder
-from reft_edge.positions import UNLIMITED, Span, group_names
 
 MARKER = "reft_edge_adapter.json"
 """Our description, beside what pyreft reads: it says what pyreft does not store."""

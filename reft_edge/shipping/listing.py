@@ -5,11 +5,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from reft_edge.adapter import StoredAdapter, parse_stored
+from reft_edge.adapter.file import StoredAdapter, parse_stored
 from reft_edge.errors import ReftEdgeError, SignatureError
 from reft_edge.shipping.release import digest_of
 from reft_edge.shipping.store import DeviceStore, State
-from reft_edge.signing import TrustedKeys, read_signature, verify
+from reft_edge.signing.keys import TrustedKeys
+from reft_edge.signing.signatures import read_signature, verify
 
 
 @dataclass(frozen=True)

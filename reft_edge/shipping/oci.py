@@ -17,12 +17,12 @@ from typing import Any
 
 import httpx
 
-from reft_edge.adapter import parse_json
 from reft_edge.errors import ReftEdgeError
 from reft_edge.files import read_text
 from reft_edge.shipping.http import Web, parse_url
 from reft_edge.shipping.release import SUFFIX, Goods, Release, digest_of, next_releases
 from reft_edge.shipping.wire import is_loopback
+from reft_edge.strict_json import parse_json
 
 ARTIFACT = "application/vnd.reft-edge.adapter.v1"
 LAYER = "application/vnd.reft-edge.adapter.v1.safetensors"

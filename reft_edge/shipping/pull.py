@@ -6,15 +6,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from reft_edge.adapter import StoredAdapter, parse_stored
+from reft_edge.adapter.file import StoredAdapter, parse_stored
 from reft_edge.errors import AdapterFileError, ReftEdgeError
-from reft_edge.manifest import Manifest
+from reft_edge.model.manifest import Manifest
 from reft_edge.shipping import locking
 from reft_edge.shipping.parts import Part, Parts
 from reft_edge.shipping.release import Release, newest
 from reft_edge.shipping.repository import BrokenOffError, Repository
 from reft_edge.shipping.store import DeviceStore, Kept, State
-from reft_edge.signing import TrustedKeys, verify
+from reft_edge.signing.keys import TrustedKeys
+from reft_edge.signing.signatures import verify
 
 ATTEMPTS = 5
 PAUSE = 1.0

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reft_edge.adapter import parse_json, parse_stored
+from reft_edge.adapter.file import parse_stored
 from reft_edge.errors import ReftEdgeError
 from reft_edge.files import open_regular
+from reft_edge.strict_json import parse_json
 
 INDEX = "index.json"
 FORMAT = "reft-edge index"

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from reft_edge.adapter import parse_stored
+from reft_edge.adapter.file import parse_stored
 from reft_edge.errors import ReftEdgeError
 from reft_edge.files import make_folder, open_regular, replace_file
 from reft_edge.shipping.release import MAX_FILE, SUFFIX, Release, check_name, digest_of

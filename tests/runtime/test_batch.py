@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reft_edge.adapter import load_adapter
-from reft_edge.algebra import Edit, Gate, concat, scale
+from reft_edge.adapter.algebra import Edit, Gate, concat, scale
+from reft_edge.adapter.file import load_adapter
+from reft_edge.adapter.positions import Span
 from reft_edge.errors import ReftEdgeError
-from reft_edge.positions import Span
 from reft_edge.runtime import Engine, QueueFullError, Request, Sampling, SteeredModel
 from reft_edge.runtime.binding import decode_edit, decode_inputs, port_inputs
 from reft_edge.runtime.prefix import Prefix, PrefixCache, shared
@@ -243,7 +243,7 @@ def edit_of(span):
 
 @given(first=st.integers(0, 9), last=st.integers(0, 9), before=st.integers(1, 40), now=st.integers(1, 40))
 def test_a_prefix_ends_where_interventions_begin_to_differ(first, last, before, now):
-    from reft_edge.positions import active
+    from reft_edge.adapter.positions import active
 
     span = Span(first, last)
     count = shared([7] * before, [7] * now, edit_of(span))
@@ -323,7 +323,7 @@ def test_a_decode_edit_is_what_acts_on_generated_tokens(device_folder, factors):
 
 
 def fold_of(path):
-    from reft_edge.adapter import fold
+    from reft_edge.adapter.linear import fold
 
     return fold(load_adapter(path))
 

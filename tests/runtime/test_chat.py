@@ -4,8 +4,8 @@ import pytest
 
 from reft_edge.errors import ReftEdgeError
 from reft_edge.runtime import SteeredModel
+from reft_edge.runtime.adapter_folder import AdapterStore
 from reft_edge.runtime.chat import Chat
-from reft_edge.runtime.store import AdapterStore
 
 
 @pytest.fixture

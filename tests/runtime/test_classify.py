@@ -7,7 +7,7 @@ import pytest
 
 from reft_edge.errors import ReftEdgeError
 from reft_edge.runtime import SteeredEncoder, SteeredModel
-from tests.tiny import CLASSIFIED
+from tests.helpers.tiny import CLASSIFIED
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from reft_edge.adapter import Adapter, load_adapter
-from reft_edge.adapter import fold as fold_adapter
+from reft_edge.adapter.config import Adapter
+from reft_edge.adapter.file import load_adapter
+from reft_edge.adapter.linear import fold as fold_adapter
 from reft_edge.errors import ReftEdgeError
 from reft_edge.runtime import SteeredModel
 from reft_edge.runtime.mixes import Mixes

@@ -202,7 +202,8 @@ def test_unloading_and_replacing(model, device_folder, expected):
 def test_another_base_is_refused_with_both_fingerprints(model, device_folder, tmp_path):
     import dataclasses
 
-    from reft_edge.adapter import Adapter, load_adapter, save_adapter
+    from reft_edge.adapter.config import Adapter
+    from reft_edge.adapter.file import load_adapter, save_adapter
 
     adapter = load_adapter(device_folder / "first.safetensors")
     foreign = Adapter(
@@ -218,7 +219,8 @@ def test_another_base_is_refused_with_both_fingerprints(model, device_folder, tm
 def test_act_fn_and_unported_layers_are_refused(model, device_folder, tmp_path):
     import dataclasses
 
-    from reft_edge.adapter import Adapter, load_adapter, save_adapter
+    from reft_edge.adapter.config import Adapter
+    from reft_edge.adapter.file import load_adapter, save_adapter
 
     adapter = load_adapter(device_folder / "first.safetensors")
     save_adapter(

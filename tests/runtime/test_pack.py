@@ -4,9 +4,9 @@ import numpy as np
 import onnxruntime
 import pytest
 
+from reft_edge.convert.onnx_adapter import pack_adapter
 from reft_edge.errors import ReftEdgeError
 from reft_edge.runtime import SteeredModel
-from reft_edge.runtime.pack import pack_adapter
 
 
 @pytest.mark.parametrize("name", ["first", "everywhere"])

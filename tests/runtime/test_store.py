@@ -10,7 +10,7 @@ import pytest
 
 from reft_edge.errors import AdapterFileError, ReftEdgeError
 from reft_edge.runtime import SteeredModel
-from reft_edge.runtime.store import AdapterMemoryError, AdapterStore, UnknownAdapterError
+from reft_edge.runtime.adapter_folder import AdapterMemoryError, AdapterStore, UnknownAdapterError
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from reft_edge.errors import ReftEdgeError
-from reft_edge.prompts import Prompts, load_prompts
+from reft_edge.model.prompts import Prompts, load_prompts
 from reft_edge.runtime.text import TextStream, _Stop
 
 

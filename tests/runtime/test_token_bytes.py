@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from reft_edge.runtime.batch import TokenScore
-from reft_edge.runtime.logprobs import ChatScores, CompletionScores
-from reft_edge.runtime.token_bytes import TokenBytes
+from reft_edge.runtime.serving.logprobs import ChatScores, CompletionScores
+from reft_edge.runtime.serving.token_bytes import TokenBytes
 
 TEXTS = ["Hello, wörld", " two  spaces", "emoji 😀🎉 and Ω", "line\nend\t", "漢字", "x"]
 

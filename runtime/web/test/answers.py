@@ -13,7 +13,7 @@ from typing import Any
 
 import onnx
 
-from reft_edge.manifest import load_manifest
+from reft_edge.model.manifest import load_manifest
 from reft_edge.runtime import SteeredModel
 
 PROMPTS = ("Who are you?", "What is the capital of France?", "Name three fruits.")

@@ -18,13 +18,15 @@ import onnx
 import onnxruntime
 from onnx import helper, numpy_helper
 
-from reft_edge.adapter import INTERVENTIONS, Adapter, AdapterConfig, fold, load_adapter, save_adapter
+from reft_edge.adapter.config import INTERVENTIONS, Adapter, AdapterConfig
+from reft_edge.adapter.file import load_adapter, save_adapter
+from reft_edge.adapter.linear import fold
+from reft_edge.adapter.positions import parse_positions
+from reft_edge.adapter.storage import STORES
 from reft_edge.errors import ReftEdgeError
-from reft_edge.manifest import Manifest, load_manifest
-from reft_edge.positions import parse_positions
+from reft_edge.model.manifest import Manifest, load_manifest
 from reft_edge.runtime.binding import port_inputs
 from reft_edge.runtime.model import SteeredModel
-from reft_edge.storage import STORES
 
 SPECS = (
     "f7+l7", "l3", "f1", "all", "gen", "all+gen", "f2+gen", " f3 + l4 ", "f9999999",

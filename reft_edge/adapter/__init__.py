@@ -1,0 +1,1 @@
+"""Adapters: what one is, its file, its algebra. Needs no torch."""

@@ -1,0 +1,163 @@
+"""The algebra of linear ReFT edits: every member of the family is h' = h + (h A + b) B.
+
+`A: [d, r]`, `b: [r]`, `B: [r, d]`. Running adapters together is concatenation along r, blending is a scale
+per column, a subspace is a slice of r, and rank 0 changes nothing.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from reft_edge.adapter.positions import Span, active
+from reft_edge.errors import ReftEdgeError
+from reft_edge.model.places import Place
+
+Array = NDArray[np.float32]
+LARGEST = float(np.finfo(np.float32).max)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Where a set of columns acts, and how strongly."""
+
+    span: Span
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class LayerEdit:
+    """The edit of one place: `A [d, r]`, `b [r]`, `B [r, d]` (float32) and the gate of each column, `gates [r]` (int64)."""
+
+    A: Array
+    b: Array
+    B: Array
+    gates: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Edits at some places of a model with hidden size `hidden_size`; columns point into `gates`."""
+
+    hidden_size: int
+    gates: tuple[Gate, ...]
+    places: dict[Place, LayerEdit]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights."""
+        return sum(part.A.nbytes + part.b.nbytes + part.B.nbytes for part in self.places.values())
+
+    @property
+    def on_generated(self) -> bool:
+        """Whether any column can be active after the prompt."""
+        return any(gate.span.on_generated and gate.scale != 0 for gate in self.gates)
+
+
+def scale(edit: Edit, factor: float) -> Edit:
+    """The edit with its effect multiplied by `factor`: h' = h + factor (hA + b) B.
+
+    Raises ReftEdgeError for a factor that is not finite in float32, in which edits run.
+    """
+    gates = tuple(replace(gate, scale=gate.scale * factor) for gate in edit.gates)
+    if not all(abs(gate.scale) <= LARGEST for gate in gates):
+        raise ReftEdgeError(f"scaled by {factor:g}, the edit is not finite in float32; give a smaller scale")
+    return replace(edit, gates=gates)
+
+
+def concat(edits: Sequence[Edit]) -> Edit:
+    """All edits at once, each computed from the same h: their deltas add.
+
+    Raises ReftEdgeError if there is none or hidden sizes differ.
+    """
+    if not edits:
+        raise ReftEdgeError("there is no edit to combine; give at least one adapter")
+    sizes = {edit.hidden_size for edit in edits}
+    if len(sizes) > 1:
+        raise ReftEdgeError(f"adapters of unlike hidden sizes {sorted(sizes)} cannot run together")
+    places: dict[Place, LayerEdit] = {}
+    offset = 0
+    for edit in edits:
+        for place, part in edit.places.items():
+            shifted = replace(part, gates=part.gates + offset)
+            places[place] = _join(places[place], shifted) if place in places else shifted
+        offset += len(edit.gates)
+    gates = tuple(gate for edit in edits for gate in edit.gates)
+    return Edit(edits[0].hidden_size, gates, dict(sorted(places.items())))
+
+
+def subspace(edit: Edit, columns: slice) -> Edit:
+    """Only the given columns of every place's rank axis (pyreft's subspaces)."""
+    return replace(
+        edit,
+        places={
+            place: LayerEdit(part.A[:, columns], part.b[columns], part.B[columns], part.gates[columns])
+            for place, part in edit.places.items()
+        },
+    )
+
+
+def apply(edit: Edit, place: Place, h: Array, t: NDArray[np.int64], n: int) -> Array:
+    """The edited hidden states of one row: the reference that graphs and runtimes are checked against.
+
+    `h [sequence, d]`, `t [sequence]` absolute positions, `n` the prompt's length in tokens.
+    """
+    part = edit.places.get(place)
+    if part is None:
+        return h
+    opened = np.stack([active(gate.span, t, n) * np.float32(gate.scale) for gate in edit.gates], axis=1)
+    gated = (h @ part.A + part.b) * opened[:, part.gates].astype(np.float32)
+    return (h + gated @ part.B).astype(np.float32, copy=False)
+
+
+def _join(left: LayerEdit, right: LayerEdit) -> LayerEdit:
+    return LayerEdit(
+        A=np.concatenate([left.A, right.A], axis=1),
+        b=np.concatenate([left.b, right.b]),
+        B=np.concatenate([left.B, right.B]),
+        gates=np.concatenate([left.gates, right.gates]),
+    )
+
+
+def edit_error(exact: Edit, rounded: Edit) -> float:
+    """How far the rounded edit is off: its root mean square difference over the edit's own, for hidden states that are
+    standard normal, the worst of all places.
+
+    For h ~ N(0, I) the mean square of (hA + b)B is |AB|² + |bB|² (Frobenius).
+    """
+    worst = 0.0
+    for place, part in exact.places.items():
+        other = rounded.places[place]
+        rows = np.concatenate([part.A, part.b[None]]).astype(np.float64)
+        off = np.concatenate([other.A, other.b[None]]).astype(np.float64)
+        back, back_off = part.B.astype(np.float64), other.B.astype(np.float64)
+        # with A' = A + E and B' = B + F: A'B' − AB = EB' + AF
+        error = _norm(np.hstack([off - rows, rows]), np.vstack([back_off, back_off - back]))
+        whole = _norm(rows, back)
+        worst = max(worst, error / whole if whole else float(error > 0))
+    return worst
+
+
+def _norm(left: NDArray[np.float64], right: NDArray[np.float64]) -> float:
+    """The Frobenius norm of left @ right, `[d, r]` by `[r, d]`, by way of `[r, r]`."""
+    return math.sqrt(max(float(np.sum((left.T @ left) * (right @ right.T))), 0.0))
+
+
+def folded_rows(intervention: str, t: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+    """Aᵀ (None where it is zero), b and B of the edit h + (hA + b)B, stacked as the tensors are; numpy or torch."""
+    if intervention == "loreft":
+        return t["W"] - t["R"], t["b"], t["R"]
+    if intervention == "direft":
+        return t["W"], t["b"], t["R"]
+    if intervention == "noreft":
+        return t["W1"] - t["W2"], t["b"] - t["b2"] if "b2" in t else t["b"], t["W2"]
+    if intervention == "nodireft":
+        return t["W1"], t["b"], t["W2"]
+    if intervention == "consreft":
+        return -t["R"], t["b"], t["R"]
+    if intervention == "lobireft":
+        return None, t["b"], t["R"]
+    return None, t["alpha"], t["v"]

@@ -1,0 +1,1 @@
+"""How well a model, with or without an adapter, answers the rows of a task."""

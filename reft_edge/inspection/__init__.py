@@ -1,0 +1,1 @@
+"""What an adapter learned, from its numbers and from its effect on a model."""

@@ -1,0 +1,177 @@
+"""Running interventions inside a PyTorch model: hooks on the outputs of its blocks, or of their parts."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from reft_edge.adapter.config import Adapter
+from reft_edge.adapter.positions import active
+from reft_edge.errors import BaseMismatchError, ReftEdgeError
+from reft_edge.model.blocks import component_module, decoder_layers
+from reft_edge.model.fingerprint import fingerprint
+from reft_edge.model.places import Place
+from reft_edge.steering.interventions import Interventions, Weights
+
+
+@dataclass
+class _Step:
+    """What every block needs to know of the forward pass under way."""
+
+    weights: list[Weights]
+    tokens: list[list[Tensor]]
+    """For every adapter and position group, indices of its active tokens in the flattened batch."""
+
+
+class Steering:
+    """Interventions attached to a language model, decoder or encoder; every forward pass of the model is edited.
+
+    Positions come from the attention mask, so that left and right padding both work. The prompt's length of each
+    row is what `prompts` was given, or, in a pass without a KV cache behind it, the row's whole length; later
+    passes (decode steps) keep the lengths of that pass.
+    """
+
+    def __init__(self, model: Any, adapters: Sequence[tuple[Interventions, float]]) -> None:
+        """`adapters`: interventions and the scale of each. Raises ReftEdgeError if a layer does not exist."""
+        self.adapters = list(adapters)
+        self._step: _Step | None = None
+        self._off = False
+        self._given: Tensor | None = None
+        self._lengths: Tensor | None = None
+        blocks = decoder_layers(model)
+        for interventions, _ in self.adapters:
+            if (
+                interventions.config.num_layers != len(blocks)
+                or interventions.config.hidden_size != model.config.hidden_size
+            ):
+                raise ReftEdgeError(
+                    f"the adapter is for {interventions.config.num_layers} layers of size "
+                    f"{interventions.config.hidden_size}; this model has {len(blocks)} of {model.config.hidden_size}"
+                )
+        edited = sorted(
+            {place for interventions, _ in self.adapters for place in interventions.config.places}
+        )
+        self.modules = [component_module(blocks[place.layer], place.component) for place in edited]
+        """Those whose outputs are edited."""
+        self._handles = [model.register_forward_pre_hook(self._begin, with_kwargs=True)]
+        self._handles += [
+            module.register_forward_hook(self._hook(place))
+            for module, place in zip(self.modules, edited, strict=True)
+        ]
+
+    def remove(self) -> None:
+        """Detach: the model answers as before."""
+        for handle in self._handles:
+            handle.remove()
+
+    @contextmanager
+    def prompts(self, lengths: Tensor) -> Iterator[None]:
+        """Use these prompt lengths, `[batch]` tokens, for passes inside the block (training: prompt, then completion)."""
+        self._given = lengths
+        try:
+            yield
+        finally:
+            self._given = None
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Inside the block the model answers as without adapters."""
+        self._off = True
+        try:
+            yield
+        finally:
+            self._off = False
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._off:
+            return
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if ids is None:
+            ids = kwargs["inputs_embeds"][..., 0]
+        cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
+        past = cache.get_seq_length() if cache is not None else 0
+        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        if mask is None:
+            mask = ids.new_ones(ids.shape[0], past + ids.shape[1], dtype=torch.long)
+        now = mask[:, -ids.shape[1] :].bool()
+        t = (mask.long().cumsum(dim=1) - 1)[:, -ids.shape[1] :]
+        if self._given is not None:
+            self._lengths = self._given
+        elif past == 0 or self._lengths is None or self._lengths.shape[0] != ids.shape[0]:
+            self._lengths = mask.long().sum(dim=1)
+        n = self._lengths.to(t.device)[:, None]
+        with torch.autocast(ids.device.type, enabled=False):
+            weights = [interventions.weights() for interventions, _ in self.adapters]
+        self._step = _Step(
+            weights=weights,
+            tokens=[
+                [
+                    (active(span, t, n) & now).flatten().nonzero().squeeze(1)
+                    for span in interventions.config.spans
+                ]
+                for interventions, _ in self.adapters
+            ],
+        )
+
+    def _hook(self, place: Place) -> Any:
+        def edit(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            if self._off:
+                return output
+            hidden = output[0] if isinstance(output, tuple) else output
+            edited = self._edit(place, hidden)
+            return (edited, *output[1:]) if isinstance(output, tuple) else edited
+
+        return edit
+
+    def _edit(self, place: Place, hidden: Tensor) -> Tensor:
+        assert self._step is not None
+        flat = hidden.flatten(0, 1)
+        edited = flat
+        with torch.autocast(hidden.device.type, enabled=False):
+            for number, (interventions, scale) in enumerate(self.adapters):
+                if place not in interventions.config.places:
+                    continue
+                index = interventions.config.places.index(place)
+                groups, weights = self._step.tokens[number], self._step.weights[number]
+                tokens = torch.cat(groups)
+                if tokens.numel() == 0:
+                    continue
+                rows = flat.index_select(0, tokens).float()
+                delta = torch.cat(
+                    [
+                        weights.delta(h, index, group, interventions.act)
+                        for group, h in enumerate(torch.split(rows, [len(group) for group in groups]))
+                    ]
+                )
+                delta = delta * scale if scale != 1 else delta
+                if interventions.dropout.p and interventions.training:
+                    delta = interventions.dropout(rows + delta) - rows
+                edited = edited.index_add(0, tokens, delta.to(hidden.dtype))
+        return edited.view_as(hidden)
+
+
+@contextmanager
+def steered(model: Any, *adapters: tuple[Interventions, float]) -> Iterator[Steering]:
+    """`Steering` for the length of a block."""
+    steering = Steering(model, adapters)
+    try:
+        yield steering
+    finally:
+        steering.remove()
+
+
+def check_bases(model: Any, adapters: Sequence[tuple[Adapter, float]]) -> None:
+    """Raise BaseMismatchError unless every adapter was trained on this model."""
+    if not adapters:
+        return
+    found = fingerprint(model)
+    for adapter, _ in adapters:
+        if adapter.config.base_fingerprint != found:
+            raise BaseMismatchError(
+                f"the adapter was trained on {adapter.config.base_name} with fingerprint "
+                f"{adapter.config.base_fingerprint}; this model has {found}: give the model it was trained on"
+            )

@@ -1,0 +1,99 @@
+"""What a PyTorch language model thinks of completions: only the logits that predict them are computed."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reft_edge.errors import ReftEdgeError
+from reft_edge.steering.hooks import Steering
+
+Ids = Sequence[int]
+
+
+def completion_logits(
+    model: Any,
+    steering: Steering,
+    rows: Sequence[tuple[Ids, Ids]],
+    device: torch.device,
+    autocast: bool = False,
+) -> list[Tensor]:
+    """`joined_logits`, apart by row: `[1 + tokens, vocabulary]` each."""
+    logits = joined_logits(model, steering, rows, device, autocast)
+    return list(torch.split(logits, [1 + len(behind) for _, behind in rows]))
+
+
+def joined_logits(
+    model: Any,
+    steering: Steering,
+    rows: Sequence[tuple[Ids, Ids]],
+    device: torch.device,
+    autocast: bool = False,
+) -> Tensor:
+    """Float32 logits after every row's prompt and after every token behind it, `[all of them, vocabulary]`.
+
+    `rows`: prompt, and the tokens behind it (a completion without its last token). They run as one right-padded batch.
+    """
+    check_tokens(model, [[*prompt, *behind] for prompt, behind in rows])
+    length = max(len(prompt) + len(behind) for prompt, behind in rows)
+    ids, mask = torch.zeros(2, len(rows), length, dtype=torch.long).unbind()
+    counts = torch.zeros(len(rows), length, dtype=torch.bool)
+    for i, (prompt, behind) in enumerate(rows):
+        tokens = [*prompt, *behind]
+        ids[i, : len(tokens)] = torch.tensor(tokens)
+        mask[i, : len(tokens)] = 1
+        counts[i, len(prompt) - 1 : len(tokens)] = True
+    lengths = torch.tensor([len(prompt) for prompt, _ in rows], device=device)
+    with (
+        steering.prompts(lengths),
+        only_logits_of(model, counts.to(device)),
+        torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast),
+        readable(model, length),
+    ):
+        logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
+    joined: Tensor = logits[0].float()
+    return joined
+
+
+@contextmanager
+def only_logits_of(model: Any, tokens: Tensor) -> Iterator[None]:
+    """Inside the block, the language-model head sees only these tokens (bool, [batch, sequence]), as one row."""
+    head = model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda module, args: (args[0][tokens][None],))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def check_tokens(model: Any, rows: Sequence[Ids]) -> None:
+    """Raise ReftEdgeError for token ids that the model has no embedding for."""
+    _check_below(int(model.get_input_embeddings().num_embeddings), rows, "embeddings")
+
+
+def check_targets(logits: Tensor, rows: Sequence[Ids]) -> None:
+    """Raise ReftEdgeError for token ids that `logits [..., vocabulary]` say nothing of."""
+    _check_below(logits.shape[-1], rows, "logits")
+
+
+def _check_below(count: int, rows: Sequence[Ids], of: str) -> None:
+    largest = max((max(row, default=0) for row in rows), default=0)
+    if largest >= count:
+        raise ReftEdgeError(
+            f"a row has the token {largest}; the model has {count} {of}, 0 to {count - 1}: its tokenizer has tokens that "
+            "were never added to it (resize_token_embeddings does that), or is another model's"
+        )
+
+
+@contextmanager
+def readable(model: Any, length: int) -> Iterator[None]:
+    """Raise ReftEdgeError where a row of `length` tokens, all with embeddings, is longer than a table of the model."""
+    try:
+        yield
+    except IndexError as error:
+        limit = getattr(model.config, "max_position_embeddings", None)
+        raise ReftEdgeError(
+            f"the model cannot read {length} tokens; it has positions for {limit}: give shorter rows (--max-length)"
+        ) from error

@@ -1,0 +1,1 @@
+"""Training adapters in PyTorch. Needs the extra `train`."""

@@ -1,0 +1,52 @@
+"""Training a classifier: labelled texts, and the loss of a head on an encoder's pooled hidden states."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reft_edge.errors import ReftEdgeError
+from reft_edge.files import sha256_of
+from reft_edge.jsonl import read_rows
+from reft_edge.model.texts import TextTokens, Tokens, parse_row
+
+
+@dataclass(frozen=True)
+class LabelledText:
+    """One row as tokens, and the index of its label."""
+
+    tokens: Tokens
+    label: int
+
+
+@dataclass(frozen=True)
+class LabelledTexts:
+    """The rows of one file."""
+
+    examples: list[LabelledText]
+    labels: tuple[str, ...]
+    digest: str
+    """SHA-256 of the file."""
+
+
+def load_labelled(path: Path, tokens: TextTokens, labels: Sequence[str] | None = None) -> LabelledTexts:
+    """Read JSONL rows `{"text", "label"}`, with `text2` for pairs; a label is text or a whole number.
+
+    `labels` are the ones allowed, by default all that the file holds, in alphabetical order. Raises ReftEdgeError
+    that names the file and line for anything that is not such a row.
+    """
+
+    def parse(row: Any) -> tuple[Tokens, str]:
+        text, label = parse_row(row)
+        if labels is not None and label not in labels:
+            raise ReftEdgeError(f"no training row has its label {label!r}")
+        return tokens(text), label
+
+    rows = [row for _, row in read_rows(path, parse)]
+    found = tuple(labels) if labels is not None else tuple(sorted({label for _, label in rows}))
+    if not rows or len(found) < 2:
+        raise ReftEdgeError(
+            f"{path} has {len(rows)} rows and the labels {list(found)}; a classifier needs two labels or more"
+        )
+    index = {label: i for i, label in enumerate(found)}
+    return LabelledTexts([LabelledText(row, index[label]) for row, label in rows], found, sha256_of(path))

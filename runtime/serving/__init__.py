@@ -1,0 +1,1 @@
+"""A local server with OpenAI's API. Needs the extra `serve`."""

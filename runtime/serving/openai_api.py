@@ -1,0 +1,341 @@
+"""What clients of the OpenAI API send, checked, and the objects they get back.
+
+What this server cannot do is refused where a request asks for it, rather than passed over.
+"""
+
+import time
+import uuid
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, field_validator, model_validator
+
+from reft_edge.runtime.sampling import Sampling
+from reft_edge.runtime.serving.errors import ApiError
+
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+    "tools": ([],),
+    "functions": ([],),
+    "tool_choice": ("none", "auto"),
+    "function_call": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "suffix": ("",),
+    "best_of": (1,),
+    "echo": (False,),
+    "reasoning_effort": (),
+    "web_search_options": (),
+}
+"""Parameters that are known and not supported, with the values under which they ask for nothing."""
+_IGNORED = (
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+    "verbosity",
+)
+"""Parameters that do not change an answer."""
+
+
+_MOST_STOPS, _MOST_ADAPTERS = 16, 64
+_HUGE = 1e38
+"""Scales below it are finite in float32."""
+Tokens = list[int]
+
+
+class Body(BaseModel):
+    """An object that a client sends. Fields that are null count as unset; the first that is unknown is named."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            raise ValueError("expected an object")
+        kept = {name: value for name, value in fields.items() if value is not None and name not in _IGNORED}
+        for name in [name for name in kept if name not in cls.model_fields]:
+            if name not in _NEUTRAL:
+                raise ValueError(f"{_quoted(name)}: there is no such field")
+            if kept.pop(name) not in _NEUTRAL[name]:
+                raise ValueError(f"{name} is not supported by this server")
+        return kept
+
+
+class StreamOptions(Body):
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class Generate(Body):
+    """What chat and text completions have in common."""
+
+    model: str
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: int = Field(1, ge=1, le=16)
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    min_p: float = Field(0.0, ge=0, le=1)
+    repetition_penalty: float = Field(1.0, gt=0)
+    seed: int | None = Field(None, ge=0, lt=1 << 64)
+    stop: list[str] = Field(default_factory=list)
+    adapters: dict[str, float] | None = None
+    """Not in OpenAI's API: adapters and their scales, in place of the one that `model` names."""
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _few_stops(cls, value: Any) -> Any:
+        stops = [value] if isinstance(value, str) else value
+        if not _is_list_of(str, stops) or len(stops) > _MOST_STOPS:
+            raise ValueError(f"expected a text, or a list of at most {_MOST_STOPS} texts")
+        return stops
+
+    @field_validator("adapters", mode="before")
+    @classmethod
+    def _few_adapters(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or len(value) > _MOST_ADAPTERS:
+            raise ValueError(
+                f"expected an object of at most {_MOST_ADAPTERS} adapters' names and their scales"
+            )
+        for name, scale in value.items():
+            if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) < _HUGE:
+                raise ValueError(f"the scale of {name[:100]!r} is not a finite number")
+        return value
+
+    def sampling(self, index: int) -> Sampling:
+        """Of the answer's `index`-th choice: every choice has a seed of its own."""
+        seed = None if self.seed is None else self.seed + index
+        return Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, seed)
+
+
+class ChatMessage(Body):
+    role: str
+    content: str
+    name: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_tools(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
+        unused = {name for name in _MESSAGE_EXTRAS if not fields.get(name)}
+        for name in _MESSAGE_EXTRAS.keys() - unused:
+            if name in fields:
+                raise ValueError(f"{name}: {_MESSAGE_EXTRAS[name]} are not supported by this server")
+        if fields.get("role") in ("tool", "function"):
+            raise ValueError("role: results of tools are not supported by this server")
+        return {name: value for name, value in fields.items() if name not in unused}
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _only_text(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return value
+        if not isinstance(value, list):
+            raise ValueError("expected a text, or a list of parts of type `text`")
+        return "".join(map(_part_text, value))
+
+    def plain(self) -> dict[str, str]:
+        """For the chat template."""
+        return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+
+
+_MESSAGE_EXTRAS = {
+    "tool_calls": "tool calls",
+    "function_call": "function calls",
+    "tool_call_id": "results of tools",
+    "audio": "audio answers",
+    "refusal": "refusals",
+    "annotations": "annotations",
+}
+"""What messages hold beside their text, as clients send it back; empty, it asks for nothing."""
+_PARTS = {
+    "image_url": "images",
+    "input_image": "images",
+    "input_audio": "audio",
+    "file": "files",
+    "refusal": "refusals",
+}
+
+
+def _part_text(part: Any) -> str:
+    if not isinstance(part, dict):
+        raise ValueError("expected a list of parts, each an object with a `type`")
+    kind = part.get("type")
+    if kind != "text":
+        name = _PARTS.get(kind) if isinstance(kind, str) else None
+        raise ValueError(
+            f"{name} are not supported by this server; send parts of type `text`"
+            if name
+            else "only parts of type `text` are supported by this server"
+        )
+    if not isinstance(text := part.get("text"), str):
+        raise ValueError("a part of type `text` has no text")
+    if unknown := [name for name in part if name not in ("type", "text", "cache_control")]:
+        raise ValueError(f"a part of type `text` has no field {unknown[0][:100]!r}")
+    return text
+
+
+class ChatRequest(Generate):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[ChatMessage], FailFast()] = Field(min_length=1)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=20)
+
+    @model_validator(mode="after")
+    def _check_logprobs(self) -> "ChatRequest":
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs to be true")
+        return self
+
+
+class CompletionRequest(Generate):
+    """POST /v1/completions."""
+
+    prompt: list[str | Tokens]
+    """Texts, or tokens."""
+    max_tokens: int = Field(16, ge=1)
+    logprobs: int | None = Field(None, ge=0, le=20)
+
+    @field_validator("prompt", mode="plain")
+    @classmethod
+    def _prompts(cls, value: Any) -> Any:
+        return _texts_or_tokens(value)
+
+
+class EmbeddingRequest(Body):
+    """POST /v1/embeddings."""
+
+    model: str
+    input: list[str | Tokens]
+    """Texts, or tokens."""
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = None
+
+    @field_validator("input", mode="plain")
+    @classmethod
+    def _inputs(cls, value: Any) -> Any:
+        return _texts_or_tokens(value)
+
+
+class ClassifyRequest(Body):
+    """POST /v1/classify, which OpenAI's API does not have: texts, or pairs of texts, to labels."""
+
+    model: str
+    input: list[str | tuple[str, str]]
+
+    @field_validator("input", mode="plain")
+    @classmethod
+    def _inputs(cls, value: Any) -> Any:
+        texts = [value] if isinstance(value, str) else value
+        if not isinstance(texts, list) or not texts or not all(map(_is_text_or_pair, texts)):
+            raise ValueError("expected a text, or a list of texts and pairs of texts, at least one")
+        return [text if isinstance(text, str) else tuple(text) for text in texts]
+
+
+def _texts_or_tokens(value: Any) -> list[str | Tokens]:
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and value:
+        if _is_list_of(str, value):
+            return value
+        if _is_list_of(int, value):
+            return [value]
+        if all(tokens and _is_list_of(int, tokens) for tokens in value):
+            return value
+    raise ValueError(
+        "expected a text, a list of texts, a list of token ids, or a list of such lists, none empty"
+    )
+
+
+def _quoted(name: str) -> str:
+    return name if name.isidentifier() and len(name) < 100 else repr(name[:100])
+
+
+def _is_list_of(kind: type, value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is kind for item in value)
+
+
+def _is_text_or_pair(value: Any) -> bool:
+    return isinstance(value, str) or (_is_list_of(str, value) and len(value) == 2)
+
+
+B = TypeVar("B", bound=Body)
+
+
+def read_body(kind: type[B], fields: Mapping[str, Any]) -> B:
+    """What a client sent, checked. Raises ApiError that names the first field that is wrong."""
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    place = ".".join(str(part)[:100] for part in found["loc"])
+    message = str(found["msg"]).removeprefix("Value error, ")
+    raise ApiError(400, f"{place}: {message}" if place else message, param=place or None)
+
+
+class Answer:
+    """Names one response and makes its objects."""
+
+    def __init__(self, chat: bool, model: str) -> None:
+        self.chat, self.model = chat, model
+        self._id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
+        self._created = int(time.time())
+
+    def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "object": kind,
+            "created": self._created,
+            "model": self.model,
+            "choices": choices,
+        }
+
+    def whole(self, choices: list[dict[str, Any]], usage: dict[str, int]) -> dict[str, Any]:
+        """The answer to a request that does not stream."""
+        kind = "chat.completion" if self.chat else "text_completion"
+        return {**self._object(kind, choices), "usage": usage}
+
+    def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        """One event of a stream."""
+        return self._object("chat.completion.chunk" if self.chat else "text_completion", choices)
+
+    def choice(self, index: int, text: str, reason: str | None, logprobs: Any) -> dict[str, Any]:
+        """One choice of a whole answer."""
+        body: dict[str, Any] = (
+            {"message": {"role": "assistant", "content": text, "refusal": None}}
+            if self.chat
+            else {"text": text}
+        )
+        return {"index": index, **body, "logprobs": logprobs, "finish_reason": reason}
+
+    def delta(self, index: int, text: str, reason: str | None, logprobs: Any, first: bool) -> dict[str, Any]:
+        """What one choice gained."""
+        if not self.chat:
+            return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+        delta: dict[str, Any] = {"role": "assistant"} if first else {}
+        if text or first:
+            delta["content"] = text
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+
+
+def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+    """Token counts as the API names them."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }

@@ -1,0 +1,131 @@
+"""Which part of the package may import which. The table is the whole truth: an arrow that is not in it fails here."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = {"reft_edge": "reft_edge", "export": "reft_edge.export", "runtime": "reft_edge.runtime"}
+"""Folders of this repository, with the names under which they are imported."""
+
+SHARED = {
+    "errors",
+    "files",
+    "folders",
+    "json_files",
+    "jsonl",
+    "locks",
+    "strict_json",
+    "terminal",
+    "unfinished",
+    "unicode",
+}
+"""Small modules without a subject of their own; anything may import them."""
+
+MAY_IMPORT = {
+    "terminal": set(),
+    "errors": {"terminal"},
+    "strict_json": {"errors"},
+    "unicode": {"errors"},
+    "locks": {"errors"},
+    "unfinished": {"locks"},
+    "files": {"errors", "unfinished"},
+    "folders": {"errors", "unfinished"},
+    "json_files": {"errors", "files", "unicode"},
+    "jsonl": {"errors", "files", "unicode"},
+    "model": SHARED,
+    "adapter": SHARED | {"model"},
+    "signing": SHARED | {"adapter"},
+    "steering": SHARED | {"adapter", "model"},
+    "shipping": SHARED | {"adapter", "model", "signing"},
+    "runtime": SHARED | {"adapter", "model", "signing"},
+    "training": SHARED | {"adapter", "model", "steering"},
+    "export": SHARED | {"adapter", "model", "runtime", "steering"},
+    "evaluation": SHARED | {"adapter", "model", "runtime", "signing", "steering"},
+    "inspection": SHARED | {"adapter", "model", "steering", "training"},
+    "convert": SHARED | {"adapter", "model", "runtime", "steering"},
+}
+"""Of every part, the parts that it may import, at the top of a module or inside a function. `commands` and `cli` may
+import all of them, and nothing but `__main__` imports those."""
+
+NEVER_ON_A_DEVICE = ("torch", "transformers", "onnx_ir", "accelerate")
+ON_A_DEVICE = ("runtime", "signing", "shipping")
+"""Parts that run where none of those packages is installed."""
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for folder, name in FOLDERS.items():
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            if "node_modules" not in parts:
+                found[".".join((name, *(part for part in parts if part != "__init__")))] = path
+    return found
+
+
+MODULES = modules()
+
+
+def part(module: str) -> str:
+    names = module.split(".")
+    return names[1] if len(names) > 1 else "reft_edge"
+
+
+def imports(module: str, only_at_the_top: bool = False) -> Iterator[str]:
+    """Full names of the modules that a module imports."""
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    for node in tree.body if only_at_the_top else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for name in node.names:
+                inner = f"{node.module}.{name.name}"
+                yield inner if inner in MODULES else node.module
+
+
+def own_imports(module: str, only_at_the_top: bool = False) -> set[str]:
+    return {found for found in imports(module, only_at_the_top) if found in MODULES and found != module}
+
+
+@pytest.mark.parametrize(
+    "name", sorted({part(module) for module in MODULES} - {"commands", "cli", "__main__", "reft_edge"})
+)
+def test_a_part_imports_what_the_table_allows(name: str) -> None:
+    found = {
+        (module, other)
+        for module in MODULES
+        if part(module) == name
+        for other in own_imports(module)
+        if part(other) not in {name, "reft_edge", *MAY_IMPORT[name]}
+    }
+    assert not found
+
+
+def test_the_table_has_no_circle() -> None:
+    left = dict(MAY_IMPORT)
+    while free := [name for name, others in left.items() if not others & left.keys()]:
+        for name in free:
+            del left[name]
+    assert not left
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    arrows = {module: own_imports(module, only_at_the_top=True) for module in MODULES}
+    while free := [module for module, others in arrows.items() if not others & arrows.keys()]:
+        for module in free:
+            del arrows[module]
+    assert not arrows
+
+
+@pytest.mark.parametrize("name", ON_A_DEVICE)
+def test_what_a_device_runs_imports_no_torch(name: str) -> None:
+    found = {
+        (module, other)
+        for module in MODULES
+        if part(module) == name
+        for other in imports(module)
+        if other.split(".")[0] in NEVER_ON_A_DEVICE
+    }
+    assert not found
