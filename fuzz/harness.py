@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reft_edge.errors import ReftEdgeError
+from reft_edge.terminal import printable
 
 MEMORY = 64 << 20
 SECONDS = 10
@@ -33,7 +34,7 @@ def attempt(read: Callable[[bytes], None], content: bytes) -> bool:
     except ReftEdgeError as error:
         accepted = False
         shown = str(error)
-        assert all(part.isprintable() for part in shown.split("\n")), f"a terminal cannot show {shown!r}"
+        assert printable(shown) == shown, f"a terminal would obey {shown!r}"
         assert len(shown) < 5000, f"an error of {len(shown)} characters"
     grown = _peak() - before
     assert grown <= MEMORY + len(content), f"took {grown:,} bytes of memory"

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 @pytest.fixture(scope="session")
 def device_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `tests.helpers.tiny.py` writes: an export, adapters and PyTorch's answers.
+    """What `tests/helpers/tiny.py` writes: an export, adapters and PyTorch's answers.
 
     Taken from $REFT_EDGE_TEST_FOLDER where it is set: on a machine without torch.
     """

@@ -37,7 +37,7 @@ def test_the_guides_run_as_written(device_folder, tiny_model, tmp_path, monkeypa
     write_control_vector(Path("happy.gguf"), {2: np.ones(size, np.float32)}, "llama")
     used = []
     for arguments in commands():
-        if arguments[0] == "serve":  # it does not end; tests.serving.test_server.py
+        if arguments[0] == "serve":  # it does not end; tests/serving/test_server.py
             continue
         here = [
             {"smollm2": str(device_folder / "hf"), "9;14;19;24": "0;2"}.get(part, part) for part in arguments

@@ -1,4 +1,4 @@
-"""Conversions, with the other libraries' files written here as they write them. tests.convert.test_convert_peers.py
+"""Conversions, with the other libraries' files written here as they write them. tests/convert/test_convert_peers.py
 asks the libraries.
 """
 

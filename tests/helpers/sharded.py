@@ -1,6 +1,6 @@
 """What one process of a sharded base holds, printed; run by torchrun in test_distributed.py.
 
-python -m torch.distributed.run --nproc_per_node 2 tests.helpers.sharded.py MODEL_FOLDER
+python -m torch.distributed.run --nproc_per_node 2 tests/helpers/sharded.py MODEL_FOLDER
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Tiny random models with real tokenizers, made in seconds without a model hub.
 
-    python tests.helpers.tiny.py FOLDER
+    python tests/helpers/tiny.py FOLDER
 
 writes what the runtime's tests need where there is no torch: an exported model, adapters for it and PyTorch's answers.
 """

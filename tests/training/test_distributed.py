@@ -151,7 +151,7 @@ def test_an_error_stops_all_processes_with_its_reason(device_folder, rows, tmp_p
 
 
 def test_a_sharded_base_is_held_once(device_folder):
-    done = launch(2, "tests.helpers.sharded.py", device_folder / "hf", environment=SHARDED)
+    done = launch(2, "tests/helpers/sharded.py", device_folder / "hf", environment=SHARDED)
     lines = sorted(tuple(map(int, line.split())) for line in done.stdout.strip().splitlines())
     assert [(rank, count) for rank, count, _, _ in lines] == [(0, 2), (1, 2)]
     assert sum(held for _, _, held, _ in lines) == lines[0][3]
