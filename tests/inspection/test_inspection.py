@@ -314,9 +314,9 @@ def test_what_a_file_says_of_its_training_hides_nothing_else(tiny_model):
 
 
 def test_values_at_the_edge_of_float32_are_shown(tiny_model):
-    """W1 - W2 of such a file is beyond float32."""
+    """Products and squares of such values are beyond float32."""
     plain = random_adapter(tiny_model, "noreft")
-    signs = {"W1": -3e38, "W2": 3e38, "b": 3e38}
+    signs = {"W1": -1.6e38, "W2": 1.6e38, "b": 3e38}
     found = inspect_adapter(
         Adapter(
             plain.config, {name: np.full_like(plain.tensors[name], value) for name, value in signs.items()}
