@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from reft_edge.adapter.file import load_adapter
-from reft_edge.commands.console import training_bar
+from reft_edge.commands.screen import Screen
+from reft_edge.commands.training_progress import training_progress
 from reft_edge.export import Quantisation
 from reft_edge.export.decoder import export_model
 from reft_edge.model.loading import load_model
@@ -82,7 +83,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
 
-    console = Console(stderr=True)
+    console = Screen(stderr=True)
     folder = resolve_model(options.model, console.print)
     prompts = load_prompts(folder.path)
     figures: dict[str, dict[str, float]] = {}
@@ -107,7 +108,7 @@ def main() -> None:
                 settings = TrainSettings(
                     positions="f3+l3", rank=4, lr=2e-3, epochs=1, seed=options.seed, prompt_format="raw"
                 )
-                with training_bar(console) as on_step:
+                with training_progress(console, console.say) as on_step:
                     train(
                         model,
                         folder.name,

@@ -18,11 +18,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 from reft_edge.adapter.file import load_adapter
-from reft_edge.commands.console import training_bar
+from reft_edge.commands.screen import Screen
+from reft_edge.commands.training_progress import training_progress
 from reft_edge.export.decoder import export_model
 from reft_edge.model.cache import cache_folder
 from reft_edge.model.encoders import default_pooling, load_encoder, load_text_tokens
@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
 
-    console = Console(stderr=True)
+    console = Screen(stderr=True)
     folder = resolve_model(options.model or packaged_minilm(), console.print)
     encoder, tokens, pooling = load_encoder(folder), load_text_tokens(folder), default_pooling(folder)
     rows = first(load_labelled(options.data / "train.jsonl", tokens), options.train_rows)
@@ -135,7 +135,7 @@ def main() -> None:
             dtype="fp32",
             pooling=pooling,
         )
-        with training_bar(console) as on_step:
+        with training_progress(console, console.say) as on_step:
             result = train(encoder, folder.name, rows, work / "sst2.safetensors", settings, on_step=on_step)
         figures |= {"train seconds": result.seconds, "parameters": result.parameters, "bytes": result.size}
         adapter = load_adapter(work / "sst2.safetensors")

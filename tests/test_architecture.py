@@ -1,7 +1,9 @@
 """Which part of the package may import which. The table is the whole truth: an arrow that is not in it fails here."""
 
 import ast
+import importlib
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ FOLDERS = {"reft_edge": "reft_edge", "export": "reft_edge.export", "runtime": "r
 """Folders of this repository, with the names under which they are imported."""
 
 SHARED = {
+    "deadline",
     "errors",
     "files",
     "folders",
@@ -27,6 +30,7 @@ SHARED = {
 MAY_IMPORT = {
     "terminal": set(),
     "errors": {"terminal"},
+    "deadline": {"errors"},
     "strict_json": {"errors"},
     "unicode": {"errors"},
     "locks": {"errors"},
@@ -129,3 +133,21 @@ def test_what_a_device_runs_imports_no_torch(name: str) -> None:
         if other.split(".")[0] in NEVER_ON_A_DEVICE
     }
     assert not found
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "fuzz"])
+def test_what_scripts_import_is_there(folder: str) -> None:
+    """They are run now and then only, and would break unseen."""
+    missing = [
+        f"{path.name}: {node.module}.{alias.name}"
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("reft_edge")
+        for alias in node.names
+        if not _is_there(node.module or "", alias.name)
+    ]
+    assert not missing
+
+
+def _is_there(module: str, name: str) -> bool:
+    return hasattr(importlib.import_module(module), name) or find_spec(f"{module}.{name}") is not None

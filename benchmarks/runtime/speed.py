@@ -30,7 +30,6 @@ from reft_edge.adapter.file import save_adapter
 from reft_edge.export import Quantisation
 from reft_edge.export.build import Target, build_graph
 from reft_edge.export.decoder import export_model
-from reft_edge.export.gguf_blocks import carry_blocks
 from reft_edge.export.ports import insert_ports
 from reft_edge.model.manifest import Manifest, save_manifest
 from reft_edge.model.source import ModelFolder, resolve_model
@@ -152,11 +151,8 @@ def build_plain(source: ModelFolder, manifest: Manifest, work: Path) -> None:
              if field in manifest.quantisation}  # fmt: skip
     target = Target(manifest.precision, "cpu", Quantisation(**known))
     (work / "plain").mkdir()
-    build_graph(source.path, work / "plain", target, work / "build")
-    if known.get("algorithm") == "gguf":
-        assert source.gguf is not None
-        graph = work / "plain/model.onnx"
-        carry_blocks(graph, work / "plain/model.onnx.data", source.gguf, source.path, manifest.precision)
+    gguf = source.gguf if known.get("algorithm") == "gguf" else None
+    build_graph(source.path, work / "plain", target, work / "build", gguf=gguf)
     graph = ir.load(work / "plain/model.onnx")
     ports = insert_ports(graph, [], manifest.hidden_size, np.dtype(np.float32))
     ir.save(graph, work / "plain/model.onnx")

@@ -169,25 +169,19 @@ def _foreign_folder(source: str, report: Callable[[str], None]) -> Path:
             f"cannot convert {source}; give a folder that pyreft or AdapterHub wrote or its Hub id, or a file that ends in {GGUF}, "
             f"{PACKED} or {OURS}"
         )
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import snapshot_download
 
-    report(f"looking up {source} on the Hugging Face Hub")
+    from reft_edge.model.hub import from_cache, look_up, unreachable
+
     try:
-        sizes = {
-            file.rfilename: file.size or 0
-            for file in HfApi().model_info(source, files_metadata=True).siblings or []
-        }
-    except Exception:  # offline, there may be a copy; else snapshot_download says why
-        sizes = None
-    if sizes is not None:
-        _check_listing(source, sizes)
-    try:
-        return Path(snapshot_download(source, allow_patterns=_HUB_FILES))
+        revision, sizes = look_up(source, report)
     except Exception as error:  # huggingface_hub and what it stands on raise many kinds
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ReftEdgeError(
-            f"there is no folder {source}, and it could not be had from the Hub: {reason}"
-        ) from error
+        return from_cache(source, error)
+    _check_listing(source, sizes)
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=_HUB_FILES))
+    except Exception as error:
+        raise unreachable(source, error) from error
 
 
 def _check_listing(source: str, sizes: Mapping[str, int]) -> None:

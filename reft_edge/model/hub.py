@@ -4,9 +4,13 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
+from reft_edge.deadline import in_time
 from reft_edge.errors import ReftEdgeError
 from reft_edge.json_files import read_object
 from reft_edge.model.pretrained import quiet_libraries
+
+LOOK_UP = 120.0
+"""Seconds that the Hub may take to say what a repository holds."""
 
 _INDEX = "{}.index.json"
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -22,38 +26,51 @@ def download_model(model: str, report: Callable[[str], None]) -> Path:
 
     Raises ReftEdgeError if the Hub cannot be reached and the model is not in the cache, or has no weights to load.
     """
-    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    from huggingface_hub import hf_hub_download, snapshot_download
 
     quiet_libraries()
-    report(f"looking up {model} on the Hugging Face Hub")
     try:
-        found = HfApi().model_info(model, files_metadata=True, timeout=30)
+        revision, sizes = look_up(model, report)
     except Exception as error:  # huggingface_hub and what it stands on raise many kinds
-        return _from_cache(model, error)
-    sizes = {file.rfilename: file.size or 0 for file in found.siblings or []}
+        return from_cache(model, error)
     index = index_file(sizes)
     try:
-        shards = shard_names(Path(hf_hub_download(model, index, revision=found.sha))) if index else ()
+        shards = shard_names(Path(hf_hub_download(model, index, revision=revision))) if index else ()
         files = choose_files(model, sizes, shards)
         report(f"downloading {model} ({sum(sizes[name] for name in files) / 1e6:,.0f} MB, once)")
-        return Path(snapshot_download(model, revision=found.sha, allow_patterns=files))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=files))
     except ReftEdgeError:
         raise
     except Exception as error:
-        raise _unreachable(model, error) from error
+        raise unreachable(model, error) from error
 
 
-def _from_cache(model: str, error: Exception) -> Path:
+def look_up(model: str, report: Callable[[str], None]) -> tuple[str | None, dict[str, int]]:
+    """The newest revision of a repository of models, and its files with their bytes.
+
+    Raises ReftEdgeError if the Hub takes longer than LOOK_UP, and many other exceptions if it has none or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    report(f"looking up {model} on the Hugging Face Hub")
+    found = in_time(
+        lambda: HfApi().model_info(model, files_metadata=True, timeout=30), LOOK_UP, "the look-up on the Hub"
+    )
+    return found.sha, {file.rfilename: file.size or 0 for file in found.siblings or []}
+
+
+def from_cache(model: str, error: Exception) -> Path:
     """The copy of an earlier download. Raises ReftEdgeError with the reason why the Hub gave none if there is no such copy."""
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(model, local_files_only=True))
     except Exception:
-        raise _unreachable(model, error) from error
+        raise unreachable(model, error) from error
 
 
-def _unreachable(model: str, error: Exception) -> ReftEdgeError:
+def unreachable(model: str, error: Exception) -> ReftEdgeError:
+    """What to raise where neither this machine nor the Hub has a model."""
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return ReftEdgeError(
         f"there is no folder or file {model}, and it could not be had from the Hub: {reason}"

@@ -1,11 +1,10 @@
 """A model repository on the Hugging Face Hub: the same index and files as a folder's, in its revision's root."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from threading import Thread
-from typing import TypeVar
 
+from reft_edge.deadline import in_time
 from reft_edge.errors import ReftEdgeError
 from reft_edge.shipping.http import HttpRepository
 from reft_edge.shipping.release import INDEX, Goods, Release, next_releases, render_index
@@ -13,8 +12,6 @@ from reft_edge.shipping.release import INDEX, Goods, Release, next_releases, ren
 ATTEMPTS = 5
 DEADLINE = 3600.0
 """Seconds that a push may take, its uploads included."""
-
-Result = TypeVar("Result")
 
 
 class HubRepository:
@@ -56,7 +53,7 @@ class HubRepository:
 
         Raises ReftEdgeError, too, if that is not done after DEADLINE.
         """
-        return _in_time(lambda: self._publish(goods), f"pushing to {self.address}")
+        return in_time(lambda: self._publish(goods), DEADLINE, f"pushing to {self.address}")
 
     def _publish(self, goods: Sequence[Goods]) -> list[Release]:
         from huggingface_hub.errors import HfHubHTTPError
@@ -100,25 +97,3 @@ class HubRepository:
 
     def _at(self, revision: str | None) -> HttpRepository:
         return HttpRepository(self._url(revision=revision), self._plain_http, self._headers)
-
-
-def _in_time(work: Callable[[], Result], what: str) -> Result:
-    """What `work` returns or raises. After DEADLINE it is left alone, as its connections have no end of their own."""
-    ended: list[Result | BaseException] = []
-
-    def run() -> None:
-        try:
-            ended.append(work())
-        except BaseException as error:  # raised below, in the thread that asked
-            ended.append(error)
-
-    thread = Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(DEADLINE)
-    if not ended:
-        raise ReftEdgeError(
-            f"{what} takes longer than {DEADLINE:,.0f} s; nothing is known of how it ended: try again"
-        )
-    if isinstance(ended[0], BaseException):
-        raise ended[0]
-    return ended[0]

@@ -7,6 +7,7 @@ import json
 import pickle
 import shutil
 import struct
+import threading
 import zipfile
 from collections import OrderedDict
 from dataclasses import replace
@@ -825,21 +826,30 @@ def test_an_adapter_on_the_hub(tmp_path, monkeypatch):
     write_pyreft(tmp_path / "saved", "consreft")
     asked_for_files = []
 
-    def snapshot_download(name, allow_patterns):
-        asked_for_files.extend(allow_patterns)
-        if name != "someone/steers":
-            raise OSError("no such repository")
+    def snapshot_download(name, revision=None, allow_patterns=(), local_files_only=False):
+        if local_files_only:
+            if name != "someone/cached":
+                raise OSError("no copy")
+        else:
+            assert revision == "1234", "what is fetched is what was looked at"
+            asked_for_files.extend(allow_patterns)
         return str(tmp_path / "saved")
 
     class Api:
-        def model_info(self, name, files_metadata):
-            if "huge" not in name and "model" not in name:
-                raise ConnectionError("offline, but there may be a copy")
-            files = {"config.json": 10, "pytorch_model.bin": 1 << 40, "notes.txt": None}
-            if "huge" in name:
+        def model_info(self, name, files_metadata, timeout):
+            if "slow" in name:
+                ended.wait(20)
+            if "cached" in name or "else" in name:
+                raise ConnectionError("no route to host")
+            files = {"config.json": 10, "notes.txt": None}
+            if "model" not in name:
                 files[f"intkey_{key(0, 0)}.bin"] = 1000
+            if "huge" in name:
+                files["pytorch_model.bin"] = 1 << 40
             listed = [SimpleNamespace(rfilename=name, size=size) for name, size in files.items()]
-            return SimpleNamespace(siblings=listed)
+            return SimpleNamespace(siblings=listed, sha="1234")
+
+    ended = threading.Event()
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
@@ -855,8 +865,17 @@ def test_an_adapter_on_the_hub(tmp_path, monkeypatch):
         with pytest.raises(ReftEdgeError, match=message):
             convert(name, tmp_path / "a.safetensors", Given("m", positions="f3+l2", raw=True))
         assert not asked_for_files
-    with pytest.raises(ReftEdgeError, match="no such repository"):
-        convert("someone/else", tmp_path / "a.safetensors", Given("m", positions="f3+l2", raw=True))
+    given = Given("m", positions="f3+l2", raw=True)
+    convert("someone/cached", tmp_path / "a.safetensors", given)
+    monkeypatch.setattr("reft_edge.model.hub.LOOK_UP", 0.1)
+    for name, message in (
+        ("someone/else", "no route to host"),
+        ("someone/slow", "the look-up .* takes longer"),
+    ):
+        with pytest.raises(ReftEdgeError, match=message):
+            convert(name, tmp_path / "a.safetensors", given)
+    ended.set()
+    assert not asked_for_files, "without the list of files nothing is downloaded"
 
 
 def test_merged_adapters_run_as_their_sources_at_once(device_folder, tiny_model, tmp_path):

@@ -193,6 +193,8 @@ export class SteeredModel {
       [token, seconds] = await next([token], bound.decode);
       finished.decodeSeconds += seconds;
     }
+    const rest = text.flush();
+    if (rest !== "") yield rest;
     return finished;
   }
 

@@ -11,7 +11,15 @@ export class TextStream {
   push(token: number): string {
     this.tokens.push(token);
     const text = this.prompts.decode(this.tokens);
-    if (text.endsWith("\ufffd")) return "";
+    return text.endsWith("\ufffd") ? "" : this.give(text);
+  }
+
+  /** What was held back, at the end; a character that was never completed is U+FFFD. */
+  flush(): string {
+    return this.give(this.prompts.decode(this.tokens));
+  }
+
+  private give(text: string): string {
     const piece = text.slice(this.shown);
     this.shown = text.length;
     return piece;
