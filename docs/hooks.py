@@ -7,11 +7,10 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
-AT_THE_ROOT = {
-    "README.md": "index.md",
-    "SECURITY.md": "SECURITY.md",
-    "CONTRIBUTING.md": "CONTRIBUTING.md",
-} | {"CHANGELOG.md": "CHANGELOG.md"}
+AT_THE_ROOT = {"README.md": "index.md"} | {
+    name: name for name in ("SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md")
+}
+"""Pages of the site by their files at the repository's root."""
 OUT_OF_DOCS = re.compile(r"\]\((?:\.\./|docs/)")
 LINK = re.compile(r"\]\(([^)#:]+)")
 
