@@ -150,11 +150,11 @@ class SteeredEncoder:
         return [row if row is not None else next(texts) for row in rows]
 
     def _given(self, ids: list[int]) -> Tokens:
-        vocabulary, context = self._tokens.tokenizer.get_vocab_size(), self.manifest.context_length
+        limit, context = self._tokens.token_limit, self.manifest.context_length
         if not 0 < len(ids) <= context:
             raise ReftEdgeError(f"{len(ids)} tokens were given; this encoder reads 1 to {context}")
-        if not all(0 <= token < vocabulary for token in ids):
-            raise ReftEdgeError(f"a token id is outside the vocabulary of {vocabulary}")
+        if not all(0 <= token < limit for token in ids):
+            raise ReftEdgeError(f"a token id is not from 0 to {limit - 1}")
         return Tokens(tuple(ids), (0,) * len(ids))
 
     def classify(

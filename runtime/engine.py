@@ -119,5 +119,5 @@ class Engine:
                     return
             try:
                 self.batch.step()
-            except Exception as error:
+            except BaseException as error:  # whatever it is, nobody may wait for ever
                 self.batch.abort("error", str(error))

@@ -3,9 +3,13 @@
 import re
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 
 from tokenizers import Tokenizer
+
+from reft_edge.errors import ReftEdgeError
+from reft_edge.model.prompts import decode, encode
 
 _PENDING = 8
 """Tokens without the end of a character that are waited for; a character has 4 bytes at most."""
@@ -131,7 +135,8 @@ def _marked(stop: str, special: dict[int, str], marks: dict[int, str]) -> str:
 
 
 class _Decoder:
-    """Text of tokens, as far as it is known to be whole. It never fails and leaves no token out.
+    """Text of tokens, as far as it is known to be whole. No token is left out; it fails with ReftEdgeError, and only where
+    the tokenizer does.
 
     Tokens are decoded with those before them, since spaces and characters depend on neighbours. Where later tokens change
     the text of earlier ones, which tokenizers with a token for each byte do at bytes that are no UTF-8, text that was given
@@ -173,12 +178,12 @@ class _Decoder:
 
     def _alone(self, tokens: list[int]) -> str:
         """The text of tokens as it is behind others that have nothing to do with it."""
-        for token in self._tokenizer.encode("a", add_special_tokens=False).ids[-1:]:
-            start, whole = self._decode([token]), self._decode([token, *tokens])
-            if whole.startswith(start):
-                return whole[len(start) :]
+        with suppress(ReftEdgeError):
+            for token in encode(self._tokenizer, "a", special_tokens=False).ids[-1:]:
+                start, whole = self._decode([token]), self._decode([token, *tokens])
+                if whole.startswith(start):
+                    return whole[len(start) :]
         return self._decode(tokens)
 
     def _decode(self, tokens: list[int]) -> str:
-        text: str = self._tokenizer.decode(tokens, skip_special_tokens=False)
-        return text
+        return decode(self._tokenizer, tokens, special_tokens=True)

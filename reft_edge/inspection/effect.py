@@ -12,7 +12,7 @@ from reft_edge.errors import ReftEdgeError
 from reft_edge.inspection.page import position_order
 from reft_edge.inspection.weights import Effect, TokenShift
 from reft_edge.jsonl import read_rows
-from reft_edge.model.prompts import Prompts
+from reft_edge.model.prompts import Prompts, decode
 from reft_edge.model.texts import TextTokens, Tokens, parse_row
 from reft_edge.training.data import Example, encode_row
 
@@ -217,7 +217,7 @@ def _shifts(before: Any, after: Any, prompts: Prompts) -> tuple[list[TokenShift]
 
 def _token(prompts: Prompts, token: int) -> str:
     """Its text; where that is no whole character, the tokenizer's own name of it, and its id."""
-    text = prompts.tokenizer.decode([token], skip_special_tokens=False)
+    text = decode(prompts.tokenizer, [token], special_tokens=True)
     return text if text and "\ufffd" not in text else f"{prompts.tokenizer.id_to_token(token)}#{token}"
 
 

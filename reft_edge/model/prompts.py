@@ -74,6 +74,7 @@ class Prompts:
 
     def prompt_text(self, prompt: str, prompt_format: str) -> str:
         """One user message through the chat template (`chat`), or the text itself (`raw`)."""
+        check_text(prompt)
         return prompt if prompt_format == "raw" else self.render([{"role": "user", "content": prompt}])
 
     def encode_prompt(self, prompt: str, prompt_format: str) -> list[int]:
@@ -156,7 +157,12 @@ class Prompts:
 
     def decode(self, ids: list[int]) -> str:
         """Text of generated tokens, special tokens left out."""
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        return decode(self.tokenizer, ids, special_tokens=False)
+
+    @cached_property
+    def token_limit(self) -> int:
+        """One more than the largest token id."""
+        return token_limit(self.tokenizer)
 
 
 def encode(
@@ -168,6 +174,29 @@ def encode(
         check_text(second)
     with _told("the model's tokenizer cannot take this text"):
         return tokenizer.encode(text, second, add_special_tokens=special_tokens)
+
+
+def encode_batch(
+    tokenizer: Tokenizer, texts: Sequence[str | tuple[str, str]], special_tokens: bool = True
+) -> list[Encoding]:
+    """Texts, or pairs of texts, as tokens; other threads run meanwhile, which they do not during `encode`. Raises
+    ReftEdgeError as it does."""
+    for text in texts:
+        for part in (text,) if isinstance(text, str) else text:
+            check_text(part)
+    with _told("the model's tokenizer cannot take this text"):
+        return tokenizer.encode_batch_fast(list(texts), add_special_tokens=special_tokens)
+
+
+def decode(tokenizer: Tokenizer, ids: Sequence[int], special_tokens: bool) -> str:
+    """Text of tokens, with or without the special ones. Raises ReftEdgeError for what the tokenizer fails at."""
+    with _told("the model's tokenizer cannot decode these tokens"):
+        return str(tokenizer.decode(list(ids), skip_special_tokens=not special_tokens))
+
+
+def token_limit(tokenizer: Tokenizer) -> int:
+    """One more than the largest token id: ids may have gaps, so that they are not counted."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
 class _told:  # noqa: N801

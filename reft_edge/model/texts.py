@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from reft_edge.errors import ReftEdgeError
-from reft_edge.model.prompts import encode
+from reft_edge.model.prompts import encode, encode_batch, token_limit
 
 Text = str | tuple[str, str]
 """A text, or a pair of texts."""
@@ -35,9 +36,15 @@ class TextTokens:
         tokenizer.no_padding()
         return cls(tokenizer)
 
+    @cached_property
+    def token_limit(self) -> int:
+        """One more than the largest token id."""
+        return token_limit(self.tokenizer)
+
     def batch(self, texts: Sequence[Text]) -> list[Tokens]:
-        """Several texts at once; other threads run meanwhile. Raises ReftEdgeError if nothing is left to read of one."""
-        found = self.tokenizer.encode_batch(list(texts))
+        """Several texts at once; other threads run meanwhile. Raises ReftEdgeError if nothing is left to read of
+        one, or one is not valid Unicode."""
+        found = encode_batch(self.tokenizer, texts)
         if not all(encoded.ids for encoded in found):
             raise ReftEdgeError("the text is empty; an encoder needs at least one token")
         return [Tokens(tuple(encoded.ids), tuple(encoded.type_ids)) for encoded in found]

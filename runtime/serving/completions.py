@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 from tokenizers import Tokenizer
 
 from reft_edge.errors import ReftEdgeError
+from reft_edge.model.prompts import encode_batch
 from reft_edge.runtime.batch import Piece
 from reft_edge.runtime.batch import Request as EngineRequest
 from reft_edge.runtime.engine import Ticket
@@ -89,7 +90,7 @@ def _encoded(
     """Each prompt's tokens. Raises ApiError for one that is empty, too long, or not of this model's tokens."""
     context = model.manifest.context_length
     tokenizer = model.prompts.tokenizer
-    vocabulary = tokenizer.get_vocab_size()
+    limit = model.prompts.token_limit
     found = []
     for prompt in prompts:
         ids = _tokens(tokenizer, prompt, special, context, what) if isinstance(prompt, str) else prompt
@@ -97,20 +98,17 @@ def _encoded(
             raise ApiError(400, f"{what}: it is empty; give at least one token", param=what)
         if len(ids) >= context:
             raise too_long(context, len(ids), what)
-        if not all(0 <= token < vocabulary for token in ids):
-            raise ApiError(
-                400, f"prompt: a token id is outside the vocabulary of {vocabulary}", param="prompt"
-            )
+        if not all(0 <= token < limit for token in ids):
+            raise ApiError(400, f"{what}: a token id is not from 0 to {limit - 1}", param=what)
         found.append(ids)
     return found
 
 
 def _tokens(tokenizer: Tokenizer, text: str, special: bool, context: int, what: str) -> list[int]:
-    """As `encode` gives them; other threads run meanwhile, which they do not during `encode`. Raises ApiError as soon as a
-    beginning of the text is too long."""
+    """As `encode` gives them. Raises ApiError as soon as a beginning of the text is too long."""
 
     def encoded(part: str) -> list[int]:
-        return list(tokenizer.encode_batch_fast([part], add_special_tokens=special)[0].ids)
+        return list(encode_batch(tokenizer, [part], special)[0].ids)
 
     size = _FIRST_LOOK * context
     while size < len(text):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer, decoders
 
 _CACHED = 8192
 _Step = Callable[[str], str]
@@ -84,7 +84,8 @@ def _step(step: dict[str, Any]) -> _Step | None:
         pattern, content = step["pattern"], step["content"]
         if "String" in pattern:
             return lambda text: text.replace(pattern["String"], content)
-        return lambda text: re.sub(pattern["Regex"], lambda _: content, text)
+        replace = decoders.Replace(Regex(pattern["Regex"]), content)  # its regular expressions are not Python's
+        return lambda text: str(replace.decode([text]))
     if kind == "Metaspace":
         return lambda text: text.replace(step["replacement"], " ")
     if kind == "WordPiece":
