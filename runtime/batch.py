@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from reft_edge.errors import ReftEdgeError
 from reft_edge.runtime.binding import Bound
+from reft_edge.runtime.memory import NoMemoryError
 from reft_edge.runtime.prefix import Prefix, PrefixCache
 from reft_edge.runtime.rows import (
     BoundRows,
@@ -67,7 +68,8 @@ class Piece:
     """Where log-probabilities were asked for."""
     finish_reason: str | None = None
     """`stop` (end of sequence or a stop string), `length`, `cancelled` or `error`."""
-    error: str | None = None
+    error: ReftEdgeError | None = None
+    """Why it ended, where the finish_reason is `error`: a NoMemoryError for what may work later."""
 
 
 class Row:
@@ -172,7 +174,7 @@ class Batch:
             self._unbind()
             self._cache.clear()
 
-    def abort(self, reason: str, error: str | None = None) -> None:
+    def abort(self, reason: str, error: ReftEdgeError | None = None) -> None:
         """End every row with this finish_reason."""
         rows = [*self.decoding, *([self.prefilling] if self.prefilling else []), *self.waiting]
         self.decoding, self.prefilling = [], None
@@ -199,7 +201,7 @@ class Batch:
         try:
             logits = self._run_part(row)
         except Exception as error:
-            self._end_prefilling(row, "error", _reason(error))
+            self._end_prefilling(row, "error", as_reason(error))
             return
         if logits is None:
             return
@@ -226,7 +228,7 @@ class Batch:
         row.length = end
         return logits[0] if end == len(ids) else None
 
-    def _end_prefilling(self, row: Row, reason: str, error: str | None = None) -> None:
+    def _end_prefilling(self, row: Row, reason: str, error: ReftEdgeError | None = None) -> None:
         self.prefilling = self._bound_prefill = None
         self._cache.forget(len(self.decoding))
         _end(row, reason, error=error)
@@ -253,7 +255,7 @@ class Batch:
             row.length += not isinstance(outcome, Exception)
         for row, outcome in zip(rows, outcomes, strict=True):
             if isinstance(outcome, Exception):
-                _end(row, "error", error=_reason(outcome))
+                _end(row, "error", error=as_reason(outcome))
                 self._leave(row)
             elif not self._take(row, outcome):
                 self._leave(row)
@@ -266,7 +268,7 @@ class Batch:
             except Exception as error:
                 longest = max(self.decoding, key=lambda row: row.length)
                 self._leave(longest)
-                _end(longest, "error", error=_reason(error))
+                _end(longest, "error", error=as_reason(error))
             else:
                 return
 
@@ -283,7 +285,7 @@ class Batch:
         try:
             piece = self._next_piece(row, logits)
         except Exception as error:
-            _end(row, "error", error=_reason(error))
+            _end(row, "error", error=as_reason(error))
             return False
         if piece.finish_reason is not None:
             _end(row, piece.finish_reason, piece.text, piece.tokens)
@@ -331,7 +333,11 @@ def score(logits: Logits, token: int, count: int) -> TokenScore:
 
 
 def _end(
-    row: Row, reason: str, text: str = "", tokens: Sequence[TokenScore] = (), error: str | None = None
+    row: Row,
+    reason: str,
+    text: str = "",
+    tokens: Sequence[TokenScore] = (),
+    error: ReftEdgeError | None = None,
 ) -> None:
     row.finish_reason = reason
     _deliver(row, Piece(text, tuple(tokens), reason, error))
@@ -345,7 +351,10 @@ def _deliver(row: Row, piece: Piece) -> None:
         row.cancelled = True
 
 
-def _reason(error: Exception) -> str:
+def as_reason(error: BaseException) -> ReftEdgeError:
+    """Whatever ended a row, as a plain error."""
+    if isinstance(error, ReftEdgeError):
+        return error
     if isinstance(error, MemoryError):
-        return f"there is not enough memory for this request: {error}"
-    return str(error) or type(error).__name__
+        return NoMemoryError(f"there is not enough memory for this request: {error}")
+    return ReftEdgeError(str(error) or type(error).__name__)

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 
 from reft_edge.errors import ReftEdgeError
-from reft_edge.runtime.batch import Piece, Request, Row
+from reft_edge.runtime.batch import Piece, Request, Row, as_reason
 from reft_edge.runtime.model import SteeredModel
 
 PREFIX_BUDGET = 64 << 20
@@ -120,4 +120,4 @@ class Engine:
             try:
                 self.batch.step()
             except BaseException as error:  # whatever it is, nobody may wait for ever
-                self.batch.abort("error", str(error))
+                self.batch.abort("error", as_reason(error))

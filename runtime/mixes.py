@@ -57,16 +57,24 @@ class Mixes:
             self._bound.move_to_end(key)
             self._joined.move_to_end(tuple(acting))
             return self._bound[key][0]
+        try:
+            bound, own = self._made(edits, acting)
+        except Exception:
+            self._drop_unused(tuple(acting))
+            raise
+        self._bound[key] = bound, own
+        self._trim()
+        return bound
+
+    def _made(self, edits: Mapping[str, Edit], acting: Mapping[str, float]) -> tuple[Bound, int]:
+        """A mix, and the bytes that it takes beyond what it shares."""
         joined = self._join({name: edits[name] for name in acting})
         gates = tuple(gate for name, factor in acting.items() for gate in scale(edits[name], factor).gates)
         edit = replace(joined.edit, gates=gates)
         factors = np.array([gate.scale for gate in gates], self._graph.dtype).reshape(1, 1, -1)
         prompt = {**joined.prompt, **self._graph.to_device({"reft.scale": factors})}
         bound = Bound(prompt, decode_edit(edit), edit)
-        own = _own_bytes((array for part in bound.decode.values() for array in part), [joined.edit])
-        self._bound[key] = bound, own
-        self._trim()
-        return bound
+        return bound, _own_bytes((array for part in bound.decode.values() for array in part), [joined.edit])
 
     def _join(self, edits: dict[str, Edit]) -> _Joined:
         key = tuple(edits)
@@ -93,8 +101,12 @@ class Mixes:
         while len(self._bound) > 1 and (self.size > self._budget or len(self._bound) > _MOST):
             oldest = _names(next(iter(self._bound)))
             self._bound.popitem(last=False)
-            if not any(_names(key) == oldest for key in self._bound):
-                del self._joined[oldest]
+            self._drop_unused(oldest)
+
+    def _drop_unused(self, names: tuple[str, ...]) -> None:
+        """Forget adapters beside each other that are part of no mix."""
+        if not any(_names(key) == names for key in self._bound):
+            self._joined.pop(names, None)
 
     def _drop(self, names: tuple[str, ...]) -> None:
         del self._joined[names]

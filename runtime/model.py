@@ -67,7 +67,7 @@ class Generation(Iterator[str]):
             while self._pieces:
                 piece = self._pieces.popleft()
                 if piece.error is not None:
-                    raise ReftEdgeError(piece.error)
+                    raise piece.error
                 if piece.text:
                     return piece.text
             if self._batch.idle:
@@ -308,7 +308,7 @@ class SteeredModel:
             batch.step()
         for found in pieces:
             if found[-1].error is not None:
-                raise ReftEdgeError(found[-1].error)
+                raise found[-1].error
         return [
             (row.tokens, "".join(piece.text for piece in found))
             for row, found in zip(rows, pieces, strict=True)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from reft_edge.errors import ReftEdgeError
 from reft_edge.model.manifest import Manifest
+from reft_edge.runtime.memory import NoMemoryError
 
 PREFILL_CHUNK = 512
 DEVICES = ("auto", "cpu", "cuda")
@@ -161,15 +162,23 @@ def plain_feeds(session: Any, row: Sequence[int], head_size: int) -> dict[str, N
     return feeds
 
 
+_NO_MEMORY = ("bad_alloc", "bad allocation", "Failed to allocate memory", "out of memory")
+"""How ONNX Runtime says so, of which it has no exception."""
+
+
 @contextmanager
 def plain_failure() -> Iterator[None]:
-    """Turn ONNX Runtime's exceptions, which share no class but Exception, into a ReftEdgeError with their first line."""
+    """Turn ONNX Runtime's exceptions, which share no class but Exception, into a ReftEdgeError with their first line, and
+    into a NoMemoryError those that say that there is no memory."""
     try:
         yield
     except ReftEdgeError:
         raise
     except Exception as error:
-        raise ReftEdgeError(f"ONNX Runtime failed: {str(error).splitlines()[0]}") from error
+        text = str(error) or type(error).__name__
+        missing = isinstance(error, MemoryError) or any(said in text for said in _NO_MEMORY)
+        kind = NoMemoryError if missing else ReftEdgeError
+        raise kind(f"ONNX Runtime failed: {text.splitlines()[0]}") from error
 
 
 @dataclass

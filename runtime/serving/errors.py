@@ -1,7 +1,6 @@
 """Errors in OpenAI's form."""
 
 import logging
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ from starlette.exceptions import HTTPException
 from reft_edge.errors import ReftEdgeError, SignatureError
 from reft_edge.runtime.adapter_folder import AdapterMemoryError, UnknownAdapterError
 from reft_edge.runtime.engine import ClosingError, QueueFullError
+from reft_edge.runtime.memory import NoMemoryError
 
 _log = logging.getLogger(__name__)
 CLIENT_LEFT = 499
@@ -48,6 +48,8 @@ def as_api_error(error: ReftEdgeError) -> ApiError:
         return ApiError(429, str(error), "queue_full", _LATER)
     if isinstance(error, AdapterMemoryError):
         return ApiError(429, str(error), "adapter_memory_full", _LATER)
+    if isinstance(error, NoMemoryError):
+        return ApiError(503, str(error), "no_memory", _LATER)
     if isinstance(error, ClosingError):
         return ApiError(503, str(error), "closing")
     if isinstance(error, UnknownAdapterError):
@@ -58,11 +60,11 @@ def as_api_error(error: ReftEdgeError) -> ApiError:
     return ApiError(400, str(error))
 
 
-def row_error(text: str) -> ApiError:
+def row_error(error: ReftEdgeError) -> ApiError:
     """What ended a row: no memory, which may come back, or what this request asked for."""
-    if re.search(r"memory|bad_alloc|allocate", text):
-        return ApiError(503, text, "no_memory", _LATER)
-    return ApiError(400, text, "generation_failed")
+    if isinstance(error, NoMemoryError):
+        return as_api_error(error)
+    return ApiError(400, str(error), "generation_failed")
 
 
 def too_long(context: int, tokens: int | str, what: str) -> ApiError:

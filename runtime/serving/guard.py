@@ -13,8 +13,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from reft_edge.errors import ReftEdgeError
 from reft_edge.runtime.engine import QueueFullError
+from reft_edge.runtime.memory import NoMemoryError
 from reft_edge.runtime.serving.bodies import Arriving, too_large
-from reft_edge.runtime.serving.errors import CLIENT_LEFT, ApiError, as_api_error, error_response, row_error
+from reft_edge.runtime.serving.errors import CLIENT_LEFT, ApiError, as_api_error, error_response
 from reft_edge.runtime.serving.served import ServerSettings
 
 _log = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ class Guard:
         except asyncio.CancelledError:
             error = ApiError(503, "the server is closing", "closing")
         except MemoryError:
-            error = row_error("there is no memory left for this request; try again later")
+            error = as_api_error(NoMemoryError("there is no memory left for this request; try again later"))
         except Exception as failure:
             _log.error("a request to %s failed: %s", _route(scope), _where(failure))
             error = ApiError(500, "the server failed; its log says where", "internal_error")

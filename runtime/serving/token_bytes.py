@@ -84,7 +84,9 @@ def _step(step: dict[str, Any]) -> _Step | None:
         pattern, content = step["pattern"], step["content"]
         if "String" in pattern:
             return lambda text: text.replace(pattern["String"], content)
-        replace = decoders.Replace(Regex(pattern["Regex"]), content)  # its regular expressions are not Python's
+        replace = decoders.Replace(
+            Regex(pattern["Regex"]), content
+        )  # its regular expressions are not Python's
         return lambda text: str(replace.decode([text]))
     if kind == "Metaspace":
         return lambda text: text.replace(step["replacement"], " ")

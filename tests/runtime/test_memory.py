@@ -139,7 +139,7 @@ PLACES = {
 
 
 @pytest.mark.parametrize(
-    "error", [MemoryError("no room"), ReftEdgeError("ONNX Runtime failed: bad allocation")]
+    "error", [MemoryError("no room"), NoMemoryError("ONNX Runtime failed: bad allocation")]
 )
 @pytest.mark.parametrize("at", [1, 2, 5, 14])
 @pytest.mark.parametrize("place", PLACES)
@@ -162,7 +162,7 @@ def test_an_allocation_that_fails_ends_one_request_at_most(model, monkeypatch, p
     assert len(failed) <= 1
     for row, piece, expected in zip(made, ended, whole, strict=True):
         if piece.finish_reason == "error":
-            assert "memory" in piece.error or "allocation" in piece.error
+            assert isinstance(piece.error, NoMemoryError)
             assert row.tokens == expected[: len(row.tokens)]
         else:
             assert row.tokens == expected
@@ -178,7 +178,7 @@ def test_an_engine_answers_again_after_requests_that_found_no_memory(model, monk
         for owner, name in (PLACES["memory"], PLACES["caches"]):
             patch.setattr(owner, name, Failing(None, 1, NoMemoryError("there is no memory"), 10**9))
         last = [list(engine.submit(request))[-1] for _ in range(3)]
-    assert {(piece.finish_reason, piece.error) for piece in last} == {("error", "there is no memory")}
+    assert {(piece.finish_reason, str(piece.error)) for piece in last} == {("error", "there is no memory")}
     ticket = engine.submit(request)
     list(ticket)
     assert ticket.tokens == whole
@@ -235,7 +235,7 @@ def test_numbers_that_are_not_finite_end_their_own_row(model, temperature):
     run(batch)
     assert made[1].tokens == whole
     assert pieces[0][-1].finish_reason == "error"
-    assert "not finite" in pieces[0][-1].error
+    assert "not finite" in str(pieces[0][-1].error)
     with pytest.raises(ReftEdgeError, match="not finite"):
         model.generate("ice", {"everywhere": 1e38}, sampling=Sampling(temperature))
 

@@ -1,6 +1,8 @@
 """Mixes of adapters: bounded by bytes, and made of the adapters' own weights where a scale is all that differs."""
 
+import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from reft_edge.adapter.file import load_adapter
 from reft_edge.adapter.linear import fold as fold_adapter
 from reft_edge.errors import ReftEdgeError
 from reft_edge.runtime import SteeredModel
+from reft_edge.runtime import mixes as mixes_module
 from reft_edge.runtime.mixes import Mixes
 
 
@@ -71,6 +74,44 @@ def test_a_mix_that_is_too_large_is_refused_and_the_others_stay(model, edits):
         mixes.bind(edits, dict.fromkeys(names, 1.0))
     assert mixes.bind(edits, dict.fromkeys(names[:5], 1.0)).prompt
     assert not mixes.bind(edits, dict.fromkeys(names, 0.0)).prompt
+
+
+@pytest.mark.parametrize("failing", ["decode_edit", "_own_bytes", "scale"])
+def test_a_mix_that_fails_leaves_nothing(model, edits, monkeypatch, failing):
+    mixes = Mixes(model.graph, model.manifest)
+    kept = mixes.bind(edits, {"everywhere0": 1.0, "everywhere1": 1.0})
+    before = mixes.size
+    original = getattr(mixes_module, failing)
+
+    def fail(*given):
+        raise ReftEdgeError("so scaled, the adapters are not finite")
+
+    monkeypatch.setattr(mixes_module, failing, fail)
+    for names in itertools.permutations(edits, 3):
+        with pytest.raises(ReftEdgeError, match="so scaled"):
+            mixes.bind(edits, dict.fromkeys(names, 2.0))
+    with pytest.raises(ReftEdgeError, match="so scaled"):
+        mixes.bind(edits, {"everywhere0": 2.0, "everywhere1": 1.0})
+    assert mixes.size == before
+    monkeypatch.setattr(mixes_module, failing, original)
+    assert mixes.bind(edits, {"everywhere0": 1.0, "everywhere1": 1.0}) is kept
+    assert mixes.bind(edits, {"everywhere0": 2.0, "everywhere1": 1.0}).decode
+
+
+def test_scales_beyond_float32_leave_nothing(model, edits):
+    mixes = Mixes(model.graph, model.manifest)
+    huge = {
+        name: replace(
+            edit,
+            places={place: replace(part, B=part.B * np.float32(1e6)) for place, part in edit.places.items()},
+        )
+        for name, edit in edits.items()
+        if name.startswith("everywhere")
+    }
+    for names in itertools.permutations(huge, 2):
+        with pytest.raises(ReftEdgeError, match="not finite"):
+            mixes.bind(huge, dict.fromkeys(names, 9e37))
+    assert mixes.size == 0
 
 
 def test_forgetting_an_adapter_forgets_its_mixes(model, edits):

@@ -24,8 +24,10 @@ from typer.testing import CliRunner
 from reft_edge.adapter.config import Adapter
 from reft_edge.adapter.file import load_adapter, save_adapter
 from reft_edge.cli import app as cli
+from reft_edge.errors import ReftEdgeError
 from reft_edge.runtime import Sampling, SteeredModel
 from reft_edge.runtime.batch import Piece
+from reft_edge.runtime.memory import NoMemoryError
 from reft_edge.runtime.serving import completions
 from reft_edge.runtime.serving.app import create_app
 from reft_edge.runtime.serving.errors import ApiError
@@ -634,21 +636,21 @@ def test_what_nobody_foresaw_is_one_line_in_the_log_without_the_clients_text(dev
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
-    ("text", "status", "code"),
+    ("failure", "status", "code"),
     [
-        ("there is no memory for 50 MB of keys and values", 503, "no_memory"),
-        ("ONNX Runtime failed: std::bad_alloc", 503, "no_memory"),
-        ("cannot choose a token", 400, "generation_failed"),
+        (NoMemoryError("no room for 50 MB of keys and values"), 503, "no_memory"),
+        (ReftEdgeError("adapter 'memory' cannot allocate attention"), 400, "generation_failed"),
+        (ReftEdgeError("cannot choose a token"), 400, "generation_failed"),
     ],
 )
-def test_a_row_that_ends_in_an_error_ends_its_own_request_only(device_folder, text, status, code, stream):
+def test_a_row_that_ends_in_an_error_ends_its_own_request_only(device_folder, failure, status, code, stream):
     app = create_app(device_folder / "export", None, ServerSettings("tiny", hosts=("*",)), "cpu")
     submit = app.state.served.engine.submit
 
     def fail(request, deliver):
         ticket = submit(request, lambda _piece: None)
         deliver(Piece("a"))
-        deliver(Piece("", finish_reason="error", error=text))
+        deliver(Piece("", finish_reason="error", error=failure))
         return ticket
 
     with TestClient(app) as client:
@@ -659,17 +661,18 @@ def test_a_row_that_ends_in_an_error_ends_its_own_request_only(device_folder, te
         else:
             error = answer.json()["error"]
         assert answer.status_code == (200 if stream else status)
-        assert (error["message"], error["code"]) == (text, code)
+        assert (error["message"], error["code"]) == (str(failure), code)
         app.state.served.engine.submit = submit
         assert ask(client).status_code == 200
 
 
-def test_no_memory_left_is_told_as_such(device_folder):
+@pytest.mark.parametrize("failure", [MemoryError(), NoMemoryError("no room for these weights")])
+def test_no_memory_left_is_told_as_such(device_folder, failure):
     app = create_app(device_folder / "export", None, ServerSettings("tiny", hosts=("*",)), "cpu")
     submit = app.state.served.engine.submit
 
     def fail(*_):
-        raise MemoryError
+        raise failure
 
     with TestClient(app) as client:
         app.state.served.engine.submit = fail
