@@ -1,8 +1,9 @@
 """`reft-edge train`: an adapter for a frozen model."""
 
 from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +13,7 @@ from reft_edge.errors import ReftEdgeError
 
 if TYPE_CHECKING:
     from reft_edge.commands.screen import Screen
+    from reft_edge.training.settings import TrainResult
 
 
 def _take_recipe(context: typer.Context, name: str | None) -> str | None:
@@ -177,152 +179,62 @@ def train(
     from reft_edge.commands.screen import Screen
 
     with plain_errors(), extra("train"):
+        from reft_edge.commands.training_progress import training_progress, working_on
         from reft_edge.training.distributed import launch_note, launched_processes
+        from reft_edge.training.interrupts import Terminated
+        from reft_edge.training.session import Wanted, prepare
+        from reft_edge.training.settings import Execution, TrainSettings
 
         processes = launched_processes(device)
         console = Screen(stderr=True, quiet=not processes.main)
         if (note := launch_note(processes)) is not None:
             console.say(note)
-        from reft_edge.commands.training_progress import training_progress, working_on
-        from reft_edge.files import check_apart, check_place
-        from reft_edge.model.device import chosen_dtype
-        from reft_edge.model.encoders import check_task, default_pooling, load_encoder, load_text_tokens
-        from reft_edge.model.loading import load_model, load_model_prompts
-        from reft_edge.model.quantised import load_quantised
-        from reft_edge.model.source import resolve_model
-        from reft_edge.training.classification import LabelledTexts, load_labelled
-        from reft_edge.training.data import load_dataset
-        from reft_edge.training.interrupts import Terminated
-        from reft_edge.training.loss_log import LossLog
-        from reft_edge.training.objectives import Data
-        from reft_edge.training.preference import load_preferences
-        from reft_edge.training.run import train as run_training
-        from reft_edge.training.run import training_to
-        from reft_edge.training.settings import Execution, StepReport, TrainSettings
 
         def tell(text: str) -> None:
             """A terminal or a pipe that is gone does not end a training."""
             with suppress(OSError):
                 console.say(text)
 
-        def begin() -> None:
-            """What would stop the training at its end is found before a model is loaded."""
-            for path in (output, loss_log):
-                if path is not None:
-                    check_apart(path, data, evaluate)
-            if eval_every is not None and evaluate is None:
-                raise ReftEdgeError("--eval-every needs held-out rows; give a file with --eval")
-            check_place(output)
-            with training_to(output):
-                pass
-            if loss_log is not None:
-                check_apart(loss_log, output)
-                logs.append(LossLog(loss_log, resume, tell))
-
-        logs: list[LossLog] = []
-        processes.from_main(begin)
         if recipe is not None:
             _print_recipe(recipe, context, console)
-        with processes.main_first():
-            folder = resolve_model(model, console.say)
-        check_task(task, folder)
-        classifies = task == "classification"
-        if classifies and base_weights:
-            raise ReftEdgeError("--base-weights is for decoders: an encoder's export rounds nothing")
-        if load_in and (classifies or base_weights):
-            raise ReftEdgeError("--load-in is for decoders, and takes the place of --base-weights")
-        prompts = load_model_prompts(folder)
-        prompt_format = "raw" if raw or classifies or prompts.template is None else "chat"
-        settings = TrainSettings(
-            intervention=intervention,
-            layers=layers,
-            rank=rank,
-            positions=positions,
-            component=component,
-            tied=tied,
-            act_fn=act_fn,
-            prompt_format=prompt_format,
-            lr=lr,
-            epochs=epochs,
-            max_steps=max_steps,
-            batch_size=batch_size,
-            accumulate=accumulate,
-            group_by_length=group_by_length,
-            warmup=warmup,
-            schedule=schedule,
-            weight_decay=weight_decay,
-            dropout=dropout,
-            clip=clip,
-            seed=seed,
-            dtype=dtype,
-            beta=beta,
-            load_in=load_in or "",
-            pooling=(pooling or default_pooling(folder)) if classifies else "",
+        wanted = Wanted(
+            data,
+            output,
+            evaluate,
+            task,
+            raw,
+            max_length,
+            base_weights=base_weights,
+            loss_log=loss_log,
+            resume=resume,
+            save_every=save_every,
+            eval_every=eval_every,
+            execution=Execution(device, processes, profile, checkpointing, compile_blocks),
         )
-        execution = Execution(device, processes, profile, checkpointing, compile_blocks)
-        rows: Data
-        held_out: Data | None
-        if classifies:
-            tokens = load_text_tokens(folder, max_length)
-            with working_on(console, f"reading {data}"):
-                rows = load_labelled(data, tokens)
-                held_out = load_labelled(evaluate, tokens, rows.labels) if evaluate else None
-        else:
-            load = load_preferences if task == "preference" else load_dataset
-            with working_on(console, f"reading {data}"):
-                rows = load(data, prompts, prompt_format, max_length)
-                held_out = load(evaluate, prompts, prompt_format, max_length) if evaluate else None
-        if not isinstance(rows, LabelledTexts) and rows.left_out:
-            console.print(
-                f"{rows.left_out} of {rows.left_out + len(rows.examples)} rows are longer than "
-                f"{max_length} tokens and are left out"
-            )
-        if not isinstance(rows, LabelledTexts):
-            for notice in rows.notices:
-                console.say(notice)
-
-        def base() -> Any:
-            if load_in:
-                place = execution.place()
-                return load_quantised(folder, load_in, place, chosen_dtype(dtype, place))
-            return load_encoder(folder) if classifies else load_model(folder)
-
-        with working_on(console, f"loading {folder.name}"):
-            loaded = base()
-        with training_progress(console, tell) as show:
-
-            def on_step(step: StepReport) -> None:
-                show(step)
-                for log in logs:
-                    log(step)
-
+        settings = {
+            field.name: context.params[field.name]
+            for field in fields(TrainSettings)
+            if field.name in context.params
+        }
+        session = prepare(
+            model, wanted, settings, report=tell, working=lambda what: working_on(console, what)
+        )
+        with training_progress(console, tell) as on_step:
             try:
-                result = run_training(
-                    loaded,
-                    folder.name,
-                    rows,
-                    output,
-                    settings,
-                    evaluation=held_out,
-                    resume=resume,
-                    save_every=save_every,
-                    execution=execution,
-                    base_weights=base_weights,
-                    report=tell,
-                    on_step=on_step,
-                    eval_every=eval_every,
-                )
+                result = session.run(tell, on_step)
             except Terminated as signal:
                 tell("terminated")
                 raise typer.Exit(128 + signal.number) from None
-        for log in logs if evaluate else ():
-            log.end(result.steps, result.evaluation)
         processes.end()
     if not processes.main:
         return
     if as_json:
         print_json({**vars(result), "path": str(result.path)})
-        return
+    else:
+        _print_result(result)
+
+
+def _print_result(result: "TrainResult") -> None:
     share = result.parameters / result.base_parameters
     say(
         f"wrote {result.path}: {result.size / 1000:,.1f} kB, {result.parameters:,} parameters "

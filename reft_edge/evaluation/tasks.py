@@ -7,11 +7,10 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from reft_edge.errors import ReftEdgeError
-from reft_edge.jsonl import at_line, read_rows
+from reft_edge.jsonl import RowSource, at_line, read_rows
 from reft_edge.model.texts import Text, parse_row
 from reft_edge.unicode import check_text
 
@@ -46,10 +45,10 @@ class Questions:
     rows: list[Question]
 
 
-def load_questions(path: Path, task: str | None = None, limit: int | None = None) -> Questions:
+def load_questions(source: RowSource, task: str | None = None, limit: int | None = None) -> Questions:
     """Read a JSONL file; the rows tell the task unless it is given. Of a longer file, the first `limit` rows.
 
-    Raises ReftEdgeError that names the file and line for rows of another form, or of unlike tasks.
+    Raises ReftEdgeError that names the file and line, or the row, for rows of another form, or of unlike tasks.
     """
     if task is not None and task not in TASKS:
         raise ReftEdgeError(f"unknown task {task!r}; choose one of {', '.join(TASKS)}")
@@ -57,23 +56,23 @@ def load_questions(path: Path, task: str | None = None, limit: int | None = None
         raise ReftEdgeError(f"limit is {limit}; expected 1 or more")
     parsed: list[tuple[int, dict[str, Any]]] = []
     found: set[str] = set()
-    for number, (row, kind) in read_rows(path, lambda row: (row, task or _task_of(row))):
+    for number, (row, kind) in read_rows(source, lambda row: (row, task or _task_of(row))):
         found.add(kind)
         parsed.append((number, row))
         if len(parsed) == limit:
             break
     if not parsed:
-        raise ReftEdgeError(f"{path} has no rows to answer")
+        raise ReftEdgeError(f"{source} has no rows to answer")
     if found == {"number", "answer"}:
         found = {"answer"}
     if len(found) > 1:
         raise ReftEdgeError(
-            f"{path} mixes rows of the tasks {', '.join(sorted(found))}; give one of them with --task"
+            f"{source} mixes rows of the tasks {', '.join(sorted(found))}; give one of them with --task"
         )
     (kind,) = found
     rows = []
     for number, row in parsed:
-        with at_line(path, number):
+        with at_line(source, number):
             rows.append(_question(kind, number, row))
     return Questions(kind, rows)
 

@@ -2,12 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from reft_edge.errors import ReftEdgeError
-from reft_edge.files import sha256_of
-from reft_edge.jsonl import read_rows
+from reft_edge.jsonl import RowSource, digest_of, read_rows
 from reft_edge.model.texts import TextTokens, Tokens, parse_row
 
 
@@ -29,11 +27,13 @@ class LabelledTexts:
     """SHA-256 of the file."""
 
 
-def load_labelled(path: Path, tokens: TextTokens, labels: Sequence[str] | None = None) -> LabelledTexts:
+def load_labelled(
+    source: RowSource, tokens: TextTokens, labels: Sequence[str] | None = None
+) -> LabelledTexts:
     """Read JSONL rows `{"text", "label"}`, with `text2` for pairs; a label is text or a whole number.
 
     `labels` are the ones allowed, by default all that the file holds, in alphabetical order. Raises ReftEdgeError
-    that names the file and line for anything that is not such a row.
+    that names the file and line, or the row, for anything that is not such a row.
     """
 
     def parse(row: Any) -> tuple[Tokens, str]:
@@ -42,11 +42,11 @@ def load_labelled(path: Path, tokens: TextTokens, labels: Sequence[str] | None =
             raise ReftEdgeError(f"no training row has its label {label!r}")
         return tokens(text), label
 
-    rows = [row for _, row in read_rows(path, parse)]
+    rows = [row for _, row in read_rows(source, parse)]
     found = tuple(labels) if labels is not None else tuple(sorted({label for _, label in rows}))
     if not rows or len(found) < 2:
         raise ReftEdgeError(
-            f"{path} has {len(rows)} rows and the labels {list(found)}; a classifier needs two labels or more"
+            f"{source} has {len(rows)} rows and the labels {list(found)}; a classifier needs two labels or more"
         )
     index = {label: i for i, label in enumerate(found)}
-    return LabelledTexts([LabelledText(row, index[label]) for row, label in rows], found, sha256_of(path))
+    return LabelledTexts([LabelledText(row, index[label]) for row, label in rows], found, digest_of(source))

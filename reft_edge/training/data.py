@@ -10,13 +10,11 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from reft_edge.adapter.positions import active, group_names, parse_positions
 from reft_edge.errors import ReftEdgeError
-from reft_edge.files import sha256_of
-from reft_edge.jsonl import read_rows
+from reft_edge.jsonl import RowSource, digest_of, read_rows
 from reft_edge.model.prompts import ANSWER, Message, Prompts
 
 Tools = list[dict[str, Any]] | None
@@ -52,13 +50,13 @@ class View:
     """What is to be told of it; the same words for every row of the same kind."""
 
 
-def load_dataset(path: Path, prompts: Prompts, prompt_format: str, max_length: int) -> Dataset:
-    """Read and tokenise a JSONL file; `prompt_format` is `chat` or `raw`, `max_length` in tokens a row.
+def load_dataset(source: RowSource, prompts: Prompts, prompt_format: str, max_length: int) -> Dataset:
+    """Read and tokenise a JSONL file, or rows in memory; `prompt_format` is `chat` or `raw`, `max_length` in tokens a row.
 
-    Raises ReftEdgeError that names the file and line for anything that is not such a row.
+    Raises ReftEdgeError that names the file and line, or the row, for anything that is not such a row.
     """
     examples, left_out, notes = [], 0, Counter[str]()
-    for _, view in read_rows(path, lambda row: view_row(row, prompts, prompt_format)):
+    for _, view in read_rows(source, lambda row: view_row(row, prompts, prompt_format)):
         if len(view.example.prompt) + len(view.example.completion) > max_length:
             left_out += 1
         else:
@@ -66,14 +64,14 @@ def load_dataset(path: Path, prompts: Prompts, prompt_format: str, max_length: i
             notes.update(view.notes)
     if not examples:
         raise ReftEdgeError(
-            f"{path} has no row to train on"
+            f"{source} has no row to train on"
             + (
                 f": all {left_out} are longer than {max_length} tokens; raise --max-length"
                 if left_out
                 else ""
             )
         )
-    return Dataset(examples, left_out, sha256_of(path), notices(notes, prompts, prompt_format))
+    return Dataset(examples, left_out, digest_of(source), notices(notes, prompts, prompt_format))
 
 
 def notices(notes: Counter[str], prompts: Prompts, prompt_format: str) -> tuple[str, ...]:

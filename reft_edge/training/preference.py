@@ -10,15 +10,13 @@ where log p is a whole answer's log-likelihood under the steered model and p0 is
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from reft_edge.errors import ReftEdgeError
-from reft_edge.files import sha256_of
-from reft_edge.jsonl import read_rows
+from reft_edge.jsonl import RowSource, digest_of, read_rows
 from reft_edge.model.prompts import Prompts
 from reft_edge.steering.hooks import Steering
 from reft_edge.steering.interventions import dropout_off
@@ -47,13 +45,13 @@ class Preferences:
     """What of the rows is not trained, or not as it stands in the file."""
 
 
-def load_preferences(path: Path, prompts: Prompts, prompt_format: str, max_length: int) -> Preferences:
+def load_preferences(source: RowSource, prompts: Prompts, prompt_format: str, max_length: int) -> Preferences:
     """Read JSONL rows `{"prompt", "chosen", "rejected"}`; `max_length` in tokens of a prompt with its answer.
 
-    Raises ReftEdgeError that names the file and line for anything that is not such a row.
+    Raises ReftEdgeError that names the file and line, or the row, for anything that is not such a row.
     """
     pairs, left_out, told = [], 0, Counter[str]()
-    for _, (pair, notes) in read_rows(path, lambda row: view_pair(row, prompts, prompt_format)):
+    for _, (pair, notes) in read_rows(source, lambda row: view_pair(row, prompts, prompt_format)):
         if max(len(side.prompt) + len(side.completion) for side in (pair.chosen, pair.rejected)) > max_length:
             left_out += 1
         else:
@@ -63,8 +61,8 @@ def load_preferences(path: Path, prompts: Prompts, prompt_format: str, max_lengt
         longer = (
             f": all {left_out} are longer than {max_length} tokens; raise --max-length" if left_out else ""
         )
-        raise ReftEdgeError(f"{path} has no pair to train on{longer}")
-    return Preferences(pairs, left_out, sha256_of(path), notices(told, prompts, prompt_format))
+        raise ReftEdgeError(f"{source} has no pair to train on{longer}")
+    return Preferences(pairs, left_out, digest_of(source), notices(told, prompts, prompt_format))
 
 
 def view_pair(row: Any, prompts: Prompts, prompt_format: str) -> tuple[PreferencePair, tuple[str, ...]]:

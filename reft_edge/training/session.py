@@ -1,0 +1,205 @@
+"""From what a user asks for to a training that can run: the task, the prompt format, the rows as tokens, the frozen base."""
+
+import dataclasses
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reft_edge.errors import ReftEdgeError
+from reft_edge.files import check_apart, check_place
+from reft_edge.jsonl import RowSource
+from reft_edge.model.device import chosen_dtype
+from reft_edge.model.encoders import check_task, default_pooling, is_encoder, load_encoder, load_text_tokens
+from reft_edge.model.loading import load_model, load_model_prompts
+from reft_edge.model.prompts import Prompts
+from reft_edge.model.quantised import load_quantised
+from reft_edge.model.source import ModelFolder, resolve_model
+from reft_edge.training.classification import LabelledTexts, load_labelled
+from reft_edge.training.data import load_dataset
+from reft_edge.training.loss_log import LossLog
+from reft_edge.training.objectives import Data
+from reft_edge.training.preference import load_preferences
+from reft_edge.training.recipes import recipe as recipe_options
+from reft_edge.training.run import train, training_to
+from reft_edge.training.settings import PLAIN, Execution, StepReport, TrainResult, TrainSettings
+
+Report = Callable[[str], None]
+Working = Callable[[str], AbstractContextManager[None]]
+"""Gives the context in which something that takes long is done; its argument says what."""
+
+MAX_LENGTH = 1024
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a training is asked for; the fields of TrainSettings come beside it."""
+
+    rows: RowSource
+    output: Path
+    evaluation: RowSource | None = None
+    """Held-out rows."""
+    task: str | None = None
+    """completion, classification or preference; by default classification for an encoder, else completion."""
+    raw: bool = False
+    """Prompts as they stand, without the chat template."""
+    max_length: int | None = None
+    """Tokens: longer rows are left out, an encoder's texts are cut; by default MAX_LENGTH."""
+    recipe: str | None = None
+    base_weights: Path | None = None
+    loss_log: Path | None = None
+    resume: bool = False
+    save_every: int = 50
+    eval_every: int | None = None
+    execution: Execution = PLAIN
+
+
+@dataclass(frozen=True)
+class Session:
+    """A training whose rows are read and whose base is loaded."""
+
+    wanted: Wanted
+    name: str
+    """The base's."""
+    model: Any
+    data: Data
+    evaluation: Data | None
+    settings: TrainSettings
+    log: LossLog | None
+
+    def run(
+        self, report: Report = lambda message: None, on_step: Callable[[StepReport], None] = lambda step: None
+    ) -> TrainResult:
+        """Train to the end and write the adapter; see `reft_edge.training.run.train`."""
+
+        def after(step: StepReport) -> None:
+            on_step(step)
+            if self.log is not None:
+                self.log(step)
+
+        wanted = self.wanted
+        result = train(
+            self.model,
+            self.name,
+            self.data,
+            wanted.output,
+            self.settings,
+            evaluation=self.evaluation,
+            resume=wanted.resume,
+            save_every=wanted.save_every,
+            execution=wanted.execution,
+            base_weights=wanted.base_weights,
+            report=report,
+            on_step=after,
+            eval_every=wanted.eval_every,
+        )
+        if self.log is not None and self.evaluation is not None:
+            self.log.end(result.steps, result.evaluation)
+        return result
+
+
+def prepare(
+    base: str | ModelFolder,
+    wanted: Wanted,
+    settings: dict[str, Any],
+    model: Any = None,
+    report: Report = lambda message: None,
+    working: Working = lambda what: nullcontext(),
+) -> Session:
+    """Check everything, read the rows, load the base. `settings` are fields of TrainSettings; None leaves its default.
+
+    `model` is the base's PyTorch model where it is loaded already; it is used where the training leaves its weights as they
+    are. Raises ReftEdgeError for what cannot be trained, before a model is loaded.
+    """
+    wanted, settings = _with_recipe(wanted, settings)
+    processes = wanted.execution.processes
+    log = processes.from_main(lambda: _checked_places(wanted, report))
+    with processes.main_first():
+        folder = resolve_model(base, report) if isinstance(base, str) else base
+    task = wanted.task or ("classification" if is_encoder(folder) else "completion")
+    check_task(task, folder)
+    classifies = task == "classification"
+    load_in = settings.get("load_in")
+    if classifies and wanted.base_weights:
+        raise ReftEdgeError("--base-weights is for decoders: an encoder's export rounds nothing")
+    if load_in and (classifies or wanted.base_weights):
+        raise ReftEdgeError("--load-in is for decoders, and takes the place of --base-weights")
+    prompts = load_model_prompts(folder)
+    prompt_format = "raw" if wanted.raw or classifies or prompts.template is None else "chat"
+    pooling = (settings.get("pooling") or default_pooling(folder)) if classifies else ""
+    chosen = TrainSettings(**{**settings, "prompt_format": prompt_format, "pooling": pooling})
+    data, evaluation = _read(wanted, task, folder, prompts, prompt_format, report, working)
+    with working(f"loading {folder.name}"):
+        if load_in:
+            place = wanted.execution.place()
+            loaded = load_quantised(folder, load_in, place, chosen_dtype(chosen.dtype, place))
+        elif model is not None and wanted.base_weights is None:
+            loaded = model
+        else:
+            loaded = load_encoder(folder) if classifies else load_model(folder)
+    return Session(wanted, folder.name, loaded, data, evaluation, chosen, log)
+
+
+def _with_recipe(wanted: Wanted, settings: dict[str, Any]) -> tuple[Wanted, dict[str, Any]]:
+    """The settings that were given over those of the recipe. Raises ReftEdgeError for one that there is not."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    known = {field.name for field in dataclasses.fields(TrainSettings)} - {"prompt_format"}
+    if unknown := sorted(given.keys() - known):
+        raise ReftEdgeError(
+            f"there is no setting {', '.join(unknown)}; expected one of {', '.join(sorted(known))}"
+        )
+    if wanted.recipe is None:
+        return wanted, given
+    values = {**recipe_options(wanted.recipe), **given}
+    task, length = values.pop("task", None), values.pop("max_length", None)
+    return dataclasses.replace(
+        wanted, task=wanted.task or task, max_length=wanted.max_length or length
+    ), values
+
+
+def _checked_places(wanted: Wanted, report: Report) -> LossLog | None:
+    """The loss log. What would stop the training at its end is found before a model is loaded."""
+    read = [source for source in (wanted.rows, wanted.evaluation) if isinstance(source, Path)]
+    for path in (wanted.output, wanted.loss_log):
+        if path is not None:
+            check_apart(path, *read)
+    if wanted.eval_every is not None and wanted.evaluation is None:
+        raise ReftEdgeError("--eval-every needs held-out rows; give a file with --eval")
+    check_place(wanted.output)
+    with training_to(wanted.output):
+        pass
+    if wanted.loss_log is None:
+        return None
+    check_apart(wanted.loss_log, wanted.output)
+    return LossLog(wanted.loss_log, wanted.resume, report)
+
+
+def _read(
+    wanted: Wanted,
+    task: str,
+    folder: ModelFolder,
+    prompts: Prompts,
+    prompt_format: str,
+    report: Report,
+    working: Working,
+) -> tuple[Data, Data | None]:
+    """The rows and the held-out rows as the task wants them; what was left out is reported."""
+    length = MAX_LENGTH if wanted.max_length is None else wanted.max_length
+    evaluation = wanted.evaluation
+    with working(f"reading {wanted.rows}"):
+        if task == "classification":
+            tokens = load_text_tokens(folder, length)
+            texts = load_labelled(wanted.rows, tokens)
+            return texts, load_labelled(evaluation, tokens, texts.labels) if evaluation else None
+        load = load_preferences if task == "preference" else load_dataset
+        rows: Data = load(wanted.rows, prompts, prompt_format, length)
+        held_out = load(evaluation, prompts, prompt_format, length) if evaluation else None
+    assert not isinstance(rows, LabelledTexts)
+    if rows.left_out:
+        report(
+            f"{rows.left_out} of {rows.left_out + len(rows.examples)} rows are longer than {length} tokens and are left out"
+        )
+    for notice in rows.notices:
+        report(notice)
+    return rows, held_out
