@@ -70,7 +70,14 @@ class _Loaded:
 
 
 class SteeredEncoder:
-    """An exported encoder; classification adapters are loaded by name and chosen per request."""
+    """An exported encoder; classification adapters are loaded by name and chosen per request.
+
+    >>> encoder = reft_edge.SteeredEncoder("minilm")
+    >>> name = encoder.load_adapter("labels.safetensors")
+    >>> [found] = encoder.classify(["I loved it."], name)
+    >>> found.label in found.probabilities
+    True
+    """
 
     def __init__(
         self,

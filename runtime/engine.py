@@ -52,7 +52,19 @@ class Ticket(Iterator[Piece]):
 
 
 class Engine:
-    """Runs requests together, each with its own adapters, sampling and stop rules."""
+    """Runs requests together, each with its own adapters, sampling and stop rules.
+
+    >>> from reft_edge.runtime import Request
+    >>> model = reft_edge.SteeredModel("smol")
+    >>> name = model.load_adapter("pirate.safetensors")
+    >>> engine = reft_edge.Engine(model)
+    >>> tickets = [
+    ...     engine.submit(Request(tuple(model.encode("Who are you?", chosen)), chosen, max_tokens=8))
+    ...     for chosen in ({}, {name: 1.0})
+    ... ]
+    >>> answers = ["".join(piece.text for piece in ticket) for ticket in tickets]
+    >>> engine.close()
+    """
 
     def __init__(
         self, model: SteeredModel, slots: int = 8, queue_limit: int = 64, prefix_budget: int = PREFIX_BUDGET

@@ -98,6 +98,12 @@ class SteeredModel:
     """An exported folder in one onnxruntime session; adapters are loaded by name and chosen per request.
 
     Swapping adapters binds other inputs and needs no new session.
+
+    >>> model = reft_edge.SteeredModel("smol")
+    >>> name = model.load_adapter("pirate.safetensors")
+    >>> for piece in model.stream("Who are you?", name, max_tokens=8):
+    ...     text = piece
+    >>> answer = model.generate("Who are you?", {"pirate": 0.5}, max_tokens=8)
     """
 
     def __init__(

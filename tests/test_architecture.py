@@ -15,6 +15,7 @@ FOLDERS = {"reft_edge": "reft_edge", "export": "reft_edge.export", "runtime": "r
 SHARED = {
     "deadline",
     "errors",
+    "extras",
     "files",
     "folders",
     "json_files",
@@ -31,6 +32,7 @@ MAY_IMPORT = {
     "terminal": set(),
     "errors": {"terminal"},
     "deadline": {"errors"},
+    "extras": {"errors"},
     "strict_json": {"errors"},
     "unicode": {"errors"},
     "locks": {"errors"},
@@ -50,6 +52,8 @@ MAY_IMPORT = {
     "evaluation": SHARED | {"adapter", "model", "runtime", "signing", "steering"},
     "inspection": SHARED | {"adapter", "model", "steering", "training"},
     "convert": SHARED | {"adapter", "model", "runtime", "steering"},
+    "api": SHARED
+    | {"adapter", "convert", "evaluation", "export", "model", "shipping", "signing", "training"},
 }
 """Of every part, the parts that it may import, at the top of a module or inside a function. `commands` and `cli` may
 import all of them, and nothing but `__main__` imports those."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from reft_edge.errors import ReftEdgeError
+from reft_edge.extras import extra as extra
 from reft_edge.terminal import printable
 
 if TYPE_CHECKING:
@@ -45,17 +46,6 @@ def plain_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         say("interrupted", err=True)
         raise typer.Exit(130) from None
-
-
-@contextmanager
-def extra(name: str) -> Iterator[None]:
-    """Turn a missing package of an extra into the command that installs it."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise ReftEdgeError(
-            f"this command needs the package {error.name!r}; install it with: pip install 'reft-edge[{name}]'"
-        ) from error
 
 
 @contextmanager

@@ -93,10 +93,9 @@ def evaluate_task(
     console = Screen(stderr=True)
     with plain_errors(), extra("train"):
         from reft_edge.evaluation.results import save_records
-        from reft_edge.evaluation.run import EvalSettings, evaluate_folder, evaluate_model
+        from reft_edge.evaluation.run import EvalSettings, evaluate_any
         from reft_edge.evaluation.tasks import load_questions, parse_words
         from reft_edge.files import check_apart, check_place
-        from reft_edge.model.manifest import MANIFEST
 
         settings = EvalSettings(
             raw=raw,
@@ -117,10 +116,7 @@ def evaluate_task(
             check_place(records)
         questions = load_questions(data, task, limit)
         with progress_bar(console, "answering", len(questions.rows)) as on_done:
-            if (Path(model) / MANIFEST).is_file():
-                found = evaluate_folder(Path(model), questions, adapters, settings, on_done)
-            else:
-                found = evaluate_model(model, questions, adapters, settings, on_done, console.say)
+            found = evaluate_any(model, questions, adapters, settings, on_done, console.say)
         if records is not None:
             save_records(found.records, records)
     if as_json:

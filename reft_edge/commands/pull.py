@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from reft_edge.commands.console import extra, fail, plain_errors, print_json, say
+from reft_edge.api import pull as pull_adapters
+from reft_edge.commands.console import fail, plain_errors, print_json, say
 from reft_edge.commands.options import Json, PlainHttp, Repository, RequireSigned
 
 
@@ -54,23 +55,17 @@ def pull(
     as_json: Json = False,
 ) -> None:
     """Install the newest version of adapters from a repository, checked and all at once."""
-    with plain_errors(), extra("ship"):
-        from reft_edge.model.manifest import load_manifest
-        from reft_edge.shipping.address import open_repository
-        from reft_edge.shipping.pull import MAX_BYTES
-        from reft_edge.shipping.pull import pull as pull_adapters
-        from reft_edge.shipping.store import DeviceStore
-        from reft_edge.signing.keys import load_trusted
-
+    with plain_errors():
         pulled = pull_adapters(
-            open_repository(repository, plain_http),
-            DeviceStore(store),
-            names or [],
-            version,
-            load_manifest(folder) if folder is not None else None,
-            load_trusted(require_signed) if require_signed is not None else None,
-            lambda message: say(message, err=True),
-            MAX_BYTES if max_bytes is None else max_bytes,
+            repository,
+            store,
+            names or (),
+            version=version,
+            folder=folder,
+            max_bytes=max_bytes,
+            require_signed=require_signed,
+            plain_http=plain_http,
+            report=lambda message: say(message, err=True),
         )
     if as_json:
         print_json([vars(one) for one in pulled])

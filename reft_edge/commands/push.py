@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from reft_edge.commands.console import extra, plain_errors, print_json, say
+from reft_edge.api import push as push_files
+from reft_edge.commands.console import plain_errors, print_json, say
 from reft_edge.commands.options import Json, PlainHttp
-from reft_edge.errors import ReftEdgeError
 
 
 def push(
@@ -30,18 +30,8 @@ def push(
     as_json: Json = False,
 ) -> None:
     """Add adapter files to a repository, each as the next version of its name."""
-    with plain_errors(), extra("ship"):
-        from reft_edge.shipping.address import open_repository
-        from reft_edge.shipping.release import read_goods
-
-        if name is not None and len(files) > 1:
-            raise ReftEdgeError("--name is for one FILE")
-        target = open_repository(repository, plain_http)
-        goods = [read_goods(path, name) for path in files]
-        names = {item.name for item in goods}
-        if len(names) < len(goods):
-            raise ReftEdgeError("two files have the same name; push one of them with another --name")
-        made = target.publish(goods)
+    with plain_errors():
+        made = push_files(files, repository, name=name, plain_http=plain_http)
     if as_json:
         print_json([vars(release) for release in made])
         return

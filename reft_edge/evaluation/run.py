@@ -18,14 +18,20 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from reft_edge.adapter.config import Adapter
 from reft_edge.errors import ReftEdgeError
 from reft_edge.evaluation.answering import Decoder, Item, OnDone, evaluate_classifier, evaluate_decoder
 from reft_edge.evaluation.results import Evaluation, check_seed
 from reft_edge.evaluation.tasks import Questions, as_prompts
+from reft_edge.model.manifest import MANIFEST
 from reft_edge.model.prompts import choose_format
 from reft_edge.signing.keys import TrustedKeys
 from reft_edge.signing.signatures import load_verified
+
+if TYPE_CHECKING:
+    from reft_edge.model.source import ModelFolder
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,20 @@ def evaluate_folder(
     return _evaluate_decoder(decoder, questions, settings, on_done)
 
 
+def evaluate_any(
+    model: str,
+    questions: Questions,
+    adapters: Sequence[tuple[Path, float]],
+    settings: EvalSettings,
+    on_done: OnDone = lambda count: None,
+    report: Callable[[str], None] = lambda message: None,
+) -> Evaluation:
+    """Answer with an exported folder or a PyTorch model, whichever `model` names."""
+    if (Path(model) / MANIFEST).is_file():
+        return evaluate_folder(Path(model), questions, adapters, settings, on_done)
+    return evaluate_model(model, questions, adapters, settings, on_done, report)
+
+
 def evaluate_model(
     model: str,
     questions: Questions,
@@ -101,27 +121,48 @@ def evaluate_model(
     """
     import torch
 
-    from reft_edge.evaluation.torch_answers import torch_classifier, torch_decoder
-    from reft_edge.model.device import chosen_dtype, torch_device
-    from reft_edge.model.encoders import is_encoder, load_encoder, load_text_tokens
-    from reft_edge.model.loading import load_model, load_model_prompts
+    from reft_edge.model.encoders import is_encoder, load_encoder
+    from reft_edge.model.loading import load_model
     from reft_edge.model.source import resolve_model
 
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    device = torch_device(settings.device)
-    autocast = chosen_dtype(settings.dtype, device) == torch.bfloat16
     folder = resolve_model(model, report)
     loaded = [(load_verified(path, settings.trusted)[0], scale) for path, scale in adapters]
+    network = load_encoder(folder) if is_encoder(folder) else load_model(folder)
+    return evaluate_loaded(folder, network, questions, loaded, settings, on_done)
+
+
+def evaluate_loaded(
+    folder: "ModelFolder",
+    model: Any,
+    questions: Questions,
+    adapters: Sequence[tuple[Adapter, float]],
+    settings: EvalSettings,
+    on_done: OnDone = lambda count: None,
+) -> Evaluation:
+    """Answer with a PyTorch model that was loaded from `folder`, a decoder or an encoder.
+
+    Raises ReftEdgeError for adapters or questions that do not go together with it.
+    """
+    import torch
+
+    from reft_edge.evaluation.torch_answers import torch_classifier, torch_decoder
+    from reft_edge.model.device import chosen_dtype, torch_device
+    from reft_edge.model.encoders import is_encoder, load_text_tokens
+    from reft_edge.model.loading import load_model_prompts
+
+    device = torch_device(settings.device)
+    autocast = chosen_dtype(settings.dtype, device) == torch.bfloat16
     if is_encoder(folder):
         with torch_classifier(
-            load_encoder(folder), load_text_tokens(folder), *_only(loaded), device, autocast
+            model, load_text_tokens(folder), *_only(adapters), device, autocast
         ) as classifier:
             return evaluate_classifier(classifier, questions, settings.batch_size, settings.seed, on_done)
     prompts = load_model_prompts(folder)
-    formats = [adapter.config.prompt_format for adapter, _ in loaded]
+    formats = [adapter.config.prompt_format for adapter, _ in adapters]
     prompt_format = choose_format(settings.raw, formats, prompts.template is not None)
-    with torch_decoder(load_model(folder), prompts, prompt_format, loaded, device, autocast) as decoder:
+    with torch_decoder(model, prompts, prompt_format, adapters, device, autocast) as decoder:
         return _evaluate_decoder(decoder, questions, settings, on_done)
 
 

@@ -115,6 +115,11 @@ class TrainResult:
     profile: dict[str, float] | None = None
     """Mean seconds of a step by section, where asked for."""
 
+    @property
+    def adapter(self) -> Path:
+        """The adapter file; `path` by another name."""
+        return self.path
+
 
 @dataclass(frozen=True)
 class Execution:

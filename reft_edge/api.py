@@ -1,0 +1,582 @@
+"""The Python API: what the commands do, as functions. `import reft_edge` gives every name here, and imports it when it is used.
+
+Everything that a user can cause and mend is raised as a `reft_edge.ReftEdgeError`.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from reft_edge.errors import ReftEdgeError
+from reft_edge.extras import extra
+from reft_edge.jsonl import GivenRows, row_source
+
+if TYPE_CHECKING:
+    from reft_edge.adapter.config import Adapter
+    from reft_edge.adapter.merging import Merged
+    from reft_edge.convert.formats import Converted
+    from reft_edge.evaluation.results import Evaluation
+    from reft_edge.evaluation.torch_answers import TorchClassifier, TorchDecoder
+    from reft_edge.model.manifest import Manifest
+    from reft_edge.model.prompts import Message, Prompts
+    from reft_edge.model.source import ModelFolder
+    from reft_edge.model.texts import Text
+    from reft_edge.shipping.pull import Pulled
+    from reft_edge.shipping.release import Release
+    from reft_edge.signing.keys import TrustedKeys
+    from reft_edge.training.settings import StepReport, TrainResult
+
+AdapterFile = str | Path | tuple[str | Path, float]
+"""An adapter file, or one with the scale of its edits."""
+Report = Callable[[str], None]
+
+
+def _silent(message: str) -> None:
+    return None
+
+
+@dataclass(eq=False)
+class FrozenModel:
+    """A base model in PyTorch, with its tokenizer and chat template; `reft_edge.load` makes one.
+
+    >>> base = reft_edge.load("smollm2")
+    >>> base.name, base.model.config.hidden_size > 0
+    (..., True)
+    >>> answer = base.generate([{"role": "user", "content": "Who are you?"}], max_tokens=8)
+    """
+
+    model: Any
+    """The model of transformers, in evaluation mode, float32, its parameters frozen."""
+    folder: "ModelFolder"
+    """Where it was loaded from, in the Hugging Face layout."""
+    prompts: "Prompts"
+    device: str
+    """A torch device, such as `cpu` or `cuda:0`."""
+    dtype: str
+    """Of its arithmetic: fp32, bf16 or auto."""
+    _steered: "TorchDecoder | TorchClassifier | None" = field(default=None, repr=False)
+
+    @property
+    def name(self) -> str:
+        """For people: what was asked for, without folders."""
+        return self.folder.name
+
+    def generate(
+        self, prompt: "str | Sequence[Message]", max_tokens: int = 256, raw: bool | None = None
+    ) -> str:
+        """The greedy answer, special tokens left out; inside `reft_edge.steered`, with the adapters.
+
+        `prompt`: a user message, or a list of {"role", "content"}. `max_tokens`: at most that many new tokens; fewer if the
+        model's context ends before. `raw`: True takes a text as it stands, False puts it through the chat template, None
+        does what the adapters were trained with (without an adapter: the template, if there is one).
+
+        Raises ReftEdgeError for an encoder, an empty prompt, or one that leaves no room in the context.
+        """
+        from reft_edge.evaluation.torch_answers import TorchDecoder
+        from reft_edge.model.encoders import is_encoder
+
+        if is_encoder(self.folder):
+            raise ReftEdgeError(f"{self.name} is an encoder, which generates no text; see classify")
+        if max_tokens < 1:
+            raise ReftEdgeError(f"max_tokens is {max_tokens}; expected 1 or more")
+        if self._steered is not None:
+            assert isinstance(self._steered, TorchDecoder)
+            return self._generate(self._steered, prompt, max_tokens, raw)
+        with self._answering([]) as decoder:
+            return self._generate(decoder, prompt, max_tokens, raw)
+
+    def _generate(
+        self, decoder: "TorchDecoder", prompt: "str | Sequence[Message]", max_tokens: int, raw: bool | None
+    ) -> str:
+        if isinstance(prompt, str):
+            form = decoder.prompt_format if raw is None else "raw" if raw else "chat"
+            ids = self.prompts.encode_prompt(prompt, form)
+        elif raw:
+            raise ReftEdgeError("messages need the chat template; with raw=True give a text")
+        else:
+            ids = self.prompts.encode_chat(prompt)
+        room = decoder.context_length - len(ids)
+        if not ids or room < 1:
+            raise ReftEdgeError(
+                f"the prompt has {len(ids)} tokens; expected 1 to {decoder.context_length - 1}, so that there is room for "
+                "an answer in the model's context"
+            )
+        (answer,) = decoder.generate([ids], min(max_tokens, room))
+        return self.prompts.decode(answer)
+
+    def classify(self, text: "Text") -> dict[str, float]:
+        """The probability of every label for a text or a pair of texts; they sum to 1.
+
+        Only inside `reft_edge.steered`, with an encoder and one adapter that has a classification head; else raises
+        ReftEdgeError.
+        """
+        from reft_edge.evaluation.torch_answers import TorchClassifier
+
+        if not isinstance(self._steered, TorchClassifier):
+            raise ReftEdgeError(
+                "to classify, load an encoder and steer it with an adapter that has a classification head"
+            )
+        return self._steered.probabilities([text])[0]
+
+    def _answering(self, adapters: "Sequence[tuple[Adapter, float]]") -> AbstractContextManager[Any]:
+        """A context with what answers, the adapters in place."""
+        import torch
+
+        from reft_edge.evaluation.torch_answers import torch_classifier, torch_decoder
+        from reft_edge.model.device import chosen_dtype, torch_device
+        from reft_edge.model.encoders import is_encoder, load_text_tokens
+        from reft_edge.model.prompts import choose_format
+
+        device = torch_device(self.device)
+        autocast = chosen_dtype(self.dtype, device) == torch.bfloat16
+        if is_encoder(self.folder):
+            if len(adapters) != 1:
+                raise ReftEdgeError(f"an encoder classifies with one adapter; {len(adapters)} were given")
+            return torch_classifier(self.model, load_text_tokens(self.folder), *adapters[0], device, autocast)
+        formats = [adapter.config.prompt_format for adapter, _ in adapters]
+        form = choose_format(None, formats, self.prompts.template is not None)
+        return torch_decoder(self.model, self.prompts, form, adapters, device, autocast)
+
+    def _check_free(self) -> None:
+        if self._steered is not None:
+            raise ReftEdgeError(
+                "the model is steered already; leave that `with` block first, or give all adapters to one `steered`"
+            )
+
+
+@extra("train")
+def load(
+    model: str | Path, *, dtype: str = "fp32", device: str | None = None, report: Report = _silent
+) -> FrozenModel:
+    """Load a base model, a decoder or an encoder, in PyTorch.
+
+    `model`: a folder in the Hugging Face layout, a GGUF file, a Hub id, or `smollm2`. `dtype`: of its arithmetic, fp32, bf16,
+    or auto (bf16 where the hardware has it); its weights are float32. `device`: a torch device, by default CUDA where there
+    is one. `report` is told of steps that take seconds.
+
+    Raises ReftEdgeError if there is no such model, it cannot be loaded, or the device cannot be used.
+
+    >>> base = reft_edge.load("smollm2")
+    >>> answer = base.generate("Who are you?", max_tokens=8)
+    """
+    from reft_edge.model.device import chosen_dtype, torch_device
+    from reft_edge.model.encoders import is_encoder, load_encoder
+    from reft_edge.model.loading import load_model, load_model_prompts
+    from reft_edge.model.source import resolve_model
+
+    place = torch_device(device)
+    chosen_dtype(dtype, place)
+    folder = resolve_model(str(model), report)
+    prompts = load_model_prompts(folder)
+    network = load_encoder(folder) if is_encoder(folder) else load_model(folder)
+    return FrozenModel(network.to(place), folder, prompts, str(place), dtype)
+
+
+@extra("train")
+def train(
+    base: FrozenModel | str | Path,
+    rows: GivenRows,
+    output: str | Path,
+    *,
+    evaluation: GivenRows | None = None,
+    task: str | None = None,
+    raw: bool = False,
+    recipe: str | None = None,
+    max_length: int | None = None,
+    base_weights: str | Path | None = None,
+    loss_log: str | Path | None = None,
+    resume: bool = False,
+    save_every: int = 50,
+    eval_every: int | None = None,
+    device: str | None = None,
+    checkpointing: bool = False,
+    compile: bool = False,
+    profile: bool = False,
+    report: Report = _silent,
+    on_step: "Callable[[StepReport], None]" = lambda step: None,
+    **settings: Any,
+) -> "TrainResult":
+    """Train an adapter for a frozen base and write it to one small file. The base's own weights stay as they are.
+
+    `rows`, and `evaluation` for held-out ones: a JSONL file, a list of dicts or a `datasets.Dataset`, of one of the forms
+    {"prompt", "completion"}, {"messages"}, {"text", "label"} or {"prompt", "chosen", "rejected"}. `task`: completion,
+    classification (an encoder) or preference; by default what the base is made for, classification or completion.
+    `raw`: prompts as they stand, without the chat template. `recipe`: commonsense, math, instruct or glue, the LoReFT
+    paper's settings; yours take precedence. `max_length`: in tokens, 1024 by default; longer rows are left out, an encoder's
+    texts are cut. `base_weights`: a folder that this base was exported to, on whose rounded weights to train. `loss_log`: a
+    JSONL file that gets every step's loss. `resume`: continue from the checkpoint of an interrupted training; one is
+    written every `save_every` steps. `eval_every`: steps between evaluations on held-out rows. `device`: by default
+    the base's, or CUDA where there is one. `checkpointing`: less memory, slower. `compile`: faster steps after half a minute or so.
+    `profile`: measure where the time of a step goes.
+    `report` is told what the user should know; `on_step` gets a StepReport after every step: its loss in nats a token.
+
+    `settings` are the fields of `reft_edge.training.settings.TrainSettings`: intervention, layers, rank, positions,
+    component, tied, act_fn, lr, epochs, max_steps, batch_size, accumulate, warmup, schedule, weight_decay, dropout, clip,
+    seed, dtype, beta, load_in, pooling, group_by_length and so on.
+
+    Gives the file as `.adapter`, its `size` in bytes, `loss` and, on held-out rows, `evaluation` in nats a token, and more.
+    Raises ReftEdgeError for rows, settings or a place that do not go, naming the row or the setting.
+
+    >>> base = reft_edge.load("smollm2")
+    >>> rows = [{"prompt": "Who are you?", "completion": "A pirate, arr!"}] * 4
+    >>> run = reft_edge.train(base, rows, "new.safetensors", positions="f3+l3", rank=2, max_steps=2)
+    >>> run.adapter, run.steps
+    (PosixPath('new.safetensors'), 2)
+    """
+    from reft_edge.training.distributed import launched_processes
+    from reft_edge.training.session import Wanted, prepare
+    from reft_edge.training.settings import Execution
+
+    loaded = isinstance(base, FrozenModel)
+    if isinstance(base, FrozenModel):
+        base._check_free()
+        device = device or base.device
+    wanted = Wanted(
+        row_source(rows),
+        Path(output),
+        None if evaluation is None else row_source(evaluation),
+        task,
+        raw,
+        max_length,
+        recipe,
+        None if base_weights is None else Path(base_weights),
+        None if loss_log is None else Path(loss_log),
+        resume,
+        save_every,
+        eval_every,
+        Execution(device, launched_processes(None if loaded else device), profile, checkpointing, compile),
+    )
+    folder = base.folder if isinstance(base, FrozenModel) else str(base)
+    model = base.model if isinstance(base, FrozenModel) else None
+    return prepare(folder, wanted, settings, model, report).run(report, on_step)
+
+
+@contextmanager
+def steered(
+    base: FrozenModel, *adapters: AdapterFile, require_signed: str | Path | None = None
+) -> Iterator[FrozenModel]:
+    """Inside the block the base answers with these adapters; behind it, as before.
+
+    Each adapter is a file, or a pair of a file and the scale of its edits; several act at once. `require_signed`: a file of
+    trusted keys, one of which must have signed every adapter.
+
+    Raises AdapterFileError for a file that is no adapter, BaseMismatchError for one of another base, SignatureError for one
+    that no trusted key signed, ReftEdgeError inside another such block; all are ReftEdgeErrors.
+
+    >>> base = reft_edge.load("smollm2")
+    >>> with reft_edge.steered(base, "pirate.safetensors"):
+    ...     answer = base.generate("Who are you?", max_tokens=8)
+    >>> with reft_edge.steered(base, ("pirate.safetensors", 0.5)):
+    ...     half = base.generate("Who are you?", max_tokens=8)
+    """
+    from reft_edge.signing.signatures import load_verified
+
+    base._check_free()
+    trusted = _trusted(require_signed)
+    loaded = [(load_verified(path, trusted)[0], scale) for path, scale in _scaled(adapters)]
+    with base._answering(loaded) as answering:
+        base._steered = answering
+        try:
+            yield base
+        finally:
+            base._steered = None
+
+
+@extra("train")
+def evaluate(
+    model: FrozenModel | str | Path,
+    rows: GivenRows,
+    *adapters: AdapterFile,
+    task: str | None = None,
+    limit: int | None = None,
+    raw: bool | None = None,
+    template: str = "{text}",
+    words: Mapping[str, str] | None = None,
+    normalise: bool = True,
+    max_tokens: int | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+    device: str | None = None,
+    dtype: str | None = None,
+    threads: int | None = None,
+    require_signed: str | Path | None = None,
+    on_done: Callable[[int], None] = lambda count: None,
+    report: Report = _silent,
+) -> "Evaluation":
+    """The accuracy of a model, with adapters or without, on rows.
+
+    `model`: one that is loaded, a folder that was exported, or what `load` takes. `rows`: a JSONL file, a list of dicts or a
+    `datasets.Dataset`, of the form {"prompt", "answer"}, with "choices" too, or {"text", "label"}. `adapters`: as for
+    `steered`. `task`: choice, number, answer or label, by default as the rows tell. `limit`: only that many rows. `raw`:
+    prompts as they stand, by default as the adapters were trained. `template`, `words`: how a decoder is asked for a label
+    and names it. `normalise`: compare choices by their mean likelihood a token, not by the sum. `max_tokens`: most tokens to
+    generate. `seed`: of the bootstrap. `device`, `dtype` and `threads` are for a model that is not loaded yet.
+    `require_signed`: a file of trusted keys. `on_done` is told how many more rows are answered.
+
+    Gives `accuracy`, from 0 to 1, the 95 % interval `low` to `high`, the count of `rows` and of `right` ones, and `records`,
+    one a row. Raises ReftEdgeError for a model, adapters or rows that do not go together.
+
+    >>> rows = [{"prompt": "2 and 2?", "choices": ["4", "5"], "answer": 0}]
+    >>> found = reft_edge.evaluate("smollm2", rows, "pirate.safetensors")
+    >>> found.rows, 0 <= found.low <= found.accuracy <= found.high <= 1
+    (1, True)
+    """
+    from reft_edge.evaluation.run import EvalSettings, evaluate_any, evaluate_loaded
+    from reft_edge.evaluation.tasks import load_questions
+    from reft_edge.signing.signatures import load_verified
+
+    if isinstance(model, FrozenModel):
+        model._check_free()
+        if device is not None or dtype is not None or threads is not None:
+            raise ReftEdgeError("the model is loaded: give device and dtype to `load`, and leave threads out")
+        device, dtype = model.device, model.dtype
+    settings = EvalSettings(
+        raw,
+        template,
+        dict(words or {}),
+        batch_size,
+        max_tokens,
+        normalise,
+        seed,
+        device,
+        dtype or "fp32",
+        threads,
+        _trusted(require_signed),
+    )
+    given = _scaled(adapters)
+    questions = load_questions(row_source(rows), task, limit)
+    if not isinstance(model, FrozenModel):
+        return evaluate_any(str(model), questions, given, settings, on_done, report)
+    loaded = [(load_verified(path, settings.trusted)[0], scale) for path, scale in given]
+    return evaluate_loaded(model.folder, model.model, questions, loaded, settings, on_done)
+
+
+@extra("export")
+def export(
+    base: FrozenModel | str | Path,
+    folder: str | Path,
+    *,
+    precision: str = "fp32",
+    layers: str = "all",
+    components: Sequence[str] = ("block",),
+    device: str = "cpu",
+    algorithm: str = "auto",
+    block_size: int = 32,
+    accuracy_level: int = 4,
+    report: Report = _silent,
+) -> "Manifest":
+    """Export a frozen base to ONNX with intervention ports, checked against PyTorch. Done once: all its adapters run there.
+
+    `base`: one that is loaded, or what `load` takes. `folder` is replaced only by a success. `precision`: fp32, fp16, bf16,
+    int8 or int4. `layers`: which get a port: `all`, `3;9;18`, `0-5`, or a mix. `components`: of each layer, its block,
+    attention or mlp. `device`: cpu or cuda, where the graph will run. `algorithm`, `block_size` (weights that share a
+    scale) and `accuracy_level` are for int4 and int8. `report` is told each step.
+
+    Gives the folder's manifest; its `verification` has the differences from PyTorch. Raises ReftEdgeError if the model cannot
+    be exported or checked.
+
+    >>> manifest = reft_edge.export("smollm2", "exported")
+    >>> manifest.precision
+    'fp32'
+    """
+    from reft_edge.export import Quantisation
+    from reft_edge.export.decoder import export_model
+    from reft_edge.model.source import resolve_model
+
+    source = base.folder if isinstance(base, FrozenModel) else resolve_model(str(base), report)
+    quantisation = Quantisation(algorithm, block_size, accuracy_level)
+    return export_model(
+        source,
+        Path(folder),
+        precision,
+        layers,
+        report,
+        components=tuple(components),
+        device=device,
+        quantisation=quantisation,
+    )
+
+
+@extra("train")
+def convert(
+    source: str | Path,
+    output: str | Path,
+    *,
+    model: str | Path | None = None,
+    folder: str | Path | None = None,
+    positions: str | None = None,
+    act_fn: str | None = None,
+    intervention: str | None = None,
+    raw: bool | None = None,
+    report: Report = _silent,
+) -> "Converted":
+    """Convert an adapter of another library to ours, or ours to one of theirs; the names tell the formats.
+
+    `source`: a folder or Hub id of pyreft or AdapterHub, a control vector (.gguf), a packed file (.onnx_adapter), or an
+    adapter file (.safetensors). `model`, or an exported `folder`: the base, where the source does not say it. `positions`,
+    `act_fn`, `intervention`, `raw`: what the source's format does not store. `report` is told what a user must know.
+
+    Gives the formats as `source` and `result`, and the `adapter`. Raises ReftEdgeError for what is missing or cannot be carried.
+
+    >>> reft_edge.convert("pirate.safetensors", "pirate-pyreft").result
+    'pyreft'
+    """
+    from reft_edge.convert.formats import Given
+    from reft_edge.convert.formats import convert as convert_file
+
+    given = Given(
+        None if model is None else str(model),
+        None if folder is None else Path(folder),
+        positions,
+        act_fn,
+        intervention,
+        raw,
+    )
+    return convert_file(str(source), Path(output), given, report)
+
+
+def merge(
+    adapters: Sequence[AdapterFile],
+    output: str | Path,
+    *,
+    rank: int | None = None,
+    raw: bool | None = None,
+) -> "Merged":
+    """Merge adapters of one base into one file that does what they do at once.
+
+    `adapters`: files, or pairs of a file and its scale; a text can be `FILE[0:2]:0.7`, with columns of the rank and a scale.
+    `rank`: compress every place and position group to it; exact by default. `raw`: the prompt format of the result, by
+    default that of the sources.
+
+    Gives the merged `adapter`, and the relative `error` of its edit, 0 if exact. Raises ReftEdgeError for what one file cannot
+    hold, BaseMismatchError for adapters of different bases.
+
+    >>> merged = reft_edge.merge(["pirate.safetensors", ("pirate.safetensors", 0.5)], "both.safetensors")
+    >>> merged.error
+    0.0
+    """
+    from reft_edge.adapter.merging import Source, parse_source, save_merged
+    from reft_edge.adapter.merging import merge as merge_files
+    from reft_edge.files import check_place
+
+    check_place(Path(output))
+    sources = [
+        parse_source(given) if isinstance(given, str) else Source(*_scaled([given])[0])
+        for given in _listed(adapters)
+    ]
+    merged = merge_files(sources, rank, raw)
+    save_merged(merged, Path(output))
+    return merged
+
+
+@extra("ship")
+def push(
+    files: str | Path | Sequence[str | Path],
+    repository: str | Path,
+    *,
+    name: str | None = None,
+    plain_http: bool = False,
+) -> "list[Release]":
+    """Add adapter files to a repository, each as the next version of its name.
+
+    `repository`: a folder, hf://OWNER/REPO (each made if it is not there) or oci://HOST/REPO[:TAG]. `name`: of a single
+    file there; by default its own without the ending. `plain_http`: talk to other machines without encryption, too.
+
+    Gives a release for each, with `name`, `version`, `size` in bytes and `digest`. Raises ReftEdgeError for a file that is no
+    adapter, two of one name, or a repository that cannot be written.
+
+    >>> [release] = reft_edge.push("pirate.safetensors", "adapters")
+    >>> release.name, release.version
+    ('pirate', 1)
+    """
+    from reft_edge.shipping.address import open_repository
+    from reft_edge.shipping.release import read_goods
+
+    paths = [Path(path) for path in _listed(files)]
+    if name is not None and len(paths) > 1:
+        raise ReftEdgeError("--name is for one FILE")
+    target = open_repository(str(repository), plain_http)
+    goods = [read_goods(path, name) for path in paths]
+    if len({item.name for item in goods}) < len(goods):
+        raise ReftEdgeError("two files have the same name; push one of them with another --name")
+    return target.publish(goods)
+
+
+@extra("ship")
+def pull(
+    repository: str | Path,
+    store: str | Path,
+    names: str | Sequence[str] = (),
+    *,
+    version: int | None = None,
+    folder: str | Path | None = None,
+    max_bytes: int | None = None,
+    require_signed: str | Path | None = None,
+    plain_http: bool = False,
+    report: Report = _silent,
+) -> "list[Pulled]":
+    """Install the newest version of adapters from a repository, checked and all at once.
+
+    `repository`: a folder, https://HOST/PATH/, hf://OWNER/REPO or oci://HOST/REPO[:TAG]. `store`: the folder of adapters to
+    install into; made if it is not there. `names`: which adapters, all by default. `version`: that one of one
+    adapter. `folder`: only adapters for the model in this exported folder. `max_bytes`: of all downloads, 2,000,000,000 by
+    default. `require_signed`: a file of trusted keys. `plain_http`: talk to other machines without encryption, too.
+
+    Gives what became of each: `status` is installed, current, kept or failed, and `reason` says why. Raises ReftEdgeError if
+    the repository cannot be read or has no such adapter.
+
+    >>> release = reft_edge.push("pirate.safetensors", "shop", name="captain")
+    >>> [pulled] = reft_edge.pull("shop", "installed")
+    >>> pulled.name, pulled.status
+    ('captain', 'installed')
+    """
+    from reft_edge.model.manifest import load_manifest
+    from reft_edge.shipping.address import open_repository
+    from reft_edge.shipping.pull import MAX_BYTES
+    from reft_edge.shipping.pull import pull as pull_adapters
+    from reft_edge.shipping.store import DeviceStore
+
+    return pull_adapters(
+        open_repository(str(repository), plain_http),
+        DeviceStore(Path(store)),
+        _listed(names),
+        version,
+        None if folder is None else load_manifest(Path(folder)),
+        _trusted(require_signed),
+        report,
+        MAX_BYTES if max_bytes is None else max_bytes,
+    )
+
+
+def _listed(given: Any) -> list[Any]:
+    """One or several, as a list."""
+    return [given] if isinstance(given, str | Path) else list(given)
+
+
+def _scaled(adapters: Sequence[AdapterFile]) -> list[tuple[Path, float]]:
+    """Files and scales, 1 where there is none. Raises ReftEdgeError for anything else."""
+    found = []
+    for given in adapters:
+        path, scale = (given, 1.0) if isinstance(given, str | Path) else _pair(given)
+        found.append((Path(path), float(scale)))
+    return found
+
+
+def _pair(given: Any) -> tuple[str | Path, float]:
+    match given:
+        case (str() | Path() as path, int() | float() as scale) if math.isfinite(scale):
+            return path, scale
+    raise ReftEdgeError(
+        f"an adapter is {given!r:.100}; expected a file's name, or a pair of one and a finite scale"
+    )
+
+
+def _trusted(keys: str | Path | None) -> "TrustedKeys | None":
+    if keys is None:
+        return None
+    from reft_edge.signing.keys import load_trusted
+
+    return load_trusted(keys)
