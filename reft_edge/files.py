@@ -1,6 +1,7 @@
 """Files of strangers opened once and safely; files written so that a failed write leaves the old ones in place."""
 
 import codecs
+import contextlib
 import errno
 import hashlib
 import os
@@ -162,7 +163,8 @@ def replace_file(path: Path, content: bytes, temporary: Path, mode: int = 0o666)
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise ReftEdgeError(f"cannot write {path}: {error.strerror}") from error
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from reft_edge.adapter.file import AdapterSource, OpenedFile
+from reft_edge.adapter.file import AdapterSource, OpenedFile, is_adapter_name
 from reft_edge.errors import ReftEdgeError, SignatureError
 from reft_edge.files import open_regular
 
@@ -106,7 +106,7 @@ class AdapterStore:
             with os.scandir(self.folder) as entries:
                 for entry in entries:
                     name = entry.name.removesuffix(SUFFIX)
-                    if name != entry.name and _is_name(name) and self._is_file(entry):
+                    if name != entry.name and is_adapter_name(name) and self._is_file(entry):
                         found.append(name)
         except OSError:
             return []
@@ -284,7 +284,7 @@ class AdapterStore:
     def _open(self, name: str) -> OpenedFile:
         """Raises UnknownAdapterError, or OSError for a file that is there and cannot be opened."""
         unknown = UnknownAdapterError(f"there is no adapter {name[:_LONGEST_NAME]!r} in {self.folder}")
-        if not _is_name(name):
+        if not is_adapter_name(name):
             raise unknown
         try:
             target = self._target(name + SUFFIX)
@@ -321,25 +321,6 @@ class AdapterStore:
             return target is not None and entry.is_file() and not (self.folder / target).is_symlink()
         except OSError:
             return False
-
-
-def _is_name(name: str) -> bool:
-    """Whether a file's name without its ending can be an adapter's: macOS writes `._NAME` beside each NAME on foreign disks."""
-    return (
-        0 < len(name) <= 255
-        and name not in (".", "..")
-        and not name.startswith("._")
-        and not any(mark in name for mark in "/\\\0")
-        and _is_utf8(name)
-    )
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _stamp(source: OpenedFile) -> _Stamp:

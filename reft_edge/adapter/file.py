@@ -104,6 +104,17 @@ AdapterSource = Path | str | OpenedFile
 """A file by its name, or one that is open."""
 
 
+def is_adapter_name(name: str) -> bool:
+    """Whether a file's name without its ending can be an adapter's: macOS writes `._NAME` beside each NAME on foreign disks."""
+    return (
+        0 < len(name) <= 255
+        and name not in (".", "..")
+        and not name.startswith("._")
+        and not any(mark in name for mark in "/\\\0")
+        and name.encode(errors="replace").decode() == name
+    )
+
+
 def load_adapter(path: Path | str) -> Adapter:
     """Read and check an adapter file. Raises AdapterFileError that names the file and what is wrong with it."""
     return read_stored(path).adapter()
@@ -125,6 +136,20 @@ def _opened(source: AdapterSource) -> Iterator[BinaryIO]:
         return
     with open_regular(Path(source)) as file:
         yield file
+
+
+def read_whole(file: BinaryIO, name: str) -> tuple[bytes, StoredAdapter]:
+    """All bytes of an open file and what they hold; they are read once its header is known to be sound.
+
+    `name` stands for it in messages. Raises AdapterFileError.
+    """
+    with _about(name):
+        size = os.fstat(file.fileno()).st_size
+        file.seek(0)
+        _read_header(file, size)
+        file.seek(0)
+        content = file.read(size)
+    return content, parse_stored(content, name)
 
 
 def parse_stored(content: bytes, name: str) -> StoredAdapter:

@@ -37,6 +37,9 @@ _LONG = {
 _CHARACTERS, _MAX_CHARACTERS = "tokenizer.ggml.precompiled_charsmap", 1 << 20
 _BLOCK = re.compile(r"(?:enc\.|dec\.)?blk\.(\d{1,5})\.")
 _MAX_EXPERTS = 1 << 12
+_CONTEXT, _WEIGHTS_A_POSITION = 1 << 18, 64
+"""A graph keeps some hundred bytes for each position of the context: so many are accepted of any model, and more of one that
+has as many weights for each."""
 
 
 @dataclass(frozen=True)
@@ -133,11 +136,20 @@ def check_model(header: GgufHeader) -> None:
             f"its metadata are lists of {total:,} entries; at most {_MAX_ENTRIES:,} are accepted"
         )
     blocks = {match[1] for name in shapes if (match := _BLOCK.match(name))}
-    limits = {"block_count": len(blocks), "expert_count": _MAX_EXPERTS, "vocab_size": embedding[1]}
+    weights = sum(math.prod(shape) for shape in shapes.values())
+    limits = {
+        "block_count": len(blocks),
+        "context_length": max(_CONTEXT, weights // _WEIGHTS_A_POSITION),
+        "expert_count": _MAX_EXPERTS,
+        "vocab_size": embedding[1],
+    }
     for what, most in limits.items():
         found = header.numbers.get(f"{header.architecture}.{what}", 0)
         if not 0 <= found <= most:
             raise ReftEdgeError(f"its metadata say {what} {found:,}; its tensors account for {most:,}")
+    said = header.numbers.get(f"{header.architecture}.block_count", len(blocks))
+    if said < len(blocks):
+        raise ReftEdgeError(f"its metadata say block_count {said:,}, and it holds {len(blocks):,} blocks")
 
 
 class _Bytes:

@@ -1,14 +1,14 @@
 """What a store holds, for people and scripts."""
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from reft_edge.adapter.file import StoredAdapter, parse_stored
+from reft_edge.adapter.file import StoredAdapter
 from reft_edge.errors import ReftEdgeError, SignatureError
-from reft_edge.shipping.release import digest_of
-from reft_edge.shipping.store import DeviceStore, State
+from reft_edge.shipping.store import DeviceStore, State, digest_of_file
 from reft_edge.signing.keys import TrustedKeys
 from reft_edge.signing.signatures import read_signature, verify
 
@@ -43,12 +43,12 @@ def list_store(store: DeviceStore, trusted: TrustedKeys | None = None) -> list[I
 
 
 def _describe(store: DeviceStore, name: str, trusted: TrustedKeys | None) -> Installed:
-    path = store.path(name)
-    content = store.read(name)
     state = store.state(name)
     fields: dict[str, Any]
+    with store.opened(name) as file:
+        size, digest = os.fstat(file.fileno()).st_size, digest_of_file(file)
     try:
-        stored = parse_stored(content, path.name)
+        _, stored = store.read(name, store.path(name).name)
         stored.adapter()
         config = stored.config
         fields = {
@@ -60,7 +60,7 @@ def _describe(store: DeviceStore, name: str, trusted: TrustedKeys | None) -> Ins
         }
     except ReftEdgeError as error:
         fields = {"signature": "-", "problem": str(error)}
-    return Installed(name, state.version or None, len(content), digest_of(content), _earlier(state), **fields)
+    return Installed(name, state.version or None, size, digest, _earlier(state), **fields)
 
 
 def _earlier(state: State) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from reft_edge.adapter.file import StoredAdapter, read_whole
 from reft_edge.errors import ReftEdgeError
 from reft_edge.shipping.locking import try_lock
 from reft_edge.shipping.release import Release
@@ -63,9 +64,9 @@ class Part:
         with self._writing():
             os.fsync(self._file.fileno())
 
-    def content(self) -> bytes:
-        self._file.seek(0)
-        return self._file.readall()
+    def read(self, name: str) -> tuple[bytes, StoredAdapter]:
+        """What has arrived, and the adapter that it is, as `read_whole` reads it."""
+        return read_whole(self._file, name)
 
     @property
     def digest(self) -> str:
@@ -126,6 +127,8 @@ class Parts:
         left = max_bytes
         asked = {self._path(release.hex_digest).name for release in wanted}
         for entry in os.scandir(self._store.own_folder(".parts")):
+            if entry.is_dir(follow_symlinks=False):
+                continue
             path = Path(entry.path).with_suffix(".part")
             if entry.name.startswith(f"{self._prefix}-"):
                 left -= entry.stat(follow_symlinks=False).st_size
@@ -145,7 +148,8 @@ def _remove(path: Path) -> None:
     if not (os.path.lexists(path) or os.path.lexists(lock)) or (held := try_lock(lock)) is None:
         return
     try:
-        path.unlink(missing_ok=True)
+        if not path.is_dir() or path.is_symlink():
+            path.unlink(missing_ok=True)
     finally:
         held.release()
         lock.unlink(missing_ok=True)
@@ -157,6 +161,8 @@ def _open_own(path: Path) -> int:
     for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"):
         flags |= getattr(os, name, 0)
     if os.path.lexists(path) and not _is_own(path.lstat()):
+        if path.is_dir() and not path.is_symlink():
+            raise ReftEdgeError(f"{path} is a folder, which no download is; remove it")
         path.unlink()
         flags |= os.O_EXCL
     handle = os.open(path, flags, 0o600)

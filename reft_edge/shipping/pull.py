@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from reft_edge.adapter.file import StoredAdapter, parse_stored
+from reft_edge.adapter.file import StoredAdapter
 from reft_edge.errors import AdapterFileError, ReftEdgeError
 from reft_edge.model.manifest import Manifest
 from reft_edge.shipping import locking
@@ -131,9 +131,9 @@ class _Puller:
                 part.cut(0)  # or what is kept for later would grow with every pull
                 raise
             download(self._repository, release, part, self._report)
-            content = part.content()
             try:
-                _check(content, release, self._base, self._trusted)
+                content, stored = _readable(lambda: part.read(str(release)))
+                _check(stored, release, self._base, self._trusted)
             except ReftEdgeError:
                 part.cut(0)
                 raise
@@ -159,8 +159,8 @@ class _Puller:
                 state = self._store.state(release.name)
                 before = _installed(state)
                 if state.digest == release.digest:
-                    content = self._store.read(release.name)
-                    _check(content, release, self._base, self._trusted)
+                    content, stored = _readable(lambda: self._store.read(release.name, str(release)))
+                    _check(stored, release, self._base, self._trusted)
                     self._store.install(release, content)
                     self._parts.drop(release)
                     return _outcome(release, "current", before)
@@ -255,13 +255,18 @@ def _continue(repository: Repository, release: Release, part: Part) -> None:
         raise kind(f"{release} has another content than the repository's digest says; nothing was installed")
 
 
-def _check(content: bytes, release: Release, base: Manifest | None, trusted: TrustedKeys | None) -> None:
+def _readable(read: Callable[[], Result]) -> Result:
     try:
-        stored = parse_stored(content, str(release))
-        stored.adapter()
-        _check_base(stored, release, base)
+        return read()
     except AdapterFileError as error:
         raise ReftEdgeError(f"the repository offers something unusable: {error}") from error
+
+
+def _check(
+    stored: StoredAdapter, release: Release, base: Manifest | None, trusted: TrustedKeys | None
+) -> None:
+    _readable(stored.adapter)
+    _check_base(stored, release, base)
     if trusted is not None:
         verify(stored, trusted)
 

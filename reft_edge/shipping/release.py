@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reft_edge.adapter.file import parse_stored
+from reft_edge.adapter.file import read_whole
 from reft_edge.errors import ReftEdgeError
 from reft_edge.files import open_regular
 from reft_edge.strict_json import parse_json
@@ -111,10 +111,10 @@ def read_goods(path: Path, name: str | None = None) -> Goods:
     check_name(name)
     try:
         with open_regular(path) as file:
-            content = file.read(MAX_FILE + 1)
+            content, stored = read_whole(file, str(path))
     except OSError as error:
         raise ReftEdgeError(f"cannot read {path}: {error.strerror}") from error
-    config = parse_stored(content, str(path)).adapter().config
+    config = stored.adapter().config
     return Goods(name, content, config.base_name, config.base_fingerprint)
 
 

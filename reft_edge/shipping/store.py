@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from reft_edge.adapter.file import parse_stored
+from reft_edge.adapter.file import StoredAdapter, is_adapter_name, parse_stored, read_whole
 from reft_edge.errors import ReftEdgeError
 from reft_edge.files import make_folder, open_regular, replace_file
 from reft_edge.shipping.release import MAX_FILE, SUFFIX, Release, check_name, digest_of
@@ -100,7 +100,7 @@ class DeviceStore:
             for path in self.folder.iterdir()
             if path.name.endswith(SUFFIX) and path.is_file() and path.resolve().parent == root
         )
-        return sorted(name.removesuffix(SUFFIX) for name in found if name != SUFFIX)
+        return sorted(name for file in found if is_adapter_name(name := file.removesuffix(SUFFIX)))
 
     def path(self, name: str) -> Path:
         return self.folder / (name + SUFFIX)
@@ -110,7 +110,7 @@ class DeviceStore:
         path = self.path(name)
         try:
             with _opened(path) as file:
-                digest = _digest(file) if file is not None else None
+                digest = digest_of_file(file) if file is not None else None
         except OSError as error:
             raise ReftEdgeError(f"cannot read {path}: {error.strerror}") from error
         kept = [
@@ -120,17 +120,22 @@ class DeviceStore:
         ]
         return State(name, digest, tuple(sorted(kept, key=lambda entry: entry.order)))
 
-    def read(self, name: str) -> bytes:
-        """The file that the runtime loads; no bytes if there is none. Raises ReftEdgeError if it cannot be read.
-
-        Those are the first MAX_FILE of a longer one, which is no adapter.
-        """
+    @contextmanager
+    def opened(self, name: str) -> Iterator[BinaryIO]:
+        """The file that the runtime loads. Raises ReftEdgeError if there is none, or it cannot be read."""
         path = self.path(name)
         try:
             with _opened(path.resolve() if path.is_symlink() and self._holds(path) else path) as file:
-                return file.read(MAX_FILE) if file is not None else b""
+                if file is None:
+                    raise ReftEdgeError(f"{path} is gone, or no file of the store any more")
+                yield file
         except OSError as error:
             raise ReftEdgeError(f"cannot read {path}: {error.strerror}") from error
+
+    def read(self, name: str, called: str) -> tuple[bytes, StoredAdapter]:
+        """The bytes of that file and the adapter that it is, as `read_whole` reads it; `called` stands for it in messages."""
+        with self.opened(name) as file:
+            return read_whole(file, called)
 
     @contextmanager
     def changing(self) -> Iterator[None]:
@@ -286,7 +291,8 @@ def _mode(file: BinaryIO) -> int:
     return stat.S_IMODE(os.fstat(file.fileno()).st_mode) & PUBLIC
 
 
-def _digest(file: BinaryIO) -> str:
+def digest_of_file(file: BinaryIO) -> str:
+    """Of an open file's content, read in pieces from where it stands."""
     digest = hashlib.sha256()
     while block := file.read(1 << 20):
         digest.update(block)

@@ -159,6 +159,25 @@ def test_a_model_larger_than_its_file_is_refused(tmp_path, tiny):
         resolve_model(str(tiny))
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("context_length", 1 << 31, "context_length 2,147,483,648; its tensors account for 262,144"),
+        ("context_length", (1 << 18) + 1, "context_length 262,145"),
+        ("block_count", 0, "block_count 0, and it holds 3"),
+        ("block_count", 2, "block_count 2, and it holds 3"),
+    ],
+)
+def test_numbers_are_what_the_tensors_account_for(tiny, field, value, message):
+    """Each position of the context takes memory in the graph; a block that is not counted would be left out."""
+    content = tiny.read_bytes()
+    name = f"llama.{field}".encode() + struct.pack("<I", 4)
+    at = content.index(name) + len(name)
+    tiny.write_bytes(content[:at] + struct.pack("<I", value) + content[at + 4 :])
+    with pytest.raises(ReftEdgeError, match=message):
+        resolve_model(str(tiny))
+
+
 def test_a_truncated_model_says_so(tiny):
     content = tiny.read_bytes()
     for kept in (len(content) - 1, len(content) // 2, 500, 30):

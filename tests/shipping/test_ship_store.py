@@ -4,16 +4,20 @@ import os
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from reft_edge.adapter.file import load_adapter, save_adapter
 from reft_edge.errors import ReftEdgeError
+from reft_edge.runtime.adapter_folder import AdapterStore
 from reft_edge.shipping.folder import FolderRepository
+from reft_edge.shipping.listing import list_store
+from reft_edge.shipping.parts import Parts
 from reft_edge.shipping.pull import pull
-from reft_edge.shipping.release import digest_of, read_goods
-from reft_edge.shipping.store import HIDDEN, KEEP, DeviceStore
+from reft_edge.shipping.release import Release, digest_of, read_goods, render_index
+from reft_edge.shipping.store import HIDDEN, KEEP, DeviceStore, digest_of_file
 from tests.adapter.test_algebra import make_adapter
 from tests.helpers.crash import Disk, after_power_cut, killed_at_every_step
 
@@ -411,3 +415,54 @@ for path in sys.argv[2:]:
     releases = repository.releases()
     assert [release.version for release in releases] == [1, 2, 3, 4, 5, 6]
     assert {release.digest for release in releases} == {digest_of(content) for content in contents}
+
+
+def test_a_large_file_that_is_no_adapter_takes_no_memory(repository, store, contents, tmp_path):
+    size = 64 << 20
+    (repository.folder / "junk").mkdir(parents=True)
+    junk = tmp_path / "junk.safetensors"
+    junk.touch()
+    os.truncate(junk, size)
+    with junk.open("rb") as file:
+        release = Release("junk", 1, digest_of_file(file), size)
+    (repository.folder / "index.json").write_bytes(render_index([release]))
+    shutil.copy(junk, repository.folder / release.path)
+    store.folder.mkdir()
+    shutil.copy(junk, store.path("other"))
+    tracemalloc.start()
+    with pytest.raises(ReftEdgeError, match="not a usable adapter"):
+        read_goods(junk)
+    assert "unusable" in pull(repository, store)[0].reason
+    assert [(found.name, found.size, bool(found.problem)) for found in list_store(store)] == [
+        ("other", size, True)
+    ]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16 << 20
+
+
+@pytest.mark.parametrize("name", ["._task", "._", "a\udcff"])
+def test_names_that_the_runtime_leaves_out_are_not_listed(store, contents, name):
+    store.folder.mkdir()
+    for given in ("task", name):
+        store.path(given).write_bytes(contents[0])
+    assert store.names() == ["task"] == AdapterStore(None, store.folder).names()
+
+
+def test_folders_in_the_way_are_named_or_left_alone(repository, store, contents):
+    push(repository, contents[0])
+    pull(repository, store)
+    push(repository, contents[1])
+    digest = digest_of(contents[1]).removeprefix("sha256:")
+    part = Parts(store, repository.address)._path(digest)
+    others = [part.with_name("of another.part"), part.with_name(part.name.replace(digest, "0" * 64))]
+    for folder in (part, *others):
+        folder.mkdir()
+    assert str(part) in pull(repository, store)[0].reason
+    part.rmdir()
+    assert statuses(repository, store) == [("installed", 2, 1)]
+    assert all(folder.is_dir() for folder in others)
+    push(repository, contents[2])
+    (store.folder / HIDDEN / "task/new").mkdir()
+    assert "task.safetensors: Is a directory" in pull(repository, store)[0].reason
+    assert store.path("task").read_bytes() == contents[1]
