@@ -69,7 +69,8 @@ def test_the_guides_run_as_written(device_folder, tiny_model, tmp_path, monkeypa
                     run(arguments, device_folder / "hf")
         for example in blocks("python", text):
             capsys.readouterr()
-            exec(compile(example, page.name, "exec"), {})
+            here = example.replace('"smollm2"', repr(str(device_folder / "hf")))
+            exec(compile(here, page.name, "exec"), {})
             assert capsys.readouterr().out.strip()
     assert {arguments[0] for arguments in done} == COMMANDS | {"serve"}
 
