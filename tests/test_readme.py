@@ -1,5 +1,6 @@
 """The documentation's own commands, executed: its guides on a tiny model in place of the real one; and its links."""
 
+import pydoc
 import re
 import shlex
 import shutil
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+import reft_edge.runtime
 from reft_edge.cli import app
 from reft_edge.convert.control_vector import write_control_vector
 from tests.helpers.foreign import export_dynamo
@@ -106,6 +108,12 @@ def test_benchmarks_named_exist(script):
 def test_the_readme_is_short_and_every_page_has_its_place():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 160
     assert {path.name for path in (ROOT / "docs").glob("*.md")} <= set(ORDER)
+
+
+def test_the_reference_shows_what_there_is():
+    shown = re.findall(r"^::: (\S+)$", text_of([ROOT / "docs/reference.md"]), re.MULTILINE)
+    assert [name for name in shown if pydoc.locate(name) is None] == []
+    assert {f"reft_edge.runtime.{name}" for name in reft_edge.runtime.__all__} <= set(shown)
 
 
 def prose(page: Path) -> list[str]:
