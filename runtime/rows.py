@@ -18,6 +18,8 @@ from reft_edge.runtime.session import BoundSession, GraphSession, Ids, KVCache, 
 ALIGNMENT = 16
 """Prompts run in parts that end at a multiple of this, so that every token is at the same place in a kernel's tile of rows
 whatever the parts are."""
+_BLOCK = 128
+"""Rows that a kernel for quantised matrices takes at a time, at most; it has another way for one row."""
 _STEP = 256
 KeysAndValues = dict[str, NDArray[np.generic]]
 """Of one row's first tokens, `[heads, tokens, head size]`, by the names of the graph's inputs."""
@@ -25,9 +27,17 @@ KeysAndValues = dict[str, NDArray[np.generic]]
 
 def part_end(start: int, tokens: int, most: int) -> int:
     """Where the part of a prompt of `tokens` tokens ends that starts at `start` and has about `most` tokens, both multiples
-    of ALIGNMENT. The last part is never one token of several, which kernels round in another way than two or more."""
+    of ALIGNMENT. In no part of several tokens is the last one alone in a kernel's block of rows, where it would be rounded
+    in another way."""
     end = min(start + most, tokens)
-    return end - ALIGNMENT if tokens - end == 1 else end
+    if tokens - end == 1:
+        return end - ALIGNMENT
+    return end - 1 - ALIGNMENT if end - start > 1 and leaves_one(end - start) else end
+
+
+def leaves_one(rows: int) -> bool:
+    """Whether kernels that share rows out in blocks have one row for the last of them."""
+    return rows % _BLOCK == 1
 
 
 class JoinedRows:
@@ -39,7 +49,7 @@ class JoinedRows:
     def __init__(self, graph: GraphSession, rows: int) -> None:
         self.graph, self.rows, self.capacity = graph, rows, 0
         self._beside = 0 if graph.rounds_rows_alike else 1
-        """Rows that run beside a lone one, so that its numbers are those of a batch."""
+        """Rows that run beside one that is alone in its block, so that its numbers are those of a batch."""
         self._values: KeysAndValues = {}
 
     def fits(self, needs: Sequence[int]) -> bool:
@@ -102,7 +112,7 @@ class JoinedRows:
 
     def bind_edits(self, first: int, edits: Sequence[DecodeEdit]) -> "BoundRows":
         """Rows from `first` on, one an edit, to be decoded."""
-        beside = self._beside if len(edits) == 1 else 0
+        beside = self._beside if leaves_one(len(edits)) else 0
         ports = self.graph.to_device(decode_inputs([*edits, *[{}] * beside], self.graph.dtype))
         return self._bind(first, len(edits), beside, ports)
 

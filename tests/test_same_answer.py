@@ -105,6 +105,41 @@ def test_answers_behind_a_prompt_that_begins_alike_are_the_same(model, seen):
     assert engine.batch.prefixes.hits > 100
 
 
+@pytest.mark.parametrize("tokens", [127, 128, 129, 130, 145, 200])
+def test_every_length_of_prompt_has_the_same_answer_in_whatever_parts_it_runs(model, seen, tokens):
+    """Kernels share rows out in blocks of 128, and have another way for a block of one."""
+    ids = [token % 300 + 2 for token in range(7, 7 * tokens + 7, 7)]
+    request = Request(tuple(ids), {"small": 1.0}, 3)
+    alone = model._run_together([request], 1)[0]
+    expected = np.array(seen[tuple(ids), (("small", 1.0),), None])
+    short = Request((5, 6, 7), {}, 12)
+    for batch in (model.batch(2), model.batch(2, 1 << 24)):
+        rows = [model.row(short, lambda _: None)]
+        batch.add(rows[0])
+        batch.step()
+        if batch.prefixes.budget:
+            batch.add(model.row(Request(tuple(ids[: tokens - 16]), {"small": 1.0}, 1), lambda _: None))
+        rows.append(model.row(request, lambda _: None))
+        batch.add(rows[1])
+        seen.clear()
+        while not batch.idle:
+            batch.step()
+        assert rows[1].tokens == alone[0]
+        np.testing.assert_array_equal(np.array(seen[tuple(ids), (("small", 1.0),), None]), expected)
+    assert batch.prefixes.hits >= tokens - 32
+
+
+def test_a_row_that_is_alone_in_the_last_block_of_a_batch(model, seen):
+    made = [Request((2 + number, 5, 6), {}, 3) for number in range(129)]
+    alone = [model._run_together([request], 1)[0] for request in (made[0], made[128])]
+    expected = {key: np.array(rows) for key, rows in seen.items()}
+    seen.clear()
+    together = model._run_together(made, 129)
+    assert [together[0], together[128]] == alone
+    for key, rows in expected.items():
+        np.testing.assert_array_equal(np.array(seen[key]), rows)
+
+
 def test_generate_and_generate_batch_agree(model):
     for choice in (None, "small", ["small", "large"]):
         options = {"raw": True, "max_tokens": 8}

@@ -272,5 +272,5 @@ def test_parts_of_a_prompt_end_evenly_and_never_in_a_lone_token(tokens, most, st
     sizes = np.diff(ends)
     assert ends[-1] == tokens
     assert all(end % 16 == 0 for end in ends[:-1])
-    assert tokens == 1 or sizes.min() >= 2
+    assert tokens == 1 or not any(size % 128 == 1 for size in sizes)
     assert sizes.max() <= most
