@@ -20,6 +20,15 @@ _PRIVATE = [
     ipaddress.ip_network(text)
     for text in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "fc00::/7")
 ]
+_SPECIAL = [
+    ipaddress.ip_network(text)
+    for text in (
+        # clouds' metadata services and platforms, at addresses that look public or private
+        *("100.100.100.200/32", "168.63.129.16/32", "fd00:ec2::254/128", "fd20:ce::254/128"),
+        # set aside, which some versions of Python do not know
+        *("192.0.0.0/24", "192.88.99.0/24", "64:ff9b:1::/48", "3fff::/20", "5f00::/16"),
+    )
+]
 _HOLDS_IPV4 = [ipaddress.IPv6Network(text) for text in ("::/96", "64:ff9b::/96")]
 """IPv6 networks whose addresses end in the IPv4 address that they stand for."""
 
@@ -181,6 +190,8 @@ def zone(text: str) -> str:
             return OTHER
     if address.is_loopback:
         return LOOPBACK
+    if any(address in network for network in _SPECIAL):
+        return OTHER
     if any(address in network for network in _PRIVATE):
         return PRIVATE
     return PUBLIC if address.is_global and not address.is_multicast else OTHER
