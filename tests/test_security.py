@@ -228,6 +228,10 @@ PROMISES = [
         f"{INDEX}::test_a_challenge_from_another_host_gets_no_credentials",
     ),
     ("Other addresses in a manifest are not followed", f"{INDEX}::test_manifests_that_are_refused"),
+    (
+        "is looked up in at most 2 minutes, and what `convert` downloads is what was looked up",
+        f"{CONVERT}::test_an_adapter_on_the_hub",
+    ),
     ("and ends after an hour", f"{WEB}::test_a_push_to_the_hub_ends"),
     (
         "a link, FIFO or device where a file should be is refused or replaced",

@@ -4,6 +4,7 @@ import math
 import os
 import re
 import struct
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -60,6 +61,8 @@ class GgufHeader:
     """What a GGUF file says before its tensors' bytes."""
 
     architecture: str
+    names: frozenset[str]
+    """Of all its metadata."""
     numbers: dict[str, int]
     """Its metadata that are single whole numbers."""
     arrays: dict[str, tuple[int, int]]
@@ -100,7 +103,8 @@ def parse_gguf_header(file: BinaryIO, size: int, limit: int) -> GgufHeader:
         raise ReftEdgeError(
             f"it claims {tensors:,} tensors and {pairs:,} metadata entries; {_MAX_TENSORS:,} and {_MAX_PAIRS:,} are accepted"
         )
-    architecture, numbers, arrays = _metadata(header, pairs)
+    architecture, names, numbers, arrays = _metadata(header, pairs)
+    _check_whole("general.alignment", names, numbers)
     alignment = numbers.get("general.alignment", 32)
     if not 0 < alignment <= _MAX_ALIGNMENT or alignment % 8:
         raise ReftEdgeError(f"it aligns tensors to {alignment} bytes; expected a multiple of 8")
@@ -108,7 +112,8 @@ def parse_gguf_header(file: BinaryIO, size: int, limit: int) -> GgufHeader:
     if len({part.name for part in described}) < tensors:
         raise ReftEdgeError("it has two tensors of one name (twice)")
     start = -(-header.at // alignment) * alignment
-    return GgufHeader(architecture, numbers, arrays, tuple(_placed(described, start, alignment, size)))
+    placed = tuple(_placed(described, start, alignment, size))
+    return GgufHeader(architecture, frozenset(names), numbers, arrays, placed)
 
 
 def check_model(header: GgufHeader) -> None:
@@ -144,12 +149,20 @@ def check_model(header: GgufHeader) -> None:
         "vocab_size": embedding[1],
     }
     for what, most in limits.items():
-        found = header.numbers.get(f"{header.architecture}.{what}", 0)
+        name = f"{header.architecture}.{what}"
+        _check_whole(name, header.names, header.numbers)
+        found = header.numbers.get(name, 0)
         if not 0 <= found <= most:
             raise ReftEdgeError(f"its metadata say {what} {found:,}; its tensors account for {most:,}")
     said = header.numbers.get(f"{header.architecture}.block_count", len(blocks))
     if said < len(blocks):
         raise ReftEdgeError(f"its metadata say block_count {said:,}, and it holds {len(blocks):,} blocks")
+
+
+def _check_whole(name: str, names: Collection[str], numbers: Mapping[str, int]) -> None:
+    """Raise ReftEdgeError for metadata that some readers take for a number although they are a list, a text or a fraction."""
+    if name in names and name not in numbers:
+        raise ReftEdgeError(f"its metadata {name!r:.80} is no whole number; it is malformed")
 
 
 class _Bytes:
@@ -233,8 +246,8 @@ class _Bytes:
         )
 
 
-def _metadata(header: _Bytes, pairs: int) -> tuple[str, dict[str, int], dict[str, tuple[int, int]]]:
-    """The architecture, single whole numbers, and lists' types and lengths."""
+def _metadata(header: _Bytes, pairs: int) -> tuple[str, set[str], dict[str, int], dict[str, tuple[int, int]]]:
+    """The architecture, all names, single whole numbers, and lists' types and lengths."""
     architecture = ""
     numbers: dict[str, int] = {}
     arrays: dict[str, tuple[int, int]] = {}
@@ -263,7 +276,7 @@ def _metadata(header: _Bytes, pairs: int) -> tuple[str, dict[str, int], dict[str
             arrays[name] = (inner, count)
         else:
             raise ReftEdgeError(f"its metadata has an unknown type {kind}; it is malformed")
-    return architecture, numbers, arrays
+    return architecture, names, numbers, arrays
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """MODEL as a stranger's file or folder: GGUF headers, files of any name, folders with code, what a Hub download takes."""
 
 import ast
+import io
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 
 from reft_edge.errors import ReftEdgeError
 from reft_edge.model.fingerprint import fingerprint
-from reft_edge.model.gguf_header import check_model, read_gguf_header
+from reft_edge.model.gguf_header import check_model, parse_gguf_header, read_gguf_header
 from reft_edge.model.hub import choose_files
 from reft_edge.model.loading import load_model, load_model_prompts
 from reft_edge.model.source import ModelFolder, resolve_model
@@ -175,6 +176,28 @@ def test_numbers_are_what_the_tensors_account_for(tiny, field, value, message):
     at = content.index(name) + len(name)
     tiny.write_bytes(content[:at] + struct.pack("<I", value) + content[at + 4 :])
     with pytest.raises(ReftEdgeError, match=message):
+        resolve_model(str(tiny))
+
+
+@pytest.mark.parametrize("field", ["llama.context_length", "llama.block_count", "llama.vocab_size"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        struct.pack("<IIQI", 9, 4, 1, 1 << 31),
+        struct.pack("<If", 6, 2.0**31),
+        struct.pack("<IQ", 8, 4) + b"1e12",
+    ],
+    ids=["list", "fraction", "text"],
+)
+def test_a_number_in_another_dress_is_refused(tiny, field, value):
+    """Readers take a list of one number for that number."""
+    content = tiny.read_bytes()
+    name = field.encode()
+    at = content.index(name) + len(name)
+    tiny.write_bytes(content[:at] + value + content[at + 8 :])
+    with pytest.raises(ReftEdgeError, match=rf"{field}' is no whole number"):
+        check_model(parse_gguf_header(io.BytesIO(tiny.read_bytes() + bytes(64)), 1 << 40, LIMIT))
+    with pytest.raises(ReftEdgeError):
         resolve_model(str(tiny))
 
 
