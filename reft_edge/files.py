@@ -48,18 +48,24 @@ def read_text(path: Path, name: object = None) -> str:
     `name` is what errors call it, by default its path.
     """
     name = path if name is None else name
+    return decode_text(read_content(path, name), name)
+
+
+def read_content(path: Path, name: object) -> bytes:
+    """The bytes of a file, or of a pipe, that the user named. Raises ReftEdgeError, which names `name`, if it cannot be read."""
     try:
-        content = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise ReftEdgeError(f"cannot read {name}: {error.strerror}") from error
-    return decode_text(content, name)
 
 
 def decode_text(content: bytes, name: object) -> str:
     """UTF-8, with or without a byte order mark, as text whose lines end with a newline alone.
 
-    Raises ReftEdgeError, which names `name`, for UTF-16, for bytes that are not UTF-8, and for zero bytes.
+    Raises ReftEdgeError, which names `name`, for UTF-16 and UTF-32, for bytes that are not UTF-8, and for zero bytes.
     """
+    if content.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        raise ReftEdgeError(f"{name} is UTF-32 text; save it as UTF-8")
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or 2 * content[:100].count(0) >= max(
         len(content[:100]) - 1, 1
     ):
@@ -97,8 +103,16 @@ def check_place(path: Path, room: int = 1) -> None:
 def check_apart(output: Path, *inputs: Path | None) -> None:
     """Raise ReftEdgeError if a file to be written is one of those that are read."""
     for given in inputs:
-        if given is not None and output.exists() and given.exists() and output.samefile(given):
+        if given is not None and same_file(output, given):
             raise ReftEdgeError(f"{output} is read as {given}, and would be replaced; give another name")
+
+
+def same_file(one: Path, other: Path) -> bool:
+    """Whether two names stand for one file, which need not be there yet."""
+    try:
+        return one.samefile(other)
+    except OSError:
+        return os.path.realpath(one) == os.path.realpath(other)
 
 
 def write_atomically(path: Path, content: bytes, mode: int | None = None) -> None:

@@ -2,14 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from reft_edge.errors import ReftEdgeError
-from reft_edge.files import read_text, sha256_of
+from reft_edge.files import decode_text, read_content, read_text
 from reft_edge.unicode import check_texts
 
 Row = TypeVar("Row")
@@ -65,20 +65,34 @@ def _without_none(value: Any) -> Any:
     return [_without_none(part) for part in value] if isinstance(value, list | tuple) else value
 
 
-def digest_of(source: RowSource) -> str:
-    """SHA-256 of a file, or of the file that rows in memory would make."""
-    if isinstance(source, Path):
-        return sha256_of(source)
-    return hashlib.sha256("".join(f"{line}\n" for line in source.lines).encode()).hexdigest()
-
-
 def read_rows(source: RowSource, parse: Callable[[Any], Row]) -> Iterator[tuple[int, Row]]:
     """Every row as `parse` makes it, with its number from 1, which is a file's line; empty lines are left out.
 
     Lines end at a newline only, since other line separators are allowed inside JSON texts. Raises ReftEdgeError if the
     file cannot be read, and, naming the line, where it is not valid JSON or `parse` raises one.
     """
-    for number, line in read_lines(source):
+    return _rows(source, read_lines(source), parse)
+
+
+def load_rows(source: RowSource, parse: Callable[[Any], Row]) -> tuple[list[Row], str]:
+    """All rows as `read_rows` gives them, and the hex SHA-256 of the file, or of the one that rows in memory would make.
+
+    A file is read once, so that it may be a pipe.
+    """
+    if isinstance(source, Path):
+        content = read_content(source, source)
+        lines: Sequence[str] = decode_text(content, source).split("\n")
+    else:
+        lines = source.lines
+        content = "".join(f"{line}\n" for line in lines).encode()
+    rows = [row for _, row in _rows(source, _numbered(lines), parse)]
+    return rows, hashlib.sha256(content).hexdigest()
+
+
+def _rows(
+    source: RowSource, lines: Iterable[tuple[int, str]], parse: Callable[[Any], Row]
+) -> Iterator[tuple[int, Row]]:
+    for number, line in lines:
         with at_line(source, number):
             value = json.loads(line)
             for name, part in value.items() if isinstance(value, dict) else ():
@@ -89,8 +103,12 @@ def read_rows(source: RowSource, parse: Callable[[Any], Row]) -> Iterator[tuple[
 
 def read_lines(source: RowSource) -> Iterator[tuple[int, str]]:
     """The lines that are not empty, with their numbers. Raises ReftEdgeError if a file cannot be read."""
-    lines = read_text(source).split("\n") if isinstance(source, Path) else source.lines
-    yield from ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
+    return _numbered(read_text(source).split("\n") if isinstance(source, Path) else source.lines)
+
+
+def _numbered(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
+    plain = (line.lstrip("\ufeff") for line in lines)  # files that were joined have marks inside
+    return ((number, line) for number, line in enumerate(plain, start=1) if line.strip())
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from reft_edge.commands.serve import _api_key
 from reft_edge.errors import ReftEdgeError
-from reft_edge.files import decode_text, open_regular, read_text
+from reft_edge.files import check_apart, decode_text, open_regular, read_text, same_file
 from reft_edge.jsonl import read_rows
 from reft_edge.model.manifest import load_manifest
 from reft_edge.model.prompts import load_prompts
@@ -98,7 +98,7 @@ def test_text_is_utf8_with_or_without_a_mark(tmp_path: Path, content: bytes, tex
         ("a,b\n".encode("utf-16"), "names is UTF-16 text; save it as UTF-8"),
         ("a,b\n".encode("utf-16-be"), "names is UTF-16 text"),
         ("é\n".encode("utf-16-le"), "names is UTF-16 text"),
-        ("a,b\n".encode("utf-32"), "names is UTF-16 text"),
+        ("a,b\n".encode("utf-32"), "names is UTF-32 text"),
         ("a\nb\né\n".encode("latin-1"), "names is not UTF-8 text: line 3 has the byte 0xe9"),
         (b"a row of text\n and \0\n", "names holds a zero byte"),
     ],
@@ -134,3 +134,19 @@ def test_every_file_of_text_may_begin_with_a_mark(device_folder: Path, tmp_path:
     assert (after.template, after.special_tokens) == (before.template, before.special_tokens)
     index = json.dumps({"format": FORMAT, "version": VERSION, "releases": []}).encode()
     assert parse_index(BOM + index) == parse_index(index)
+
+
+def test_one_file_by_two_names(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("folder")
+    one, other = tmp_path / "folder" / "a", tmp_path / "link" / ".." / "folder" / "a"
+    assert same_file(one, other)  # not there yet
+    one.write_bytes(b"")
+    os.link(one, tmp_path / "b")
+    assert same_file(other, tmp_path / "b")
+    (tmp_path / "loop").symlink_to("loop")
+    for name in ("c", "x" * 300, "loop"):
+        assert not same_file(one, tmp_path / name)
+        check_apart(tmp_path / name, one, None)
+    with pytest.raises(ReftEdgeError, match="give another name"):
+        check_apart(tmp_path / "b", None, one)

@@ -121,9 +121,13 @@ class Prompts:
 
     @cached_property
     def eos(self) -> str:
-        """The text of the token that ends an answer, by the tokenizer or the model's configuration; "" if none is known."""
-        if "eos_token" in self.special_tokens:
-            return self.special_tokens["eos_token"]
+        """The text of the token that ends an answer, by the tokenizer or the model's configuration; "" if none is known.
+
+        A text that the tokenizer has no token for ends nothing.
+        """
+        named = self.special_tokens.get("eos_token")
+        if named is not None and self.tokenizer.token_to_id(named) is not None:
+            return named
         texts = (self.tokenizer.id_to_token(token) for token in self.end_ids)
         return next((text for text in texts if text is not None), "")
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from reft_edge.errors import ReftEdgeError
-from reft_edge.jsonl import RowSource, digest_of, read_rows
+from reft_edge.jsonl import RowSource, load_rows
 from reft_edge.model.texts import TextTokens, Tokens, parse_row
 
 
@@ -42,11 +42,11 @@ def load_labelled(
             raise ReftEdgeError(f"no training row has its label {label!r}")
         return tokens(text), label
 
-    rows = [row for _, row in read_rows(source, parse)]
+    rows, digest = load_rows(source, parse)
     found = tuple(labels) if labels is not None else tuple(sorted({label for _, label in rows}))
     if not rows or len(found) < 2:
         raise ReftEdgeError(
             f"{source} has {len(rows)} rows and the labels {list(found)}; a classifier needs two labels or more"
         )
     index = {label: i for i, label in enumerate(found)}
-    return LabelledTexts([LabelledText(row, index[label]) for row, label in rows], found, digest_of(source))
+    return LabelledTexts([LabelledText(row, index[label]) for row, label in rows], found, digest)

@@ -8,16 +8,22 @@ expect of this is told as notices.
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from reft_edge.adapter.positions import active, group_names, parse_positions
 from reft_edge.errors import ReftEdgeError
-from reft_edge.jsonl import RowSource, digest_of, read_rows
+from reft_edge.jsonl import RowSource, load_rows
 from reft_edge.model.prompts import ANSWER, Message, Prompts
 
 Tools = list[dict[str, Any]] | None
+
+_WEIGHTS = ("weight", "train", "training")
+"""Fields by which files say how much a message is trained; those that are not there mean wholly."""
+_OLD_FORMS = {"functions": "tools", "function_call": "tool_calls"}
+"""OpenAI's names of before, and those that took their place."""
+_TEXT_PARTS = (None, "text", "input_text", "output_text")
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,8 @@ def load_dataset(source: RowSource, prompts: Prompts, prompt_format: str, max_le
     Raises ReftEdgeError that names the file and line, or the row, for anything that is not such a row.
     """
     examples, left_out, notes = [], 0, Counter[str]()
-    for _, view in read_rows(source, lambda row: view_row(row, prompts, prompt_format)):
+    views, digest = load_rows(source, lambda row: view_row(row, prompts, prompt_format))
+    for view in views:
         if len(view.example.prompt) + len(view.example.completion) > max_length:
             left_out += 1
         else:
@@ -71,7 +78,7 @@ def load_dataset(source: RowSource, prompts: Prompts, prompt_format: str, max_le
                 else ""
             )
         )
-    return Dataset(examples, left_out, digest_of(source), notices(notes, prompts, prompt_format))
+    return Dataset(examples, left_out, digest, notices(notes, prompts, prompt_format))
 
 
 def notices(notes: Counter[str], prompts: Prompts, prompt_format: str) -> tuple[str, ...]:
@@ -98,6 +105,7 @@ def view_row(row: Any, prompts: Prompts, prompt_format: str) -> View:
     """
     if not isinstance(row, dict):
         raise ReftEdgeError('expected an object like {"prompt": ..., "completion": ...}')
+    _refuse_old_forms(row)
     tools = _tools(row.get("tools"))
     if prompt_format == "raw" and ("messages" in row or tools):
         raise ReftEdgeError(
@@ -117,6 +125,8 @@ def view_row(row: Any, prompts: Prompts, prompt_format: str) -> View:
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
         return _view_chat(messages, tools, prompts)
     completion, notes = _with_eos(completion, prompts)
+    if not completion.removesuffix(prompts.eos).strip():
+        raise ReftEdgeError("the completion is empty but for the token that ends it")
     return _view(prompts.encode_raw(prompt), prompts.encode_after(prompt, completion), prompts, notes)
 
 
@@ -141,23 +151,34 @@ def _messages(messages: Any) -> list[dict[str, Any]]:
         raise ReftEdgeError(f"the last message must be the assistant's, not {last['role']!r}")
     if not (last.get("content") or "").strip() and not last.get("tool_calls"):
         raise ReftEdgeError("the answer is empty: the last message has neither text nor tool calls")
-    if last.get("weight") not in (None, 1):
-        raise ReftEdgeError(
-            f"the last message has the weight {last['weight']!r}, but it is what is trained, wholly; "
-            "leave the row out, or end it with an answer of weight 1"
-        )
+    for name in _WEIGHTS:
+        if last.get(name) not in (None, 1):
+            raise ReftEdgeError(
+                f"the last message has the {name} {last[name]!r}, but it is what is trained, wholly; "
+                f"leave the row out, or end it with an answer of {name} {'1' if name == 'weight' else 'true'}"
+            )
     return plain
+
+
+def _refuse_old_forms(fields: Mapping[str, Any]) -> None:
+    for old, new in _OLD_FORMS.items():
+        if fields.get(old):
+            raise ReftEdgeError(f"`{old}` is the old form of `{new}`, and is not read; write `{new}`")
 
 
 def _message(message: Any) -> dict[str, Any]:
     """One message as the server, too, hands it on: texts in parts are joined, a developer is the system."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise ReftEdgeError('every message needs text under "role" and "content"')
+    _refuse_old_forms(message)
     content, calls = message.get("content"), message.get("tool_calls")
     if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
         raise ReftEdgeError("expected a list of objects under `tool_calls`")
     if isinstance(content, list):
-        texts = [part.get("text") if isinstance(part, dict) else None for part in content]
+        texts = [
+            part.get("text") if isinstance(part, dict) and part.get("type") in _TEXT_PARTS else None
+            for part in content
+        ]
         if not all(isinstance(text, str) for text in texts):
             raise ReftEdgeError('every message needs text under "role" and "content"; its parts, too')
         content = "".join(map(str, texts))
@@ -182,7 +203,7 @@ def _view_chat(messages: Sequence[Message], tools: Tools, prompts: Prompts) -> V
         notes += more
     if not answer.strip():
         raise ReftEdgeError("the chat template writes nothing of the answer")
-    notes += _not_written(messages[-1], tools, before, answer, prompts)
+    notes += _not_written(messages, tools, before, answer, prompts)
     answer, more = _ended(answer, prompts)
     prompt, completion = prompts.encode_both(before, answer)
     return _view(prompt, completion, prompts, [*notes, *more])
@@ -226,22 +247,20 @@ def _common(one: str, other: str) -> int:
     return next((at for at, (mine, its) in pairs if mine != its), min(len(one), len(other)))
 
 
-def _not_written(message: Message, tools: Tools, before: str, answer: str, prompts: Prompts) -> list[str]:
-    """What of the answer and the tools a template leaves out. Raises ReftEdgeError if that is a tool call."""
+def _not_written(
+    messages: Sequence[Message], tools: Tools, before: str, answer: str, prompts: Prompts
+) -> list[str]:
+    """What of the answer and the tools a template leaves out. Raises ReftEdgeError if that is a tool call or all the text."""
+    earlier, message = messages[:-1], messages[-1]
     written = before[-200:] + answer
-    notes = []
-    for call in message.get("tool_calls") or ():
-        function = call.get("function") if isinstance(call.get("function"), dict) else call
-        name, arguments = function.get("name"), function.get("arguments")
-        if not isinstance(name, str) or name not in answer:
-            raise ReftEdgeError(f"the chat template does not write the call of the tool {name!r}")
-        if isinstance(arguments, str) and json.dumps(arguments, ensure_ascii=False) in answer:
-            notes.append(
-                "tool calls whose arguments are JSON text, which the chat template quotes once more; give them as an object"
-            )
-    if not _holds(written, message.get("content")):
-        if prompts.turn_tail is None:
+    calls = message.get("tool_calls") or ()
+    notes = _calls_not_written(calls, answer)
+    content = message.get("content")
+    if prompts.turn_tail is None and isinstance(content, str) and content.strip():
+        probe = {**message, "content": ANSWER}
+        if ANSWER not in prompts.render([*earlier, probe], add_generation_prompt=False, tools=tools):
             raise ReftEdgeError("the chat template writes nothing of the answer's text")
+    if not _holds(written, content):
         notes.append("answers of which the chat template writes only a part or another form; that is trained")
     for name in ("reasoning_content", "reasoning", "thinking"):
         if not _holds(written, message.get(name)):
@@ -252,9 +271,46 @@ def _not_written(message: Message, tools: Tools, before: str, answer: str, promp
     return notes
 
 
+def _calls_not_written(calls: Sequence[Mapping[str, Any]], answer: str) -> list[str]:
+    """What of tool calls is not in an answer as it stands. Raises ReftEdgeError if that is a whole call."""
+    notes = []
+    functions = [_function(call) for call in calls]
+    given = [function.get("name") for function in functions]
+    for name, count in Counter(name if isinstance(name, str) else None for name in given).items():
+        if name is None or answer.count(name) < count:
+            raise ReftEdgeError(
+                f"the chat template does not write {'the call' if count == 1 else f'all {count} calls'} of the tool {name!r}"
+            )
+    for arguments in (function.get("arguments") for function in functions):
+        if isinstance(arguments, str) and json.dumps(arguments, ensure_ascii=False) in answer:
+            notes.append(
+                "tool calls whose arguments are JSON text, which the chat template quotes once more; give them as an object"
+            )
+        if not all(_holds(answer, text) or json.dumps(text)[1:-1] in answer for text in _leaves(arguments)):
+            notes.append(
+                "tool calls of whose arguments the chat template writes only a part, or another form"
+            )
+    return notes
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    """The texts that objects and lists hold."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list):
+        for part in value:
+            yield from _leaves(part)
+    elif isinstance(value, str):
+        yield value
+
+
+def _function(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    function = call.get("function")
+    return function if isinstance(function, dict) else call
+
+
 def _tool_name(tool: Mapping[str, Any]) -> str:
-    function = tool.get("function")
-    return str((function if isinstance(function, dict) else tool).get("name"))
+    return str(_function(tool).get("name"))
 
 
 def _holds(written: str, text: Any) -> bool:

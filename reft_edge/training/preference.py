@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from reft_edge.errors import ReftEdgeError
-from reft_edge.jsonl import RowSource, digest_of, read_rows
+from reft_edge.jsonl import RowSource, load_rows
 from reft_edge.model.prompts import Prompts
 from reft_edge.steering.hooks import Steering
 from reft_edge.steering.interventions import dropout_off
@@ -51,7 +51,8 @@ def load_preferences(source: RowSource, prompts: Prompts, prompt_format: str, ma
     Raises ReftEdgeError that names the file and line, or the row, for anything that is not such a row.
     """
     pairs, left_out, told = [], 0, Counter[str]()
-    for _, (pair, notes) in read_rows(source, lambda row: view_pair(row, prompts, prompt_format)):
+    rows, digest = load_rows(source, lambda row: view_pair(row, prompts, prompt_format))
+    for pair, notes in rows:
         if max(len(side.prompt) + len(side.completion) for side in (pair.chosen, pair.rejected)) > max_length:
             left_out += 1
         else:
@@ -62,7 +63,7 @@ def load_preferences(source: RowSource, prompts: Prompts, prompt_format: str, ma
             f": all {left_out} are longer than {max_length} tokens; raise --max-length" if left_out else ""
         )
         raise ReftEdgeError(f"{source} has no pair to train on{longer}")
-    return Preferences(pairs, left_out, digest_of(source), notices(told, prompts, prompt_format))
+    return Preferences(pairs, left_out, digest, notices(told, prompts, prompt_format))
 
 
 def view_pair(row: Any, prompts: Prompts, prompt_format: str) -> tuple[PreferencePair, tuple[str, ...]]:

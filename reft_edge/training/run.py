@@ -108,7 +108,7 @@ def train(
         Profile(place) if execution.profile else None,
     )
     checkpoint = Checkpoint(
-        output.with_name(output.name + ".checkpoint"),
+        checkpoint_of(output),
         {
             "settings": dataclasses.asdict(settings),
             "data": data.digest,
@@ -163,6 +163,11 @@ def train(
         found.accuracy,
         trainer.profile.a_step() if trainer.profile else None,
     )
+
+
+def checkpoint_of(output: Path) -> Path:
+    """Where the checkpoint of a training to `output` is."""
+    return output.with_name(output.name + ".checkpoint")
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from reft_edge.errors import ReftEdgeError
-from reft_edge.files import check_apart, check_place
+from reft_edge.files import check_apart, check_place, same_file
 from reft_edge.jsonl import RowSource
 from reft_edge.model.device import chosen_dtype
 from reft_edge.model.encoders import check_task, default_pooling, is_encoder, load_encoder, load_text_tokens
@@ -22,7 +22,7 @@ from reft_edge.training.loss_log import LossLog
 from reft_edge.training.objectives import Data
 from reft_edge.training.preference import load_preferences
 from reft_edge.training.recipes import recipe as recipe_options
-from reft_edge.training.run import train, training_to
+from reft_edge.training.run import checkpoint_of, train, training_to
 from reft_edge.training.settings import PLAIN, Execution, StepReport, TrainResult, TrainSettings
 
 Report = Callable[[str], None]
@@ -167,11 +167,13 @@ def _checked_places(wanted: Wanted, report: Report) -> LossLog | None:
     if wanted.eval_every is not None and wanted.evaluation is None:
         raise ReftEdgeError("--eval-every needs held-out rows; give a file with --eval")
     check_place(wanted.output)
+    check_place(checkpoint_of(wanted.output))
     with training_to(wanted.output):
         pass
     if wanted.loss_log is None:
         return None
-    check_apart(wanted.loss_log, wanted.output)
+    if any(same_file(wanted.loss_log, path) for path in (wanted.output, checkpoint_of(wanted.output))):
+        raise ReftEdgeError(f"the loss log {wanted.loss_log} would replace the adapter; give another name")
     return LossLog(wanted.loss_log, wanted.resume, report)
 
 

@@ -1,7 +1,10 @@
 """Rows to tokens: what is trained on, and what a bad row is told."""
 
 import dataclasses
+import hashlib
 import json
+import os
+import threading
 
 import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -146,6 +149,12 @@ WITH_TOOLS = (
     "{% if add_generation_prompt %}<|start|>assistant\nOPEN{% endif %}"
 )
 
+FIRST_CALL = (
+    "{% for m in messages %}<|start|>{{ m.role }}\n{% if m.tool_calls %}{% set c = m.tool_calls[0].function %}"
+    "{{ c.name }}({{ c.arguments | tojson }}){% else %}{{ m.content }}{% endif %}<|end|>\n{% endfor %}"
+) + ASK
+"""Writes the first of a message's calls, as gpt-oss's does."""
+
 
 def turns(*contents):
     roles = ("user", "assistant")
@@ -183,6 +192,53 @@ def test_files_tell_what_is_not_trained(tmp_path, prompts):
     bare = dataclasses.replace(prompts, template=None)
     (notice,) = load_dataset(write(tmp_path, rows[-1]), bare, "raw", 999).notices
     assert "no chat template: prompts are trained as they stand" in notice
+
+
+@pytest.mark.parametrize("completion", ["<|end|>", " <|end|>", "\n<|end|>"])
+def test_a_raw_answer_of_an_end_alone_is_empty(prompts, completion):
+    with pytest.raises(ReftEdgeError, match="the completion is empty but for"):
+        view_row({"prompt": "Who are you?", "completion": completion}, prompts, "raw")
+
+
+def test_rows_may_come_by_a_pipe(tmp_path, prompts):
+    content = (json.dumps({"prompt": "Hi", "completion": "Yes."}) + "\n").encode()
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(content,))
+    writer.start()
+    data = load_dataset(tmp_path / "pipe", prompts, "chat", 999)
+    writer.join()
+    assert (len(data.examples), data.digest) == (1, hashlib.sha256(content).hexdigest())
+
+
+def test_an_end_that_the_tokenizer_has_no_token_for_is_none(prompts):
+    named = dataclasses.replace(prompts, special_tokens={"eos_token": "</s>"}, template=None, end_ids=())
+    _, completion, notes = view(named, {"prompt": "Hi", "completion": "Yes."})
+    assert (completion, notes) == (
+        "Yes.",
+        ("answers without an end, since the model names no token that ends one",),
+    )
+    known = dataclasses.replace(named, end_ids=(1,))
+    assert view(known, {"prompt": "Hi", "completion": "Yes."})[1:] == ("Yes.<|end|>", ())
+    assert known.stop_ids == (1,)
+
+
+def test_arguments_that_a_template_leaves_out_are_told(prompts):
+    source = FIRST_CALL.replace("c.arguments | tojson", "c.arguments.city")
+    given = {"city": "Oslo", "days": ["to\nmorrow", {"at": "noon"}]}
+    calls = [{"function": {"name": "weather", "arguments": given}}]
+    row = {"messages": called(content="", tool_calls=calls)}
+    _, completion, notes = view(prompts, row, source)
+    assert completion == "weather(Oslo)<|end|>"
+    assert "tool calls of whose arguments the chat template writes only a part, or another form" in notes
+    assert view(prompts, row, FIRST_CALL)[2] == ()
+
+
+@pytest.mark.parametrize("content", ["\ufeff{}\n\ufeff{}\n", "\ufeff\ufeff{}\n\ufeff\n{}\n\ufeff"])
+def test_files_with_marks_that_were_joined(tmp_path, prompts, content):
+    row = json.dumps({"prompt": "Hi", "completion": "Yes."})
+    path = tmp_path / "joined.jsonl"
+    path.write_text(content.replace("{}", row), encoding="utf-8")
+    assert len(load_dataset(path, prompts, "chat", 999).examples) == 2
 
 
 @pytest.mark.parametrize("marked", [False, True])
@@ -337,6 +393,40 @@ def test_what_a_template_leaves_out_or_changes_is_told(prompts, row, source, not
             {"messages": turns("a", "b")},
             CHATML.replace("m.content", "''") + ASK,
             "nothing of the answer's text",
+        ),
+        # Short texts stand in whatever a template writes.
+        (
+            {"messages": turns("a", "t")},
+            CHATML.replace("m.content", "'x'") + ASK,
+            "nothing of the answer's text",
+        ),
+        (
+            {"messages": called(tool_calls=[called()[-1]["tool_calls"][0]] * 2)},
+            FIRST_CALL,
+            "does not write all 2 calls of the tool 'weather'",
+        ),
+        (
+            {
+                "messages": [
+                    *turns("a"),
+                    {"role": "assistant", "content": "b", "function_call": {"name": "f"}},
+                ]
+            },
+            "",
+            "`function_call` is the old form of `tool_calls`",
+        ),
+        ({"prompt": "a", "completion": "b", "functions": [{"name": "f"}]}, "", "old form of `tools`"),
+        ({"messages": [*turns("a"), {**turns("a", "b")[1], "train": False}]}, "", "has the train False"),
+        ({"messages": [*turns("a"), {**turns("a", "b")[1], "training": 0}]}, "", "has the training 0"),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "image", "text": "a"}]},
+                    *turns("a", "b")[1:],
+                ]
+            },
+            "",
+            "its parts, too",
         ),
         ({"messages": turns("a", "b")}, "{{ 'a' + messages }}", "chat template failed: TypeError"),
         ({"messages": turns("a", "b")}, "{{ 1 / 0 }}", "chat template failed: ZeroDivisionError"),

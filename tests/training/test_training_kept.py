@@ -540,6 +540,17 @@ def test_a_loss_log_replaces_no_other_file_and_ends_no_training(tmp_path, monkey
     assert "No space left on device" in said[0]
 
 
+@pytest.mark.parametrize("log", ["a.safetensors", "a.safetensors.checkpoint", "x/../a.safetensors"])
+def test_a_loss_log_is_no_name_of_the_adapter(device_folder, tmp_path, monkeypatch, log):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x").mkdir()
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    options = ["-o", "a.safetensors", "--loss-log", log]
+    found = CliRunner().invoke(app, ["train", str(device_folder / "hf"), "rows.jsonl", *options])
+    assert (found.exit_code, "would replace the adapter" in found.output) == (1, True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl", "x"]
+
+
 def test_the_command_says_what_it_does_and_heeds_signals(device_folder, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text(
