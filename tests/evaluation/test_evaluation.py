@@ -371,7 +371,7 @@ def test_labelled_texts_become_prompts(tmp_path):
         ),
         ('{"prompt": "a", "answer": "b"}', "multiple", "unknown task"),
         *(
-            (row, task, "line 2: `prompt`: character 1 of the text is half of one")
+            (row, task, "line 2: `[a-z0-9]+`: character 1 of the text is half of one")
             for row, task in (
                 ('{"prompt": "\\ud83d", "answer": "7", "choices": ["7", "8"]}', None),
                 ('{"prompt": "a", "answer": 0, "choices": ["\\udc00", "8"]}', None),
