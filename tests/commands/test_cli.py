@@ -285,7 +285,7 @@ def fastest(code: list[str]) -> float:
 
 
 def test_help_is_instant():
-    assert fastest(["-m", "reft_edge", "--help"]) < 0.4
+    assert fastest(["-m", "reft_edge", "--help"]) < 0.6
 
 
 def test_the_runtime_imports_fast_and_without_torch():
