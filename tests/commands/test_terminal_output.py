@@ -291,7 +291,12 @@ def test_numbers_that_make_no_sense(arguments):
 def test_nobody_writes_around_the_clean_streams():
     """But for `input`, which gets a printable prompt."""
     around = {"print", "input", "typer.echo", "typer.secho", "click.echo", "Console", "sys.stdout.write"}
-    allowed = {"streams.py", "screen.py", "console.py"}
+    allowed = {
+        "streams.py",
+        "screen.py",
+        "console.py",
+        "builder_process.py",
+    }  # the last one prints into a pipe
     for folder in ("reft_edge", "runtime", "export"):
         for path in (ROOT / folder).rglob("*.py"):
             if path.name in allowed or "web" in path.parts:
