@@ -87,7 +87,7 @@ def probe(
         streams.append([_stream(found, part) for part in taps])
     if len(kinds) != 1:
         raise ReftEdgeError(
-            "cannot place ports: the values taken for block outputs have unlike types or sizes: "
+            "cannot place ports: the values taken for block outputs have different types or sizes: "
             + ", ".join(sorted(f"{kind} × {size}" for kind, size in kinds))
         )
     ((dtype, size),) = kinds

@@ -220,7 +220,7 @@ class SteeredModel:
 
         `adapters`: one choice a prompt, or None for no adapter; other options as for `stream`. Every answer is what
         `generate` gives for its prompt alone. Rows run as one batch on the CPU where the graph shares its KV caches (what
-        `reft-edge export` makes does), else in turn. Raises ReftEdgeError as `stream` does, and for unlike numbers of
+        `reft-edge export` makes does), else in turn. Raises ReftEdgeError as `stream` does, and for different numbers of
         prompts and choices.
         """
         choices = [None] * len(prompts) if adapters is None else list(adapters)

@@ -77,7 +77,7 @@ def concat(edits: Sequence[Edit]) -> Edit:
         raise ReftEdgeError("there is no edit to combine; give at least one adapter")
     sizes = {edit.hidden_size for edit in edits}
     if len(sizes) > 1:
-        raise ReftEdgeError(f"adapters of unlike hidden sizes {sorted(sizes)} cannot run together")
+        raise ReftEdgeError(f"adapters of different hidden sizes {sorted(sizes)} cannot run together")
     places: dict[Place, LayerEdit] = {}
     offset = 0
     for edit in edits:

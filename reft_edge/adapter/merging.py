@@ -158,11 +158,11 @@ def compress(edit: Edit, rank: int) -> tuple[Edit, tuple[Loss, ...], float]:
 
 
 def merge(sources: Sequence[Source], rank: int | None = None, raw: bool | None = None) -> Merged:
-    """One adapter that does what the sources do at once; `raw` settles unlike prompt formats.
+    """One adapter that does what the sources do at once; `raw` settles different prompt formats.
 
     One source alone, unscaled and not compressed, keeps its intervention; else the result is NoDiReFT. Raises
-    AdapterFileError, BaseMismatchError for unlike bases, and ReftEdgeError for what one file cannot hold: two
-    classification heads, unlike components, a non-linear act_fn.
+    AdapterFileError, BaseMismatchError for different bases, and ReftEdgeError for what one file cannot hold: two
+    classification heads, different components, a non-linear act_fn.
     """
     if not sources:
         raise ReftEdgeError("there is nothing to merge; give at least one adapter file")

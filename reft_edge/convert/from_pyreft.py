@@ -233,7 +233,7 @@ def _read_config(folder: Path) -> _Described | None:
         }
         links = [item for item in representations if isinstance(item, list) and item[7] is not None]
         if not len(types) == len(representations) == len(keys):
-            raise ValueError("its lists are of unlike lengths")
+            raise ValueError("its lists are of different lengths")
     except OSError as error:
         raise ReftEdgeError(f"cannot read {path}: {error.strerror}") from error
     except ReftEdgeError as error:

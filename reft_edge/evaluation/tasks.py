@@ -48,7 +48,7 @@ class Questions:
 def load_questions(source: RowSource, task: str | None = None, limit: int | None = None) -> Questions:
     """Read a JSONL file; the rows tell the task unless it is given. Of a longer file, the first `limit` rows.
 
-    Raises ReftEdgeError that names the file and line, or the row, for rows of another form, or of unlike tasks.
+    Raises ReftEdgeError that names the file and line, or the row, for rows of another form, or of different tasks.
     """
     if task is not None and task not in TASKS:
         raise ReftEdgeError(f"unknown task {task!r}; choose one of {', '.join(TASKS)}")

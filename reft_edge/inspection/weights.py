@@ -157,7 +157,7 @@ def _between(adapter: Adapter, other: Adapter) -> Overlap:
     if len(bases) > 1:
         raise ReftEdgeError(
             f"the two adapters have other base models, {adapter.config.base_name} and {other.config.base_name}; "
-            "subspaces of unlike models cannot be compared"
+            "subspaces of different models cannot be compared"
         )
     layers = tuple(sorted(set(adapter.config.layers) & set(other.config.layers)))
     if not layers:

@@ -220,13 +220,13 @@ class _told:  # noqa: N801
 def choose_format(given: bool | None, adapters: Sequence[str], has_template: bool) -> str:
     """`raw` or `chat`: what was asked for, else what the adapters were trained with, else the template if there is one.
 
-    Raises ReftEdgeError if the adapters were trained with unlike formats.
+    Raises ReftEdgeError if the adapters were trained with different formats.
     """
     if given is not None:
         return "raw" if given else "chat"
     if len(set(adapters)) > 1:
         raise ReftEdgeError(
-            "the adapters were trained on unlike prompts, some raw, some through the chat template; "
+            "the adapters were trained on different prompts, some raw, some through the chat template; "
             "say which to use: --raw or --chat, raw=True or raw=False"
         )
     return adapters[0] if adapters else "chat" if has_template else "raw"
