@@ -79,7 +79,7 @@ export function concat(edits: Edit[]): Edit {
   const sizes = new Set(edits.map((edit) => edit.hiddenSize));
   const [hiddenSize] = sizes;
   if (hiddenSize === undefined || sizes.size > 1) {
-    throw new ReftEdgeError(`adapters of unlike hidden sizes ${[...sizes].join(", ")} cannot run together`);
+    throw new ReftEdgeError(`adapters of different hidden sizes ${[...sizes].join(", ")} cannot run together`);
   }
   const places = new Map<string, LayerEdit>();
   const gates: Gate[] = [];

@@ -220,7 +220,7 @@ export class SteeredModel {
     const formats = new Set(names.map((name) => this.find(name).config.prompt_format));
     if (formats.size > 1) {
       throw new ReftEdgeError(
-        "the adapters were trained on unlike prompts, some raw, some through the chat template; say which to use",
+        "the adapters were trained on different prompts, some raw, some through the chat template; say which to use",
       );
     }
     const [format] = formats;
