@@ -46,7 +46,9 @@ _ACTIVATIONS = {"leakyrelu": "leaky_relu"}
 
 def is_adapterhub(folder: Path) -> bool:
     """Whether a folder has the files that `save_adapter` of `adapters` writes."""
-    return (folder / CONFIG).is_file() and any((folder / name).is_file() for name in (_PICKLED, _PLAIN))
+    return os.path.lexists(folder / CONFIG) and any(
+        os.path.lexists(folder / name) for name in (_PICKLED, _PLAIN)
+    )
 
 
 def from_adapterhub(
@@ -183,7 +185,7 @@ def _intervention(folder: Path, config: dict[str, Any], given: str | None) -> st
 def _read_tensors(folder: Path, rank: int, base: Base, tied: bool) -> dict[str, Array]:
     size, units = base.hidden_size, (1 if tied else 2) * base.num_layers
     limit = 8 * units * (size * size + 3 * rank * size + rank)
-    if (folder / _PICKLED).is_file() or not (folder / _PLAIN).is_file():
+    if os.path.lexists(folder / _PICKLED) or not os.path.lexists(folder / _PLAIN):
         return read_tensors(folder / _PICKLED, limit, count=4 * units)
     from safetensors import SafetensorError
     from safetensors.torch import load

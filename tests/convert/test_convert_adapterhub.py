@@ -1,6 +1,7 @@
 """AdapterHub's ReFT adapters: its folders are written here as `adapters` 1.3.0 writes them, its units computed as its own code does."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from reft_edge.adapter.config import Adapter
 from reft_edge.adapter.file import load_adapter
 from reft_edge.adapter.linear import fold
 from reft_edge.cli import app
-from reft_edge.convert.from_adapterhub import from_adapterhub
+from reft_edge.convert.from_adapterhub import from_adapterhub, is_adapterhub
 from reft_edge.convert.from_pyreft import Asked
 from reft_edge.errors import ReftEdgeError
 from reft_edge.model.loading import load_model
@@ -230,4 +231,14 @@ def test_damaged_folders_are_refused(tmp_path):
     weights.unlink()
     (tmp_path / "ad/adapter.safetensors").write_bytes(b"\xff" * 100)
     with pytest.raises(ReftEdgeError, match="not a usable safetensors"):
+        from_adapterhub(tmp_path / "ad", lambda: BASE, ASKED)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "pytorch_adapter.bin"])
+def test_what_is_no_file_is_named(tmp_path, name):
+    write(tmp_path / "ad")
+    (tmp_path / "ad" / name).unlink()
+    os.mkfifo(tmp_path / "ad" / name)
+    assert is_adapterhub(tmp_path / "ad")
+    with pytest.raises(ReftEdgeError, match=rf"cannot read .*{name}: it is not a regular file"):
         from_adapterhub(tmp_path / "ad", lambda: BASE, ASKED)
