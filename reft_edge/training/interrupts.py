@@ -4,10 +4,11 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 _NOTED = b"\nstopping after this step; once more stops at once\n"
 
@@ -35,6 +36,7 @@ class Interrupts:
     patient: bool = False
     """Whether the first one is only noted, since somebody looks at `count` soon."""
     _first: float = 0.0
+    _ending: bool = False
 
     def as_error(self) -> KeyboardInterrupt:
         """The exception that stands for the last signal."""
@@ -49,6 +51,15 @@ class Interrupts:
         finally:
             self.patient = False
 
+    def end(self, before: Mapping[int, Any]) -> None:
+        """Put the handlers of before back, all of them; what comes meanwhile is raised after that."""
+        came, self._ending = self.count, True
+        with ExitStack() as stack:  # goes on where a handler that is back raises
+            for number, handler in before.items():
+                stack.callback(signal.signal, number, handler)
+        if self.count > came:
+            raise self.as_error()
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self.count and now - self._first < self.settle:
@@ -56,6 +67,8 @@ class Interrupts:
         self._first = self._first or now
         self.count += 1
         self.number = number
+        if self._ending:
+            return
         if not self.patient or self.count > 1:
             raise self.as_error()
         with suppress(OSError):
@@ -72,14 +85,13 @@ def interrupts(settle: float = 0.0) -> Iterator[Interrupts]:
     if threading.current_thread() is not threading.main_thread():
         yield found
         return
-    before = {}
-    for number in SIGNALS:
-        kept = signal.getsignal(number)
-        if kept not in (signal.SIG_IGN, None):
-            before[number] = kept
-            signal.signal(number, found._handle)
+    before: dict[int, Any] = {}
     try:
+        for number in SIGNALS:
+            kept = signal.getsignal(number)
+            if kept not in (signal.SIG_IGN, None):
+                before[number] = kept
+                signal.signal(number, found._handle)
         yield found
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        found.end(before)

@@ -28,6 +28,7 @@ from reft_edge.locks import held
 from reft_edge.model.loading import load_model
 from reft_edge.model.source import ModelFolder
 from reft_edge.training.data import Dataset, Example
+from reft_edge.training.interrupts import SIGNALS, interrupts
 from reft_edge.training.loss_log import LossLog
 from reft_edge.training.objectives import Completions
 from reft_edge.training.rescue import written_elsewhere
@@ -323,6 +324,24 @@ def test_a_signal_is_heard_after_the_step(model, data, tmp_path, number):
     assert signal.getsignal(number) == before
     run(model, data, tmp_path / "a", resume=True, on_step=lambda step: steps.append(step.step))
     assert steps == [4, 5, 6]
+
+
+@pytest.mark.parametrize("at", range(2 * len(SIGNALS)))
+def test_a_signal_while_handlers_change_leaves_none_behind(monkeypatch, at):
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    change, changed = signal.signal, []
+
+    def signal_comes(number, handler):
+        result = change(number, handler)
+        changed.append(number)
+        if len(changed) == at + 1:
+            signal.raise_signal(signal.SIGINT)
+        return result
+
+    monkeypatch.setattr(signal, "signal", signal_comes)
+    with pytest.raises(KeyboardInterrupt), interrupts():
+        pass
+    assert {number: signal.getsignal(number) for number in SIGNALS} == before
 
 
 def test_a_second_signal_stops_at_once(model, data, tmp_path):
