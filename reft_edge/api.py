@@ -213,7 +213,8 @@ def train(
     `profile`: measure where the time of a step goes.
     `report` is told what the user should know; `on_step` gets a StepReport after every step: its loss in nats a token.
 
-    `settings` are the fields of `reft_edge.training.settings.TrainSettings`: intervention, layers, rank, positions,
+    `settings` are the fields of `reft_edge.training.settings.TrainSettings`: intervention, layers (a text as for `export`, or a
+    list of numbers), rank, positions,
     component, tied, act_fn, lr, epochs, max_steps, batch_size, accumulate, warmup, schedule, weight_decay, dropout, clip,
     seed, dtype, beta, load_in, pooling, group_by_length and so on.
 
@@ -251,6 +252,8 @@ def train(
     )
     folder = base.folder if isinstance(base, FrozenModel) else str(base)
     model = base.model if isinstance(base, FrozenModel) else None
+    if "layers" in settings:
+        settings["layers"] = _layers(settings["layers"])
     return prepare(folder, wanted, settings, model, report).run(report, on_step)
 
 
@@ -360,7 +363,7 @@ def export(
     folder: str | Path,
     *,
     precision: str = "fp32",
-    layers: str = "all",
+    layers: str | int | Sequence[int] = "all",
     components: Sequence[str] = ("block",),
     device: str = "cpu",
     algorithm: str = "auto",
@@ -371,7 +374,7 @@ def export(
     """Export a frozen base to ONNX with intervention ports, checked against PyTorch. Done once: all its adapters run there.
 
     `base`: one that is loaded, or what `load` takes. `folder` is replaced only by a success. `precision`: fp32, fp16, bf16,
-    int8 or int4. `layers`: which get a port: `all`, `3;9;18`, `0-5`, or a mix. `components`: of each layer, its block,
+    int8 or int4. `layers`: which get a port: `all`, `3;9;18`, `0-5`, a mix, or a list of numbers. `components`: of each layer, its block,
     attention or mlp. `device`: cpu or cuda, where the graph will run. `algorithm`, `block_size` (weights that share a
     scale) and `accuracy_level` are for int4 and int8. `report` is told each step.
 
@@ -392,7 +395,7 @@ def export(
         source,
         Path(folder),
         precision,
-        layers,
+        _layers(layers),
         report,
         components=tuple(components),
         device=device,
@@ -554,6 +557,12 @@ def pull(
 def _listed(given: Any) -> list[Any]:
     """One or several, as a list."""
     return [given] if isinstance(given, str | Path) else list(given)
+
+
+def _layers(given: Any) -> Any:
+    """A list of numbers, or one, as the text that names them; anything else as it is."""
+    numbers = list(given) if isinstance(given, list | tuple | range) else [given]
+    return ";".join(map(str, numbers)) if all(type(number) is int for number in numbers) else given
 
 
 def _scaled(adapters: Sequence[AdapterFile]) -> list[tuple[Path, float]]:

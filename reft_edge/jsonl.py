@@ -65,6 +65,11 @@ def _without_none(value: Any) -> Any:
     return [_without_none(part) for part in value] if isinstance(value, list | tuple) else value
 
 
+def unit_of(source: RowSource) -> str:
+    """What rows are counted by: `line` or `row`."""
+    return "line" if isinstance(source, Path) else "row"
+
+
 def read_rows(source: RowSource, parse: Callable[[Any], Row]) -> Iterator[tuple[int, Row]]:
     """Every row as `parse` makes it, with its number from 1, which is a file's line; empty lines are left out.
 
@@ -114,7 +119,7 @@ def _numbered(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
 @contextmanager
 def at_line(source: RowSource, number: int) -> Iterator[None]:
     """Name file and line, or row, in what goes wrong inside the block."""
-    place = f"{source} line {number}" if isinstance(source, Path) else f"row {number}"
+    place = f"{f'{source} ' if isinstance(source, Path) else ''}{unit_of(source)} {number}"
     try:
         yield
     except (ValueError, RecursionError) as error:

@@ -179,6 +179,13 @@ def test_rows_that_cannot_be_trained_on_are_named(base, tmp_path, rows, message)
         ({"eval_every": 1}, "held-out rows"),
         ({"device": "nowhere"}, "nowhere"),
         ({"lr": -1}, "lr is -1"),
+        ({"lr": "fast"}, "lr is 'fast'; expected a number"),
+        ({"rank": 2.5}, "rank is 2.5; expected a whole number"),
+        ({"max_steps": True}, "max_steps is True; expected a whole number"),
+        ({"tied": "yes"}, "tied is 'yes'; expected True or False"),
+        ({"positions": 7}, "positions is 7; expected a text"),
+        ({"layers": [0, 99]}, "99"),
+        ({"layers": ["a"]}, "layers"),
     ],
 )
 def test_settings_that_do_not_go_are_named(base, tmp_path, settings, message):
@@ -193,6 +200,50 @@ def test_a_recipe_gives_way_to_what_is_given(base, tmp_path):
     reft_edge.train(base, ROWS, tmp_path / "x.safetensors", recipe="math", rank=2, max_steps=1)
     config = read_config(tmp_path / "x.safetensors")
     assert (config.rank, config.tied, config.positions) == (2, True, "f7+l7")
+
+
+def test_layers_are_a_text_a_list_or_a_number_and_numbers_may_be_numpys(base, tmp_path):
+    import numpy as np
+
+    from reft_edge.adapter.file import read_config
+
+    for layers, expected in (("0;2", (0, 2)), ([0, 2], (0, 2)), (range(2), (0, 1)), (1, (1,))):
+        rank, lr = np.int64(2), np.float32(0.01)
+        reft_edge.train(base, ROWS, tmp_path / "x.safetensors", layers=layers, rank=rank, lr=lr, max_steps=1)
+        config = read_config(tmp_path / "x.safetensors")
+        assert (config.layers, config.rank) == (expected, 2)
+
+
+def test_rows_in_memory_that_cannot_be_answered_are_named(base):
+    with pytest.raises(ReftEdgeError, match=r"^row 2 needs"):
+        reft_edge.evaluate(base, [QUESTIONS[0], {**QUESTIONS[0], "prompt": "many words " * 500}])
+    with pytest.raises(ReftEdgeError, match=r"^row 1: "):
+        reft_edge.evaluate(base, [{"prompt": "2?", "choices": ["4", "5"], "answer": 9}])
+    with pytest.raises(ReftEdgeError, match="the list of rows has no rows"):
+        reft_edge.evaluate(base, [])
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_a_training_that_breaks_off_leaves_the_base_as_it_was(base, tmp_path, error):
+    before = base.generate("Who are you?", max_tokens=6)
+    asked = [parameter.requires_grad for parameter in base.model.parameters()]
+
+    def stop(step):
+        raise error
+
+    for options in ({"dtype": "bf16"}, {"checkpointing": True}):
+        with pytest.raises(error):
+            reft_edge.train(base, ROWS, tmp_path / "x.safetensors", max_steps=2, on_step=stop, **options)
+        assert base.generate("Who are you?", max_tokens=6) == before
+    assert [parameter.requires_grad for parameter in base.model.parameters()] == asked
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_an_exports_rounded_weights_are_not_put_into_the_loaded_base(base, tmp_path):
+    reft_edge.export(base, tmp_path / "rounded", precision="int8", layers=[0])
+    before = [parameter.clone() for parameter in base.model.parameters()]
+    reft_edge.train(base, ROWS, tmp_path / "x.safetensors", base_weights=tmp_path / "rounded", max_steps=1)
+    assert all((now == then).all() for now, then in zip(base.model.parameters(), before, strict=True))
 
 
 def test_preferences_and_labels_are_trained_too(base, device_folder, tmp_path):

@@ -176,7 +176,7 @@ def _choose(
         text, prompt = _encode(decoder, question)
         completions = [tuple(decoder.prompts.encode_after(text, choice)) for choice in question.choices]
         if not all(completions):
-            raise ReftEdgeError(f"line {question.row}: a choice is empty")
+            raise ReftEdgeError(f"{question.unit} {question.row}: a choice is empty")
         shared: dict[tuple[int, ...], list[int]] = {}
         for number, completion in enumerate(completions):
             shared.setdefault(completion[:-1], []).append(number)
@@ -242,13 +242,13 @@ def _encode(decoder: Decoder, question: Question) -> tuple[str, tuple[int, ...]]
     text = decoder.prompts.prompt_text(question.prompt, decoder.prompt_format)
     ids = tuple(decoder.prompts.encode_text(text, decoder.prompt_format))
     if not ids:
-        raise ReftEdgeError(f"line {question.row}: the prompt is empty")
+        raise ReftEdgeError(f"{question.unit} {question.row}: the prompt is empty")
     return text, ids
 
 
 def _check_fits(decoder: Decoder, question: Question, tokens: int) -> None:
     if tokens > decoder.context_length:
         raise ReftEdgeError(
-            f"line {question.row} needs {tokens} tokens with its answer; the model's context is "
+            f"{question.unit} {question.row} needs {tokens} tokens with its answer; the model's context is "
             f"{decoder.context_length}: leave the row out, or lower --max-tokens"
         )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from reft_edge.errors import ReftEdgeError
-from reft_edge.jsonl import RowSource, at_line, read_rows
+from reft_edge.jsonl import RowSource, at_line, read_rows, unit_of
 from reft_edge.model.texts import Text, parse_row
 from reft_edge.unicode import check_text
 
@@ -25,11 +25,13 @@ class Question:
     """One row; `choices` are the completions to compare, `names` what each stands for."""
 
     row: int
-    """Its line in the file, from 1."""
+    """Its line in the file, or its number among rows in memory, from 1."""
     prompt: Text
     expected: str
     choices: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
+    unit: str = "line"
+    """What `row` counts: `line`, or `row` for rows in memory."""
 
     @property
     def id(self) -> str:
@@ -73,7 +75,7 @@ def load_questions(source: RowSource, task: str | None = None, limit: int | None
     rows = []
     for number, row in parsed:
         with at_line(source, number):
-            rows.append(_question(kind, number, row))
+            rows.append(dataclasses.replace(_question(kind, number, row), unit=unit_of(source)))
     return Questions(kind, rows)
 
 
