@@ -332,7 +332,7 @@ def test_a_port_in_the_wrong_place_fails_verification(tmp_path, wide, monkeypatc
         found = sites(graph, num_layers)
         return [replace(site, place=Place((site.place.layer + 1) % num_layers)) for site in found]
 
-    monkeypatch.setattr("reft_edge.export.find_blocks", shifted)
+    monkeypatch.setattr("reft_edge.export.decoder.find_blocks", shifted)
     with pytest.raises(ReftEdgeError, match="logits differ from PyTorch's"):
         export_model(wide, tmp_path / "export", precision)
     assert not (tmp_path / "export").exists()
