@@ -146,5 +146,5 @@ def test_refusals() -> None:
     with pytest.raises(ReftEdgeError, match="act_fn is 'relu'"):
         fold(make_adapter("loreft", act_fn="relu"))
     other = Edit(D + 1, (), {})
-    with pytest.raises(ReftEdgeError, match="unlike hidden sizes"):
+    with pytest.raises(ReftEdgeError, match="different hidden sizes"):
         concat([fold(make_adapter("loreft")), other])

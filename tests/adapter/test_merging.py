@@ -281,7 +281,7 @@ def test_what_one_file_cannot_hold_is_refused(tmp_path):
         merge([])
     with pytest.raises(BaseMismatchError, match="only adapters of one base"):
         merge([Source(base), Source(foreign)])
-    with pytest.raises(ReftEdgeError, match="unlike prompts"):
+    with pytest.raises(ReftEdgeError, match="different prompts"):
         merge([Source(base), Source(unlike)])
     assert merge([Source(base), Source(unlike)], raw=True).adapter.config.prompt_format == "raw"
     with pytest.raises(ReftEdgeError, match="attention and the block"):

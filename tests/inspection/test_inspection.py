@@ -111,7 +111,7 @@ def test_overlaps_do_not_depend_on_the_basis(tiny_model):
     with pytest.raises(ReftEdgeError, match="no layer in common"):
         inspect_adapter(lonely, "a", 1, ("b", other))
     foreign = Adapter(dataclasses.replace(other.config, base_fingerprint="f"), other.tensors)
-    with pytest.raises(ReftEdgeError, match="unlike models"):
+    with pytest.raises(ReftEdgeError, match="different models"):
         inspect_adapter(a, "a", 1, ("b", foreign))
     narrow = Adapter(
         dataclasses.replace(other.config, hidden_size=32),
@@ -120,7 +120,7 @@ def test_overlaps_do_not_depend_on_the_basis(tiny_model):
             for name, tensor in other.tensors.items()
         },
     )
-    with pytest.raises(ReftEdgeError, match="unlike models"):
+    with pytest.raises(ReftEdgeError, match="different models"):
         inspect_adapter(a, "a", 1, ("b", narrow))
 
 
