@@ -97,7 +97,7 @@ PROMISES = [
         f"{TERMINAL}::test_nobody_writes_around_the_clean_streams",
     ),
     (
-        "errors quote what they found, at most 4,000 characters of it",
+        "Errors quote what they found, at most 4,000 characters of it",
         f"{HERE}::test_errors_have_an_end",
         f"{FUZZ}::test_errors_are_what_a_terminal_can_show",
     ),
