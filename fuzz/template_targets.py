@@ -6,7 +6,8 @@ from pathlib import Path
 
 from harness import Target
 
-from reft_edge.model.templates import Template, filter_names
+from reft_edge.model.template_environment import filter_names
+from reft_edge.model.templates import Template
 
 _MESSAGES = [
     {"role": "system", "content": "Be brief."},

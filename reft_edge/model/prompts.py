@@ -14,7 +14,7 @@ from reft_edge.files import read_text
 from reft_edge.unicode import check_text, check_texts
 
 if TYPE_CHECKING:
-    from reft_edge.model.templates import Template
+    from reft_edge.model.templates import Span, Template
 
 
 Message = Mapping[str, Any]
@@ -67,10 +67,23 @@ class Prompts:
 
     def encode_both(self, before: str, text: str) -> tuple[list[int], list[int]]:
         """`encode_plain` of `before`, and `encode_after` of `text`."""
-        start, whole = self.encode_plain(before), self.encode_plain(before + text)
-        if whole[: len(start)] == start and len(whole) > len(start):
-            return start, whole[len(start) :]
-        return start, self.encode_plain(text)
+        start, ids, _ = self.encode_with_places(before, text)
+        return start, ids
+
+    def encode_with_places(
+        self, before: str, text: str
+    ) -> "tuple[list[int], list[int], list[tuple[int, int]]]":
+        """The same, and of `encode_after`'s tokens the characters of `text` that each stands for: first, and behind last."""
+        start, whole = (
+            self.encode_plain(before),
+            encode(self.tokenizer, before + text, special_tokens=False),
+        )
+        if whole.ids[: len(start)] == start and len(whole.ids) > len(start):
+            here = slice(len(start), None)
+            moved = [(first - len(before), end - len(before)) for first, end in whole.offsets[here]]
+            return start, whole.ids[here], moved
+        alone = encode(self.tokenizer, text, special_tokens=False)
+        return start, alone.ids, alone.offsets
 
     def prompt_text(self, prompt: str, prompt_format: str) -> str:
         """One user message through the chat template (`chat`), or the text itself (`raw`)."""
@@ -96,16 +109,35 @@ class Prompts:
         Templates come with models from strangers: they run in a sandbox, with bounds. Raises ReftEdgeError if there is no
         template, or it refuses the messages or does not end.
         """
+        return self._template_for(tools).render(messages, **self._variables(add_generation_prompt, tools))
+
+    def render_marked(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> "tuple[str, tuple[Span, ...] | None]":
+        """A finished conversation, and the characters that the template's `{% generation %}` marks as what is trained.
+
+        A template without marks marks all; None says that they cannot be followed. Raises ReftEdgeError as `render` does.
+        """
+        template, variables = self._template_for(tools), self._variables(False, tools)
+        if template.marked:
+            return template.render_marked(messages, **variables)
+        text = template.render(messages, **variables)
+        return text, ((0, len(text)),)
+
+    def _variables(
+        self, add_generation_prompt: bool, tools: Sequence[Mapping[str, Any]] | None
+    ) -> dict[str, Any]:
+        return {
+            "tools": list(tools) if tools else None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            **self.special_tokens,
+        }
+
+    def _template_for(self, tools: Sequence[Mapping[str, Any]] | None) -> "Template":
         if self.template is None:
             raise ReftEdgeError("the model has no chat template; give prompts as raw text (--raw)")
-        template = self._compiled_for_tools if tools and self.tool_template else self._compiled
-        return template.render(
-            messages,
-            tools=list(tools) if tools else None,
-            documents=None,
-            add_generation_prompt=add_generation_prompt,
-            **self.special_tokens,
-        )
+        return self._compiled_for_tools if tools and self.tool_template else self._compiled
 
     @cached_property
     def _compiled(self) -> "Template":

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from transformers.utils import chat_template_utils
 
 from reft_edge.errors import ReftEdgeError
-from reft_edge.model import templates
+from reft_edge.model import template_allowance, templates
 from reft_edge.model.prompts import Prompts, load_prompts
 from reft_edge.training.data import view_row
 from tests.helpers.tiny import TEMPLATE, make_tokenizer
@@ -215,7 +215,7 @@ def test_a_template_is_compiled_once(base, monkeypatch):
         compiled[source] += 1
         return compile_(self, source, *more, **named)
 
-    monkeypatch.setattr(templates._Environment, "from_string", from_string)
+    monkeypatch.setattr(templates.Environment, "from_string", from_string)
     source = TEMPLATE
     prompts = with_template(base, source)
     for _ in range(5):
@@ -297,23 +297,23 @@ def test_what_a_strangers_template_begins_has_an_end(name, base):
 
 
 def test_the_work_of_a_rendering_is_counted_not_timed(base, monkeypatch):
-    monkeypatch.setattr(templates.time, "thread_time", lambda: 0.0)
+    monkeypatch.setattr(template_allowance.time, "thread_time", lambda: 0.0)
     passes = Counter()
-    spend = templates._Allowance.spend
+    spend = templates.Allowance.spend
 
     def counted(self, amount):
         passes["all"] += 1
         spend(self, amount)
 
-    monkeypatch.setattr(templates._Allowance, "spend", counted)
+    monkeypatch.setattr(templates.Allowance, "spend", counted)
     with pytest.raises(ReftEdgeError, match="does not end"):
         with_template(base, HOSTILE["nested loops"]).render([user("x")])
-    assert passes["all"] <= 1.1 * templates.ALLOWED
+    assert passes["all"] <= 1.1 * template_allowance.ALLOWED
 
 
 def test_slow_work_that_counts_for_little_is_ended_by_the_clock(base, monkeypatch):
     now = iter(range(10**9))
-    monkeypatch.setattr(templates.time, "thread_time", lambda: float(next(now)))
+    monkeypatch.setattr(template_allowance.time, "thread_time", lambda: float(next(now)))
     with pytest.raises(ReftEdgeError, match="does not end"):
         with_template(base, "{% for i in range(9999) %}{{ i }}{% endfor %}").render([user("x")])
 
