@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from reft_edge.errors import ReftEdgeError
@@ -102,6 +103,8 @@ def build_graph(
     the folder was converted from, its blocks are carried over; returns how many matrices were, and of how many.
     Raises ReftEdgeError with the builder's own last words if it fails, for instance for an unknown architecture.
     """
+    if find_spec("onnxruntime_genai") is None:
+        raise ModuleNotFoundError("there is no onnxruntime-genai", name="onnxruntime-genai")
     command = [sys.executable, "-m", "reft_edge.export.builder_process", "-i", str(model), "-o", str(output)]
     command += ["-c", str(work), *target.builder_options()]
     if gguf is not None:

@@ -27,7 +27,7 @@ def replace_folder(target: Path, marker: str) -> Iterator[Path]:
     """
     restore_folder(target)
     target = Path(os.path.realpath(target))
-    _check_target(target, marker)
+    check_target(target, marker)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -78,7 +78,9 @@ def restore_folder(target: Path) -> None:
         raise ReftEdgeError(f"cannot rename {old}, the folder that was {target}: {error.strerror}") from error
 
 
-def _check_target(target: Path, marker: str) -> None:
+def check_target(target: Path, marker: str) -> None:
+    """Raise ReftEdgeError if `replace_folder` would refuse this target: for callers who work long before they write."""
+    target = Path(os.path.realpath(target))
     if target.exists() and not target.is_dir():
         raise ReftEdgeError(f"{target} is a file; give a folder")
     try:

@@ -1,12 +1,15 @@
 """`reft-edge add-ports`: intervention ports in a graph that was exported elsewhere."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from reft_edge.commands.console import extra, plain_errors, print_json, say, table
 from reft_edge.commands.options import Json, PortLayers
+
+if TYPE_CHECKING:
+    from reft_edge.export.add_ports import Ported
 
 
 def add_ports(
@@ -47,6 +50,11 @@ def add_ports(
         folder = resolve_model(model, console.say) if model else model_beside(graph)
         with console.working(f"adding ports to {graph.name}") as status:
             ported = run_add_ports(graph, output, folder, layers, report=status.step)
+    print_ported(ported, output, as_json)
+
+
+def print_ported(ported: "Ported", output: Path, as_json: bool) -> None:
+    """Print where the blocks were found and what the verification measured."""
     manifest, figures = ported.manifest, ported.manifest.verification
     if as_json:
         print_json(

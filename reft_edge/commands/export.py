@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from reft_edge.commands.add_ports import print_ported
 from reft_edge.commands.console import extra, plain_errors, print_json, say
 from reft_edge.commands.options import Json, Model, PortLayers
 from reft_edge.errors import ReftEdgeError
@@ -16,7 +17,13 @@ if TYPE_CHECKING:
     from reft_edge.model.source import ModelFolder
 
 
+GENAI, OPTIMUM = "genai", "optimum"
+_NO_OUTPUT = "give the folder to write with -o DIR"
+_FOR_OPTIMUM = ("model", "output", "layers", "exporter", "as_json")
+
+
 def export(
+    context: typer.Context,
     model: Model,
     output: Annotated[
         Path | None,
@@ -45,6 +52,13 @@ def export(
         ),
     ] = 4,
     layers: PortLayers = "all",
+    exporter: Annotated[
+        str,
+        typer.Option(
+            help="What writes the graph: genai (onnxruntime-genai's builder), or optimum, which needs an environment of its "
+            "own and writes fp32."
+        ),
+    ] = GENAI,
     components: Annotated[
         str,
         typer.Option(
@@ -66,17 +80,19 @@ def export(
     from reft_edge.commands.screen import Screen
 
     console = Screen(stderr=True)
+    if exporter != GENAI:
+        with plain_errors(), extra("optimum"):
+            _export_otherwise(context, console)
+        return
     with plain_errors(), extra("export"):
         from reft_edge.export import Quantisation
         from reft_edge.export.decoder import export_model
         from reft_edge.model.source import resolve_model
 
-        if (output is None) != report:
-            raise ReftEdgeError(
-                "--report writes no folder; leave -o away"
-                if report
-                else "give the folder to write with -o DIR"
-            )
+        if output is not None and report:
+            raise ReftEdgeError("--report writes no folder; leave -o away")
+        if output is None and not report:
+            raise ReftEdgeError(_NO_OUTPUT)
         started = time.perf_counter()
         folder = resolve_model(model, console.say)
         if output is None:
@@ -134,6 +150,34 @@ def export(
         f"{figures['effect']:.0f}"
     )
     say(f"  likeliest next token    that of the original model at {figures['agreement']:.0%} of tokens")
+
+
+def _export_otherwise(context: typer.Context, console: "Screen") -> None:
+    """Export with another exporter than ours; `context` has the options."""
+    given = context.params
+    if given["exporter"] != OPTIMUM:
+        raise ReftEdgeError(f"unknown exporter {given['exporter']!r}; choose one of {GENAI}, {OPTIMUM}")
+    refused = [
+        parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.name in given
+        and parameter.name not in _FOR_OPTIMUM
+        and given[parameter.name] != parameter.default
+    ]
+    if refused:
+        raise ReftEdgeError(
+            f"{', '.join(refused)}: not for --exporter {OPTIMUM}, which writes fp32 graphs for the CPU with ports after "
+            "whole blocks; leave it away (graphs that you rounded with onnxruntime go into reft-edge add-ports)"
+        )
+    if given["output"] is None:
+        raise ReftEdgeError(_NO_OUTPUT)
+    from reft_edge.export.optimum import export_with_optimum
+    from reft_edge.model.source import resolve_model
+
+    folder = resolve_model(given["model"], console.say)
+    with console.working(f"exporting {folder.name}") as status:
+        ported = export_with_optimum(folder, given["output"], given["layers"], status.step)
+    print_ported(ported, given["output"], given["as_json"])
 
 
 def _print_report(folder: "ModelFolder", device: str, layers: str, console: "Screen", as_json: bool) -> None:

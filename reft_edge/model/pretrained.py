@@ -6,6 +6,8 @@ from typing import Any
 from reft_edge.errors import ReftEdgeError
 from reft_edge.json_files import read_object
 
+_TWO_KINDS = {"full_attention", "sliding_attention"}
+
 
 def from_folder(kind: Any, folder: Path, name: str, **options: Any) -> Any:
     """What `kind.from_pretrained` makes of a folder; `kind` is a class of transformers', `name` is for people.
@@ -14,6 +16,8 @@ def from_folder(kind: Any, folder: Path, name: str, **options: Any) -> Any:
     if transformers cannot load the folder.
     """
     quiet_libraries()
+    if transformers_4() and not kind.__name__.endswith("Tokenizer") and "gguf_file" not in options:
+        options |= rotary_for_4(read_object(folder / "config.json"), name)
     try:
         return kind.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True, **options)
     except Exception as error:  # transformers, gguf and torch raise many kinds here
@@ -23,6 +27,39 @@ def from_folder(kind: Any, folder: Path, name: str, **options: Any) -> Any:
                 "give a model that transformers has a class for"
             ) from error
         raise ReftEdgeError(f"cannot load {name}: {str(error) or type(error).__name__}") from error
+
+
+def rotary_for_4(config: dict[str, Any], name: str) -> dict[str, Any]:
+    """What transformers 4 must be told of a config.json that transformers 5 wrote: it does not look at `rope_parameters`.
+
+    Empty where there is nothing to tell. Raises ReftEdgeError if `name` has settings that transformers 4 cannot hold.
+    """
+    text, rotary = config.get("text_config"), config.get("rope_parameters")
+    if isinstance(text, dict) and (told := rotary_for_4(text, name)):
+        return {"text_config": text | told}
+    if not isinstance(rotary, dict) or "rope_theta" in config:
+        return {}
+    settings: dict[str, Any] = {}
+    if config.get("model_type") == "gemma3_text" and set(rotary) == _TWO_KINDS:
+        settings["rope_local_base_freq"] = rotary["sliding_attention"]["rope_theta"]
+        rotary = rotary["full_attention"]
+    if any(isinstance(value, dict) for value in rotary.values()):
+        raise ReftEdgeError(
+            f"{name} has rotary settings for each kind of layer (rope_parameters in its config.json), which transformers 4 "
+            "does not know; install transformers 5"
+        )
+    scaling = dict(rotary)
+    settings |= {key: scaling.pop(key) for key in ("rope_theta", "partial_rotary_factor") if key in scaling}
+    return (
+        settings if scaling.get("rope_type", "default") == "default" else settings | {"rope_scaling": scaling}
+    )
+
+
+def transformers_4() -> bool:
+    """Whether the installed transformers is of the 4th series."""
+    import transformers
+
+    return int(transformers.__version__.split(".")[0]) < 5
 
 
 def quiet_libraries() -> None:

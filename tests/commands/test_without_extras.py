@@ -50,6 +50,8 @@ def test_no_onnxruntime_names_the_two_extras(device_folder):
         ("torch", ["train", "{hf}", "{hf}/config.json", "-o", "x.safetensors"], "reft-edge[train]"),
         ("torch", ["convert", "{hf}", "-o", "x.safetensors"], "reft-edge[train]"),
         ("onnx_ir", ["export", "{hf}", "-o", "x"], "reft-edge[export]"),
+        ("onnxruntime_genai", ["export", "{hf}", "-o", "x"], "reft-edge[export]"),
+        ("optimum", ["export", "{hf}", "-o", "x", "--exporter", "optimum"], "reft-edge[optimum]"),
         ("onnx_ir", ["add-ports", "{hf}/x.onnx", "-o", "x", "--model", "{hf}"], "reft-edge[export]"),
     ],
 )

@@ -415,26 +415,32 @@ def test_the_command(cached, source, device_folder, tmp_path):
     assert "no PyTorch weights beside" in done.output
 
 
-OPTIMUM = ["optimum-onnx==0.1.0", "transformers<4.58"]
+OPTIMUM = ["optimum-onnx>=0.1", "transformers<4.58"]
+SCRIPTS = "Scripts" if os.name == "nt" else "bin"
+
+
+@pytest.fixture
+def optimum_scripts(tmp_path):
+    """Scripts of an environment with Optimum, whose releases need an older transformers: $REFT_EDGE_OPTIMUM or a new one."""
+    import torch
+
+    if given := os.environ.get("REFT_EDGE_OPTIMUM"):
+        return Path(given) / SCRIPTS
+    environment = tmp_path / "env"
+    subprocess.run([sys.executable, "-m", "venv", environment], check=True)
+    site = next(environment.rglob("site-packages"))
+    (site / "torch.pth").write_text(str(Path(torch.__file__).parent.parent))
+    install = ["-m", "pip", "install", "-q", "--disable-pip-version-check", *OPTIMUM]
+    subprocess.run([environment / SCRIPTS / "python", *install], check=True)
+    return environment / SCRIPTS
 
 
 @pytest.mark.real
-def test_an_optimum_export(tmp_path, source, device_folder, tiny_model):
-    """A real export by Optimum, whose releases need an older transformers: in an environment of its own."""
-    import torch
-
-    environment = tmp_path / "env"
-    subprocess.run([sys.executable, "-m", "venv", environment], check=True)
-    scripts = environment / ("Scripts" if os.name == "nt" else "bin")
-    site = next(environment.rglob("site-packages"))
-    (site / "torch.pth").write_text(str(Path(torch.__file__).parent.parent))
-    subprocess.run(
-        [scripts / "python", "-m", "pip", "install", "-q", "--disable-pip-version-check", *OPTIMUM],
-        check=True,
-    )
+def test_an_optimum_export(tmp_path, source, device_folder, tiny_model, optimum_scripts):
+    """A graph that Optimum exported elsewhere with an older transformers, ported here."""
     exported = tmp_path / "exported"
     task = ["--task", "text-generation-with-past"]
-    command = [scripts / "optimum-cli", "export", "onnx", "--model", source.path, *task, exported]
+    command = [optimum_scripts / "optimum-cli", "export", "onnx", "--model", source.path, *task, exported]
     subprocess.run(command, check=True)
     graph = exported / "model.onnx"
     assert ir.load(graph).producer_name == "pytorch"
