@@ -23,8 +23,7 @@ from rich.table import Table
 from reft_edge.adapter.file import load_adapter
 from reft_edge.commands.screen import Screen
 from reft_edge.commands.training_progress import training_progress
-from reft_edge.export import Quantisation
-from reft_edge.export.decoder import export_model
+from reft_edge.export import Quantisation, export_model
 from reft_edge.model.loading import load_model
 from reft_edge.model.prompts import load_prompts
 from reft_edge.model.source import resolve_model

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from reft_edge.adapter.file import load_adapter
 from reft_edge.commands.screen import Screen
 from reft_edge.commands.training_progress import training_progress
-from reft_edge.export.decoder import export_model
+from reft_edge.export import export_model
 from reft_edge.model.cache import cache_folder
 from reft_edge.model.encoders import default_pooling, load_encoder, load_text_tokens
 from reft_edge.model.source import resolve_model

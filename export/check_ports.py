@@ -252,14 +252,6 @@ def compare(
     )
 
 
-def require(verification: PortVerification) -> None:
-    """Raise ReftEdgeError with the figures if the ports cannot be trusted."""
-    if failures := verification.failures():
-        raise ReftEdgeError(
-            "the graph with ports failed its verification and was not kept: " + "; ".join(failures)
-        )
-
-
 @torch.no_grad()
 def torch_streams(model: Any, row: Sequence[int]) -> list[Stream]:
     """The output of every block of the PyTorch model for one row."""

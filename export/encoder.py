@@ -4,8 +4,8 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,13 @@ from torch import Tensor, nn
 
 from reft_edge.adapter.linear import fold
 from reft_edge.errors import ReftEdgeError
-from reft_edge.export.ports import insert_ports
+from reft_edge.export.recipe import GRAPH, PLAIN, Places, Report, export_graph
 from reft_edge.export.residual import Site, Use
-from reft_edge.export.verify import TEXTS, TOLERANCE, largest_difference, random_adapters, require
-from reft_edge.folders import replace_folder
+from reft_edge.export.verify import TEXTS, TOLERANCE, largest_difference, random_adapters
 from reft_edge.model.blocks import decoder_layers
 from reft_edge.model.encoders import context_length, has_token_types, load_encoder, read_config
-from reft_edge.model.fingerprint import fingerprint
 from reft_edge.model.loading import load_model_prompts
-from reft_edge.model.manifest import MANIFEST, Manifest, package_versions, save_manifest
+from reft_edge.model.manifest import Manifest, package_versions
 from reft_edge.model.places import Place, parse_layers
 from reft_edge.model.source import ModelFolder
 from reft_edge.model.texts import TextTokens, Tokens
@@ -66,6 +64,20 @@ class EncoderVerification:
         return found
 
 
+@dataclass(frozen=True)
+class _HiddenStates:
+    """The last block's output for the same rows from the graphs of one export, `[tokens, d]` a row."""
+
+    shipped: list[Floats]
+    """The graph with ports, no adapter bound."""
+    alone: list[Floats]
+    """With a random adapter at every port."""
+    together: list[Floats]
+    """The same, of all rows in one padded batch."""
+    rank0_bitwise: bool
+    """Whether unused ports change no bit, each node run as it is written."""
+
+
 class _Blocks(nn.Module):
     """The encoder as a function of its graph inputs to every block's output."""
 
@@ -83,59 +95,76 @@ class _Blocks(nn.Module):
         return tuple(output.hidden_states[1:])
 
 
-def export_encoder(
-    model: ModelFolder, output: Path, precision: str, layers: str, report: Callable[[str], None]
-) -> Manifest:
-    """Build the graph, insert ports after `layers`, verify against PyTorch, and write the folder `output`.
+def export_encoder(model: ModelFolder, output: Path, precision: str, layers: str, report: Report) -> Manifest:
+    """Export an encoder to the folder `output`, as `export_model` says.
 
     Raises ReftEdgeError if the model cannot be built, ported or verified, or for a precision other than fp32.
     """
     if precision != "fp32":
         raise ReftEdgeError(f"encoders are exported in fp32 only, not {precision}")
-    config = read_config(model)
+    length = context_length(read_config(model))
     report("loading the PyTorch model")
     encoder = load_encoder(model)
-    num_layers = len(decoder_layers(encoder))
-    chosen = parse_layers(layers, num_layers)
+    chosen = parse_layers(layers, len(decoder_layers(encoder)))
     tokenizer = load_model_prompts(model).tokenizer
-    with replace_folder(output, MANIFEST) as folder:
+
+    def build(folder: Path) -> _Encoder:
         report("building the frozen graph")
-        plain, graph = folder / "plain.onnx", folder / "model.onnx"
-        ir.save(build_encoder(encoder), plain, external_data="model.onnx.data")
-        report("inserting ports")
-        built = ir.load(plain)
-        sites = split_outputs(built.graph, chosen)
-        ports = insert_ports(built, sites, encoder.config.hidden_size, np.dtype(np.float32))
-        ir.save(built, graph)
-        _drop_blocks(plain)
+        graph = build_encoder(encoder)
+        blocks = keep_last_output(graph.graph)
+        ir.save(graph, folder / PLAIN, external_data=f"{GRAPH}.data")
         tokenizer.save(str(folder / "tokenizer.json"))
-        manifest = Manifest(
-            base_name=model.name,
-            base_fingerprint=fingerprint(encoder),
-            architecture=type(encoder).__name__,
-            precision=precision,
-            hidden_size=encoder.config.hidden_size,
-            num_layers=num_layers,
-            layers=chosen,
-            head_size=encoder.config.hidden_size // encoder.config.num_attention_heads,
-            context_length=context_length(config),
-            eos_token_ids=(),
-            ports=ports,
-            versions=package_versions(
-                "reft-edge", "onnxruntime", "onnxscript", "onnx-ir", "torch", "transformers"
-            ),
-            kind="encoder",
-        )
-        report("verifying against PyTorch")
-        tokens = TextTokens.of(tokenizer, manifest.context_length)
-        verification = verify_encoder(
-            folder, plain, manifest, encoder, [tokens(text) for text in (*TEXTS, TEXTS[:2])]
-        )
-        require(verification)
-        plain.unlink()
-        manifest = replace(manifest, verification=asdict(verification))
-        save_manifest(manifest, folder)
-    return manifest
+        tokens = TextTokens.of(tokenizer, length)
+        manifest = replace(_describe(model, encoder, length), layers=chosen)
+        return _Encoder(encoder, manifest, blocks, [tokens(text) for text in (*TEXTS, TEXTS[:2])])
+
+    return export_graph(output, build, report)[1]
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    """A graph of PyTorch's exporter; see `recipe.Draft`."""
+
+    encoder: Any
+    manifest: Manifest
+    blocks: Sequence[str]
+    """The value in the graph that is each block's output."""
+    rows: Sequence[Tokens]
+    """What the graphs are run on."""
+
+    def place(self, graph: ir.Graph) -> Places:
+        return Places(block_sites(graph, self.blocks, self.manifest.layers), ir.DataType.FLOAT)
+
+    def run(self, folder: Path, manifest: Manifest) -> _HiddenStates:
+        return _run_graphs(folder, manifest, self.rows)
+
+    def load(self, report: Report) -> Any:
+        return self.encoder
+
+    def compare(
+        self, said: _HiddenStates, folder: Path, manifest: Manifest, model: Any
+    ) -> EncoderVerification:
+        return _compare(said, manifest, model, self.rows)
+
+
+def _describe(model: ModelFolder, encoder: Any, length: int) -> Manifest:
+    return Manifest(
+        base_name=model.name,
+        base_fingerprint="",
+        architecture=type(encoder).__name__,
+        precision="fp32",
+        hidden_size=encoder.config.hidden_size,
+        num_layers=len(decoder_layers(encoder)),
+        layers=(),
+        head_size=encoder.config.hidden_size // encoder.config.num_attention_heads,
+        context_length=length,
+        eos_token_ids=(),
+        ports={},
+        versions=package_versions(
+            "reft-edge", "onnxruntime", "onnxscript", "onnx-ir", "torch", "transformers"
+        ),
+        kind="encoder",
+    )
 
 
 def build_encoder(encoder: Any) -> ir.Model:
@@ -168,8 +197,8 @@ def build_encoder(encoder: Any) -> ir.Model:
     return model
 
 
-def split_outputs(graph: ir.Graph, layers: Sequence[int]) -> list[Site]:
-    """Leave the last block's output as the graph's only one, in place; the sites of `layers`.
+def keep_last_output(graph: ir.Graph) -> list[str]:
+    """Leave the last block's output as the graph's only one, in place; the names of the values that are blocks' outputs.
 
     The output becomes a copy of the block's, so that a port has a reader to give the edited value to.
     """
@@ -183,16 +212,16 @@ def split_outputs(graph: ir.Graph, layers: Sequence[int]) -> list[Site]:
     for node in reversed(list(graph)):
         if node is not copy and not any(value.uses() for value in node.outputs):
             graph.remove(node, safe=True)
+    return [str(block.name) for block in blocks]
+
+
+def block_sites(graph: ir.Graph, blocks: Sequence[str], layers: Sequence[int]) -> list[Site]:
+    """Where `layers` get their ports; `blocks` names every block's output."""
+    values = {value.name: value for node in graph for value in node.outputs}
     return [
-        Site(Place(layer), tuple(Use(use.node, use.idx) for use in blocks[layer].uses())) for layer in layers
+        Site(Place(layer), tuple(Use(use.node, use.idx) for use in values[blocks[layer]].uses()))
+        for layer in layers
     ]
-
-
-def _drop_blocks(path: Path) -> None:
-    """Rewrite the graph without ports so that it has the same single output."""
-    model = ir.load(path)
-    split_outputs(model.graph, ())
-    ir.save(model, path)
 
 
 def _origin(value: ir.Value) -> ir.Value:
@@ -203,30 +232,36 @@ def _origin(value: ir.Value) -> ir.Value:
     return value
 
 
-def verify_encoder(
-    folder: Path, plain: Path, manifest: Manifest, encoder: Any, rows: Sequence[Tokens]
-) -> EncoderVerification:
-    """Run rows through the graph with ports, the one without, and the PyTorch model."""
+def _run_graphs(folder: Path, manifest: Manifest, rows: Sequence[Tokens]) -> _HiddenStates:
     (interventions,) = random_adapters(manifest)
     ports = port_inputs(fold(interventions.to_adapter()), manifest, np.dtype(np.float32))
-    graph = EncoderSession(folder / manifest.graph, "cpu")
-    shipped = [graph.hidden_states([row], {})[0] for row in rows]
-    alone = [graph.hidden_states([row], ports)[0] for row in rows]
-    together = graph.hidden_states(rows, ports)
-    written, without = (EncoderSession(path, "cpu", fuse=False) for path in (folder / manifest.graph, plain))
+    graph = EncoderSession(folder / GRAPH, "cpu")
+    written, without = (EncoderSession(folder / name, "cpu", fuse=False) for name in (GRAPH, PLAIN))
     same = [
         np.array_equal(written.hidden_states([row], {})[0], without.hidden_states([row], {})[0])
         for row in rows
     ]
+    return _HiddenStates(
+        shipped=[graph.hidden_states([row], {})[0] for row in rows],
+        alone=[graph.hidden_states([row], ports)[0] for row in rows],
+        together=graph.hidden_states(rows, ports),
+        rank0_bitwise=all(same),
+    )
+
+
+def _compare(
+    said: _HiddenStates, manifest: Manifest, encoder: Any, rows: Sequence[Tokens]
+) -> EncoderVerification:
+    (interventions,) = random_adapters(manifest)
     base = [torch_hidden_states(encoder, row) for row in rows]
     with steered(encoder, (interventions, 1.0)):
         steered_base = [torch_hidden_states(encoder, row) for row in rows]
     return EncoderVerification(
-        base_error=largest_difference(shipped, base),
-        steered_error=largest_difference(alone, steered_base),
+        base_error=largest_difference(said.shipped, base),
+        steered_error=largest_difference(said.alone, steered_base),
         effect=largest_difference(steered_base, base),
-        batch_error=largest_difference(together, alone),
-        rank0_bitwise=all(same),
+        batch_error=largest_difference(said.together, said.alone),
+        rank0_bitwise=said.rank0_bitwise,
     )
 
 

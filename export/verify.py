@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,12 +27,6 @@ TEXTS = (
     "Water boils at one hundred degrees.",
 )
 TOLERANCE = 1e-3
-
-
-class Checked(Protocol):
-    """Figures that can tell what is wrong with an export."""
-
-    def failures(self) -> list[str]: ...
 
 
 @dataclass(frozen=True)
@@ -203,11 +197,3 @@ def _likeliest(logits: Sequence[Logits]) -> list[NDArray[np.intp]]:
 def largest_difference(left: Sequence[Logits], right: Sequence[Logits]) -> float:
     """max |left − right| over all rows, each `[tokens, n]`."""
     return float(np.max([np.abs(a - b).max() for a, b in zip(left, right, strict=True)]))
-
-
-def require(verification: Checked) -> None:
-    """Raise ReftEdgeError with the figures if the export cannot be trusted."""
-    if failures := verification.failures():
-        raise ReftEdgeError(
-            "the exported graph failed its verification and was not kept: " + "; ".join(failures)
-        )

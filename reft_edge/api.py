@@ -385,8 +385,7 @@ def export(
     >>> manifest.precision
     'fp32'
     """
-    from reft_edge.export import Quantisation
-    from reft_edge.export.decoder import export_model
+    from reft_edge.export import Quantisation, export_model
     from reft_edge.model.source import resolve_model
 
     source = base.folder if isinstance(base, FrozenModel) else resolve_model(str(base), report)

@@ -13,7 +13,7 @@ import torch
 from reft_edge.adapter.file import load_adapter
 from reft_edge.commands.demo_steps import SETTINGS
 from reft_edge.convert.onnx_adapter import pack_adapter
-from reft_edge.export.decoder import export_model
+from reft_edge.export import export_model
 from reft_edge.model.loading import load_model, load_model_prompts
 from reft_edge.model.source import resolve_model
 from reft_edge.runtime import SteeredModel

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from reft_edge.export.decoder import export_model
+from reft_edge.export import export_model
 from reft_edge.model.loading import load_model
 from reft_edge.model.source import ModelFolder
 from reft_edge.runtime import Engine, Request, Sampling, SteeredModel

@@ -27,9 +27,8 @@ from rich.console import Console
 from rich.table import Table
 
 from reft_edge.adapter.file import save_adapter
-from reft_edge.export import Quantisation
+from reft_edge.export import Quantisation, export_model
 from reft_edge.export.build import Target, build_graph
-from reft_edge.export.decoder import export_model
 from reft_edge.export.ports import insert_ports
 from reft_edge.model.manifest import Manifest, save_manifest
 from reft_edge.model.source import ModelFolder, resolve_model

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from reft_edge.commands.training_progress import training_progress
-from reft_edge.export.decoder import export_model
+from reft_edge.export import export_model
 from reft_edge.model.loading import load_model, load_model_prompts
 from reft_edge.model.source import PACKAGED, ModelFolder, resolve_model
 from reft_edge.runtime import SteeredModel

@@ -85,8 +85,7 @@ def export(
             _export_otherwise(context, console)
         return
     with plain_errors(), extra("export"):
-        from reft_edge.export import Quantisation
-        from reft_edge.export.decoder import export_model
+        from reft_edge.export import Quantisation, export_model
         from reft_edge.model.source import resolve_model
 
         if output is not None and report:

@@ -38,7 +38,7 @@ from reft_edge.evaluation.results import (
 from reft_edge.evaluation.run import EvalSettings, evaluate_folder, evaluate_model
 from reft_edge.evaluation.tasks import Question, as_prompts, load_questions, parse_words
 from reft_edge.evaluation.torch_answers import torch_decoder
-from reft_edge.export.decoder import export_model
+from reft_edge.export import export_model
 from reft_edge.model.encoders import load_encoder
 from reft_edge.model.loading import load_model
 from reft_edge.model.prompts import choose_format, load_prompts

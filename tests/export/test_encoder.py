@@ -14,7 +14,7 @@ from reft_edge.adapter.linear import fold
 from reft_edge.cli import app
 from reft_edge.convert.onnx_adapter import pack_adapter
 from reft_edge.errors import AdapterFileError, BaseMismatchError, ReftEdgeError
-from reft_edge.export.decoder import export_model
+from reft_edge.export import export_model
 from reft_edge.export.encoder import torch_hidden_states
 from reft_edge.model.encoders import default_pooling, load_encoder, load_text_tokens
 from reft_edge.model.fingerprint import fingerprint
@@ -113,12 +113,13 @@ def test_the_export_checked_itself(encoder):
 def test_a_port_in_the_wrong_place_fails_the_check(bert, tmp_path, monkeypatch):
     from reft_edge.export import encoder as module
 
-    split = module.split_outputs
+    found = module.block_sites
 
-    def shifted(graph, layers):
-        return [replace(site, place=Place((site.place.layer + 1) % LAYERS)) for site in split(graph, layers)]
+    def shifted(graph, blocks, layers):
+        sites = found(graph, blocks, layers)
+        return [replace(site, place=Place((site.place.layer + 1) % LAYERS)) for site in sites]
 
-    monkeypatch.setattr(module, "split_outputs", shifted)
+    monkeypatch.setattr(module, "block_sites", shifted)
     with pytest.raises(ReftEdgeError, match="hidden states differ from PyTorch's"):
         export_model(bert[0], tmp_path / "export")
     assert not (tmp_path / "export").exists()

@@ -19,8 +19,7 @@ from reft_edge.adapter.algebra import concat, scale
 from reft_edge.adapter.config import INTERVENTIONS
 from reft_edge.adapter.linear import fold
 from reft_edge.errors import ReftEdgeError
-from reft_edge.export import ALGORITHMS, Quantisation
-from reft_edge.export.decoder import export_model
+from reft_edge.export import ALGORITHMS, Quantisation, export_model
 from reft_edge.export.residual import find_sites
 from reft_edge.export.structure import find_blocks
 from reft_edge.export.verify import Verification

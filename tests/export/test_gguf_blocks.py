@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from reft_edge.errors import ReftEdgeError
-from reft_edge.export import Quantisation
-from reft_edge.export.decoder import export_model
+from reft_edge.export import Quantisation, export_model
 from reft_edge.export.gguf_blocks import KINDS, read_rows
 from reft_edge.export.verify import largest_difference, torch_logits
 from reft_edge.model.exported_weights import use_exported_weights

@@ -178,7 +178,7 @@ def write_device_folder(folder: Path) -> None:
     """A decoder with adapters and PyTorch's greedy tokens, an encoder with an adapter and PyTorch's probabilities, for tests on a machine without torch."""
     import json
 
-    from reft_edge.export.decoder import export_model
+    from reft_edge.export import export_model
     from reft_edge.model.encoders import load_encoder
     from reft_edge.model.loading import load_model
     from reft_edge.model.prompts import load_prompts

@@ -10,8 +10,7 @@ from safetensors.torch import save
 
 from reft_edge.adapter.file import load_adapter
 from reft_edge.errors import ReftEdgeError
-from reft_edge.export import Quantisation
-from reft_edge.export.decoder import export_model
+from reft_edge.export import Quantisation, export_model
 from reft_edge.model.loading import load_model
 from reft_edge.model.prompts import load_prompts
 from reft_edge.model.source import ModelFolder
