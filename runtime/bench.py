@@ -1,6 +1,7 @@
 """How fast a folder runs here: prefill, decode, time to first token, adapter switches and loads, memory."""
 
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -162,11 +163,10 @@ def random_adapter(
 
 def peak_memory() -> int:
     """Bytes of this process's largest resident set; 0 where the system does not tell."""
-    try:
-        import resource
-        import sys
-    except ImportError:
+    if sys.platform == "win32":
         return 0
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

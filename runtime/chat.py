@@ -1,5 +1,6 @@
 """A conversation in a terminal, with adapters switched between turns."""
 
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -169,6 +170,8 @@ class Chat:
 
 def load_history(path: Path) -> Callable[[], None]:
     """Line editing with a history that lasts, where the terminal's Python has readline; returns what saves it."""
+    if sys.platform == "win32":
+        return lambda: None
     try:
         import readline
     except ImportError:

@@ -2,6 +2,7 @@
 
 import os
 import stat
+import sys
 from pathlib import Path
 
 from reft_edge.errors import ReftEdgeError
@@ -27,7 +28,7 @@ def cache_folder() -> Path:
 
 def check_own(path: Path) -> None:
     """Raise ReftEdgeError if what is at `path` could have been put there by another user: it would be used unchecked."""
-    if os.name == "nt":
+    if sys.platform == "win32":
         return
     try:
         found = path.stat()

@@ -10,6 +10,7 @@ server.
 import hashlib
 import os
 import stat
+import sys
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -173,5 +174,5 @@ def _open_own(path: Path) -> int:
 
 
 def _is_own(found: os.stat_result) -> bool:
-    own = os.name == "nt" or found.st_uid == os.geteuid()
+    own = sys.platform == "win32" or found.st_uid == os.geteuid()
     return own and stat.S_ISREG(found.st_mode) and found.st_nlink == 1

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import socket
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -130,10 +131,10 @@ def address_of(host: str, sockets: Sequence[socket.socket]) -> str:
 
 def most_connections() -> int:
     """As many connections as this process has files for, after its limit was raised as far as it may be."""
-    try:
-        import resource
-    except ImportError:  # Windows has no such limit
+    if sys.platform == "win32":  # it has no such limit
         return MOST_CONNECTIONS
+    import resource
+
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < _WANTED_FILES:
         soft = _WANTED_FILES if hard == resource.RLIM_INFINITY else min(_WANTED_FILES, hard)
