@@ -25,7 +25,8 @@ from reft_edge.model.blocks import decoder_layers
 from reft_edge.model.manifest import Manifest
 from reft_edge.model.places import Place
 from reft_edge.runtime.binding import PortInputs, port_inputs
-from reft_edge.runtime.session import GraphSession, Logits, open_graph, plain_failure, plain_feeds
+from reft_edge.runtime.onnx_runtime import open_graph, plain_failure, plain_feeds
+from reft_edge.runtime.session import GraphSession, Logits
 from reft_edge.steering.hooks import steered
 
 PORT_TOLERANCE = 1e-4

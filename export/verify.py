@@ -17,7 +17,8 @@ from reft_edge.export.exact import write_exact
 from reft_edge.model.exported_weights import use_graph_weights
 from reft_edge.model.manifest import Manifest
 from reft_edge.runtime.binding import PortInputs, port_inputs
-from reft_edge.runtime.session import GraphSession, Logits, open_graph, plain_failure, plain_feeds
+from reft_edge.runtime.onnx_runtime import open_graph, plain_failure, plain_feeds
+from reft_edge.runtime.session import GraphSession, Logits
 from reft_edge.steering.hooks import steered
 from reft_edge.steering.interventions import Interventions
 

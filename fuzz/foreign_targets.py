@@ -136,7 +136,7 @@ def onnx_adapter_target(folder: Path) -> Target:
 
     from reft_edge.convert.onnx_adapter import from_onnx_adapter
     from reft_edge.runtime.binding import port_inputs
-    from reft_edge.runtime.session import import_onnxruntime, ort_value
+    from reft_edge.runtime.onnx_runtime import import_onnxruntime, ort_value
 
     ort, manifest, path = import_onnxruntime(), make_manifest(), folder / "packed.onnx_adapter"
     seeds = []

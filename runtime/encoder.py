@@ -16,7 +16,7 @@ from reft_edge.model.manifest import Manifest, load_manifest
 from reft_edge.model.prompts import load_prompts
 from reft_edge.model.texts import Text, TextTokens, Tokens
 from reft_edge.runtime.binding import PortInputs, port_inputs
-from reft_edge.runtime.session import open_graph, plain_failure
+from reft_edge.runtime.onnx_runtime import open_graph, plain_failure
 from reft_edge.signing.keys import TrustedKeys
 from reft_edge.signing.signatures import Signature, load_verified
 

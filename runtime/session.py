@@ -1,12 +1,9 @@
-"""One ONNX Runtime session over an exported graph, its KV cache and its bound inputs."""
+"""One session over an exported graph, its KV cache and its bound inputs."""
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -14,171 +11,28 @@ from numpy.typing import NDArray
 
 from reft_edge.errors import ReftEdgeError
 from reft_edge.model.manifest import Manifest
-from reft_edge.runtime.memory import NoMemoryError
+from reft_edge.runtime.onnx_runtime import (
+    CUDA,
+    ELEMENT_TYPES,
+    HOST_TYPES,
+    ONNX_BFLOAT16,
+    OWN_KEEP,
+    check_cpu,
+    choose_device,
+    import_onnxruntime,
+    open_graph,
+    ort_value,
+    plain_failure,
+)
 
 PREFILL_CHUNK = 512
-DEVICES = ("auto", "cpu", "cuda")
-_CUDA = "CUDAExecutionProvider"
 _CACHE_STEP = 256
-HOST_TYPES: dict[str, np.dtype[np.generic]] = {
-    "fp32": np.dtype(np.float32),
-    "fp16": np.dtype(np.float16),
-    "bf16": np.dtype(np.float32),
-}
-_ONNX_BFLOAT16 = 16
-_ELEMENT_TYPES: dict[str, Any] = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-    "tensor(bfloat16)": _ONNX_BFLOAT16,
-}
 _MOST_TOKENS = 1 << 31
 """ONNX Runtime counts the tokens of a cache in 32 bits."""
 _MOST_HEAD = 1 << 16
-_OWN_KEEP = "num_logits_to_keep"
-"""An input of some graphs from elsewhere: how many of the last tokens get logits, 0 for all."""
 
 Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
-
-
-def import_onnxruntime() -> ModuleType:
-    """The onnxruntime module. Raises ReftEdgeError that names the two extras if it is not installed."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise ReftEdgeError(
-            "ONNX Runtime is not installed; install reft-edge with one of its extras: "
-            "pip install 'reft-edge[cpu]' or pip install 'reft-edge[cuda]'"
-        ) from error
-    return onnxruntime  # type: ignore[no-any-return]
-
-
-def choose_device(device: str, available: Sequence[str]) -> str:
-    """`cpu` or `cuda`; `auto` takes CUDA where ONNX Runtime offers it.
-
-    Raises ReftEdgeError for an unknown device, or for CUDA where ONNX Runtime has no CUDA provider.
-    """
-    if device not in DEVICES:
-        raise ReftEdgeError(f"unknown device {device!r}; choose one of {', '.join(DEVICES)}")
-    if device == "cuda" and _CUDA not in available:
-        raise ReftEdgeError(
-            f"this ONNX Runtime has no CUDA provider (it has {', '.join(available)}); "
-            "install reft-edge[cuda] in place of reft-edge[cpu], or use --device cpu"
-        )
-    if device == "auto":
-        return "cuda" if _CUDA in available else "cpu"
-    return device
-
-
-def check_cpu(manifest: Manifest) -> None:
-    """Raise ReftEdgeError if the folder's graph can only run on a GPU."""
-    if manifest.precision == "bf16":
-        raise ReftEdgeError(
-            f"this folder holds {manifest.base_name} in bf16, for which ONNX Runtime has no CPU kernels; "
-            "run it with --device cuda, or export with --precision fp32, fp16, int8 or int4"
-        )
-
-
-def open_graph(
-    path: Path,
-    device: str = "auto",
-    threads: int | None = None,
-    prepack: bool = True,
-    fuse: bool = True,
-    provider_options: Mapping[str, str] | None = None,
-) -> Any:
-    """An InferenceSession. `threads`: intra-op threads, by default one a core this process may use. They wait for work by
-    spinning, but not where there are more of them than cores, since spinning threads would then keep others from their work.
-
-    `provider_options`: of ONNX Runtime's CUDA provider, beside or in place of what is chosen here (TF32 off, an arena that
-    grows as asked).
-    `prepack`: keep weights in the layout that is fastest to multiply with, at the cost of memory for a second copy.
-    `fuse`: let ONNX Runtime merge neighbouring nodes into one that may round otherwise.
-
-    Raises ReftEdgeError if the graph cannot be loaded, if CUDA was asked for and did not start, for fewer than 1 thread, or
-    for options of a provider that is not used.
-    """
-    if threads is not None and threads < 1:
-        raise ReftEdgeError(f"threads is {threads}; expected 1 or more, or none for one a core")
-    ort = import_onnxruntime()
-    chosen = choose_device(device, ort.get_available_providers())
-    if provider_options and chosen != "cuda":
-        raise ReftEdgeError(
-            f"provider options ({', '.join(provider_options)}) are for CUDA, and this runs on the CPU; leave them away"
-        )
-    options = ort.SessionOptions()
-    options.log_severity_level = (
-        4  # else a warning for every overridable initializer; errors come as exceptions
-    )
-    cores = _usable_cores()
-    options.intra_op_num_threads = threads or cores
-    if options.intra_op_num_threads > cores:
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if not prepack:
-        options.add_session_config_entry("session.disable_prepacking", "1")
-    if not fuse:
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    providers: list[Any] = ["CPUExecutionProvider"]
-    if chosen == "cuda":
-        chosen_options = {"arena_extend_strategy": "kSameAsRequested", "use_tf32": "0"}
-        providers.insert(0, (_CUDA, {**chosen_options, **(provider_options or {})}))
-    with plain_failure():
-        session = ort.InferenceSession(str(path), options, providers=providers)
-    if device == "cuda" and _CUDA not in session.get_providers():
-        raise ReftEdgeError(
-            "CUDA was asked for, but ONNX Runtime could not start its CUDA provider; "
-            "check the driver and the CUDA libraries, or use --device cpu"
-        )
-    return session
-
-
-def ort_value(array: NDArray[np.generic], bf16: bool = False, device: str = "cpu") -> Any:
-    """An OrtValue of an array; its float32 numbers rounded to bfloat16 if `bf16`."""
-    ort_value_type = import_onnxruntime().OrtValue
-    if bf16 and array.dtype == np.float32:
-        bits = _round_to_bfloat16(array.astype(np.float32, copy=False))
-        return ort_value_type.ortvalue_from_numpy_with_onnx_type(bits, _ONNX_BFLOAT16)
-    return ort_value_type.ortvalue_from_numpy(array, device)
-
-
-def _round_to_bfloat16(array: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """The upper halves of finite float32 numbers, rounded to nearest, ties to even."""
-    bits = np.ascontiguousarray(array).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-
-
-def plain_feeds(session: Any, row: Sequence[int], head_size: int) -> dict[str, NDArray[np.generic]]:
-    """What a session's graph needs to run one row of tokens without a KV cache behind it; no ports."""
-    ids = np.array([row], np.int64)
-    feeds: dict[str, NDArray[np.generic]] = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
-    for value in session.get_inputs():
-        if value.name == _OWN_KEEP:
-            feeds[value.name] = np.zeros([1] * len(value.shape), np.int64)
-        elif value.name == "position_ids":
-            feeds[value.name] = np.arange(len(row))[None]
-        elif value.name.startswith("past_key_values."):
-            kind = np.float16 if value.type == "tensor(float16)" else np.float32
-            feeds[value.name] = np.zeros((1, value.shape[1], 0, head_size), kind)
-    return feeds
-
-
-_NO_MEMORY = ("bad_alloc", "bad allocation", "Failed to allocate memory", "out of memory")
-"""How ONNX Runtime says so, of which it has no exception."""
-
-
-@contextmanager
-def plain_failure() -> Iterator[None]:
-    """Turn ONNX Runtime's exceptions, which share no class but Exception, into a ReftEdgeError with their first line, and
-    into a NoMemoryError those that say that there is no memory."""
-    try:
-        yield
-    except ReftEdgeError:
-        raise
-    except Exception as error:
-        text = str(error) or type(error).__name__
-        missing = isinstance(error, MemoryError) or any(said in text for said in _NO_MEMORY)
-        kind = NoMemoryError if missing else ReftEdgeError
-        raise kind(f"ONNX Runtime failed: {text.splitlines()[0]}") from error
 
 
 @dataclass
@@ -214,7 +68,7 @@ class GraphSession:
         self.session = open_graph(
             folder / manifest.graph, device, threads, prepack, provider_options=provider_options
         )
-        self.device = "cuda" if _CUDA in self.session.get_providers() else "cpu"
+        self.device = "cuda" if CUDA in self.session.get_providers() else "cpu"
         self.shares_cache = manifest.cache == "shared"
         """Whether past and present of a layer are one buffer."""
         inputs = {value.name: value for value in self.session.get_inputs()}
@@ -227,17 +81,17 @@ class GraphSession:
         self.context_length = manifest.context_length
         """Tokens."""
         self._has_positions = "position_ids" in inputs
-        self._own_keep = [1] * len(inputs[_OWN_KEEP].shape) if _OWN_KEEP in inputs else None
+        self._own_keep = [1] * len(inputs[OWN_KEEP].shape) if OWN_KEEP in inputs else None
         self._own_keep_last = np.ones(self._own_keep or [1], np.int64)
         self._keeps_logits = "reft.logits_to_keep" in manifest.ports
         self.dtype = HOST_TYPES[manifest.float_type]
         """Of float arrays given to this session; where the graph has bf16, which numpy lacks, they are converted."""
         self._bf16 = manifest.float_type == "bf16"
-        self.cache_dtype = next((_ELEMENT_TYPES[inputs[name].type] for name in self.cache_shapes), np.float32)
-        self.cache_in_numpy = self.cache_dtype != _ONNX_BFLOAT16
+        self.cache_dtype = next((ELEMENT_TYPES[inputs[name].type] for name in self.cache_shapes), np.float32)
+        self.cache_in_numpy = self.cache_dtype != ONNX_BFLOAT16
         """Whether the cache's numbers are of a type that numpy has."""
         logits = next(value for value in self.session.get_outputs() if value.name == "logits")
-        self._logits_dtype = _ELEMENT_TYPES[logits.type]
+        self._logits_dtype = ELEMENT_TYPES[logits.type]
         self._vocabulary = logits.shape[2]
         self._keep_last = self._to_device(np.array(1, np.int64))
         self._spare: list[KVCache] = []
@@ -302,7 +156,7 @@ class GraphSession:
         if self._keeps_logits:
             binding.bind_ortvalue_input("reft.logits_to_keep", self._keep_last)
         if self._own_keep is not None:
-            binding.bind_cpu_input(_OWN_KEEP, self._own_keep_last)
+            binding.bind_cpu_input(OWN_KEEP, self._own_keep_last)
         return binding
 
     def bind_logits(self, binding: Any, rows: int) -> Any:
@@ -336,7 +190,7 @@ class GraphSession:
         if self._has_positions:
             feeds["position_ids"] = np.tile(np.arange(length), (len(rows), 1))
         if self._own_keep is not None:
-            feeds[_OWN_KEEP] = np.zeros(self._own_keep, np.int64)
+            feeds[OWN_KEEP] = np.zeros(self._own_keep, np.int64)
         values = {name: ort_value(array, self._bf16) for name, array in feeds.items()}
         values.update(self._empty_pasts(len(rows), 0, "cpu"))
         with plain_failure():
@@ -425,9 +279,3 @@ def _cache_shape(value: Any, manifest: Manifest) -> tuple[int, int]:
 def present_name(past: str) -> str:
     """The output that goes with a cache's input."""
     return past.replace("past_key_values", "present")
-
-
-def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

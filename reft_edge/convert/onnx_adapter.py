@@ -19,7 +19,7 @@ from reft_edge.errors import ReftEdgeError
 from reft_edge.files import name_to_store, open_regular, write_atomically
 from reft_edge.model.manifest import Manifest, load_manifest
 from reft_edge.runtime.binding import port_inputs
-from reft_edge.runtime.session import HOST_TYPES, import_onnxruntime, ort_value
+from reft_edge.runtime.onnx_runtime import HOST_TYPES, import_onnxruntime, ort_value
 
 _GATES = ("first", "last", "after", "scale")
 _MAX_SIZE = 1 << 30

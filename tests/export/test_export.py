@@ -29,7 +29,8 @@ from reft_edge.model.manifest import load_manifest
 from reft_edge.model.places import COMPONENTS, Place
 from reft_edge.model.source import ModelFolder
 from reft_edge.runtime.binding import port_inputs
-from reft_edge.runtime.session import GraphSession, _round_to_bfloat16, ort_value
+from reft_edge.runtime.onnx_runtime import _round_to_bfloat16, ort_value
+from reft_edge.runtime.session import GraphSession
 from reft_edge.steering.hooks import steered
 from reft_edge.steering.interventions import Interventions
 from tests.helpers.tiny import ARCHITECTURES, LAYERS, make_model

@@ -267,7 +267,7 @@ def test_malformed_adapters_leave_the_loaded_one(model, tmp_path, expected):
 def test_devices(device_folder):
     import onnxruntime
 
-    from reft_edge.runtime.session import choose_device
+    from reft_edge.runtime.onnx_runtime import choose_device
 
     assert choose_device("auto", ["CPUExecutionProvider"]) == "cpu"
     assert choose_device("auto", ["CUDAExecutionProvider", "CPUExecutionProvider"]) == "cuda"
@@ -334,41 +334,43 @@ class FakeRuntime:
 
 
 def test_cuda_is_asked_for_and_its_failure_is_told(monkeypatch):
-    from reft_edge.runtime import session
+    from reft_edge.runtime import onnx_runtime
 
     fake = FakeRuntime(starts=True)
-    monkeypatch.setattr(session, "import_onnxruntime", lambda: fake)
-    session.open_graph(Path("model.onnx"), "auto")
+    monkeypatch.setattr(onnx_runtime, "import_onnxruntime", lambda: fake)
+    onnx_runtime.open_graph(Path("model.onnx"), "auto")
     assert [provider[0] for provider in fake.asked[:1]] == ["CUDAExecutionProvider"]
     assert fake.asked[0][1]["use_tf32"] == "0"
-    session.open_graph(Path("model.onnx"), "cpu")
+    onnx_runtime.open_graph(Path("model.onnx"), "cpu")
     assert fake.asked == ["CPUExecutionProvider"]
     fake.starts = False
     with pytest.raises(ReftEdgeError, match="could not start its CUDA provider"):
-        session.open_graph(Path("model.onnx"), "cuda")
+        onnx_runtime.open_graph(Path("model.onnx"), "cuda")
 
 
 def test_provider_options_reach_cuda_and_are_refused_on_the_cpu(monkeypatch):
-    from reft_edge.runtime import session
+    from reft_edge.runtime import onnx_runtime
 
     fake = FakeRuntime(starts=True)
-    monkeypatch.setattr(session, "import_onnxruntime", lambda: fake)
-    session.open_graph(Path("model.onnx"), "cuda", provider_options={"gpu_mem_limit": "1", "use_tf32": "1"})
+    monkeypatch.setattr(onnx_runtime, "import_onnxruntime", lambda: fake)
+    onnx_runtime.open_graph(
+        Path("model.onnx"), "cuda", provider_options={"gpu_mem_limit": "1", "use_tf32": "1"}
+    )
     options = fake.asked[0][1]
     assert (options["gpu_mem_limit"], options["use_tf32"]) == ("1", "1")
     assert options["arena_extend_strategy"] == "kSameAsRequested"
     with pytest.raises(ReftEdgeError, match=r"provider options \(gpu_mem_limit\) are for CUDA"):
-        session.open_graph(Path("model.onnx"), "cpu", provider_options={"gpu_mem_limit": "1"})
+        onnx_runtime.open_graph(Path("model.onnx"), "cpu", provider_options={"gpu_mem_limit": "1"})
 
 
 def test_threads_spin_only_where_each_has_a_core(monkeypatch):
-    from reft_edge.runtime import session
+    from reft_edge.runtime import onnx_runtime
 
     fake = FakeRuntime(starts=True)
-    monkeypatch.setattr(session, "import_onnxruntime", lambda: fake)
-    monkeypatch.setattr(session, "_usable_cores", lambda: 2)
-    session.open_graph(Path("model.onnx"), "cpu")
+    monkeypatch.setattr(onnx_runtime, "import_onnxruntime", lambda: fake)
+    monkeypatch.setattr(onnx_runtime, "_usable_cores", lambda: 2)
+    onnx_runtime.open_graph(Path("model.onnx"), "cpu")
     assert (fake.options.intra_op_num_threads, fake.options.entries) == (2, {})
-    session.open_graph(Path("model.onnx"), "cpu", threads=3)
+    onnx_runtime.open_graph(Path("model.onnx"), "cpu", threads=3)
     assert fake.options.intra_op_num_threads == 3
     assert fake.options.entries == {"session.intra_op.allow_spinning": "0"}
