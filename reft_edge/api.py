@@ -3,176 +3,37 @@
 Everything that a user can cause and mend is raised as a `reft_edge.ReftEdgeError`.
 """
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reft_edge.arguments import AdapterFile, Report, listed, named_layers, scaled, silent, trusted_keys
 from reft_edge.errors import ReftEdgeError
 from reft_edge.extras import extra
+from reft_edge.frozen_model import FrozenModel, load, steered
 from reft_edge.jsonl import GivenRows, row_source
 
 if TYPE_CHECKING:
-    from reft_edge.adapter.config import Adapter
     from reft_edge.adapter.merging import Merged
     from reft_edge.convert.formats import Converted
     from reft_edge.evaluation.results import Evaluation
-    from reft_edge.evaluation.torch_answers import TorchClassifier, TorchDecoder
     from reft_edge.model.manifest import Manifest
-    from reft_edge.model.prompts import Message, Prompts
-    from reft_edge.model.source import ModelFolder
-    from reft_edge.model.texts import Text
     from reft_edge.shipping.pull import Pulled
     from reft_edge.shipping.release import Release
-    from reft_edge.signing.keys import TrustedKeys
     from reft_edge.training.settings import StepReport, TrainResult
 
-AdapterFile = str | Path | tuple[str | Path, float]
-"""An adapter file, or one with the scale of its edits."""
-Report = Callable[[str], None]
-
-
-def _silent(message: str) -> None:
-    return None
-
-
-@dataclass(eq=False)
-class FrozenModel:
-    """A base model in PyTorch, with its tokenizer and chat template; `reft_edge.load` makes one.
-
-    >>> base = reft_edge.load("smollm2")
-    >>> base.name, base.model.config.hidden_size > 0
-    (..., True)
-    >>> answer = base.generate([{"role": "user", "content": "Who are you?"}], max_tokens=8)
-    """
-
-    model: Any
-    """The model of transformers, in evaluation mode, float32, its parameters frozen."""
-    folder: "ModelFolder"
-    """Where it was loaded from, in the Hugging Face layout."""
-    prompts: "Prompts"
-    device: str
-    """A torch device, such as `cpu` or `cuda:0`."""
-    dtype: str
-    """Of its arithmetic: fp32, bf16 or auto."""
-    _steered: "TorchDecoder | TorchClassifier | None" = field(default=None, repr=False)
-
-    @property
-    def name(self) -> str:
-        """For people: what was asked for, without folders."""
-        return self.folder.name
-
-    def generate(
-        self, prompt: "str | Sequence[Message]", max_tokens: int = 256, raw: bool | None = None
-    ) -> str:
-        """The greedy answer, special tokens left out; inside `reft_edge.steered`, with the adapters.
-
-        `prompt`: a user message, or a list of {"role", "content"}. `max_tokens`: at most that many new tokens; fewer if the
-        model's context ends before. `raw`: True takes a text as it stands, False puts it through the chat template, None
-        does what the adapters were trained with (without an adapter: the template, if there is one).
-
-        Raises ReftEdgeError for an encoder, an empty prompt, or one that leaves no room in the context.
-        """
-        from reft_edge.evaluation.torch_answers import TorchDecoder
-        from reft_edge.model.encoders import is_encoder
-
-        if is_encoder(self.folder):
-            raise ReftEdgeError(f"{self.name} is an encoder, which generates no text; see classify")
-        if max_tokens < 1:
-            raise ReftEdgeError(f"max_tokens is {max_tokens}; expected 1 or more")
-        if self._steered is not None:
-            assert isinstance(self._steered, TorchDecoder)
-            return self._generate(self._steered, prompt, max_tokens, raw)
-        with self._answering([]) as decoder:
-            return self._generate(decoder, prompt, max_tokens, raw)
-
-    def _generate(
-        self, decoder: "TorchDecoder", prompt: "str | Sequence[Message]", max_tokens: int, raw: bool | None
-    ) -> str:
-        if isinstance(prompt, str):
-            form = decoder.prompt_format if raw is None else "raw" if raw else "chat"
-            ids = self.prompts.encode_prompt(prompt, form)
-        elif raw:
-            raise ReftEdgeError("messages need the chat template; with raw=True give a text")
-        else:
-            ids = self.prompts.encode_chat(prompt)
-        room = decoder.context_length - len(ids)
-        if not ids or room < 1:
-            raise ReftEdgeError(
-                f"the prompt has {len(ids)} tokens; expected 1 to {decoder.context_length - 1}, so that there is room for "
-                "an answer in the model's context"
-            )
-        (answer,) = decoder.generate([ids], min(max_tokens, room))
-        return self.prompts.decode(answer)
-
-    def classify(self, text: "Text") -> dict[str, float]:
-        """The probability of every label for a text or a pair of texts; they sum to 1.
-
-        Only inside `reft_edge.steered`, with an encoder and one adapter that has a classification head; else raises
-        ReftEdgeError.
-        """
-        from reft_edge.evaluation.torch_answers import TorchClassifier
-
-        if not isinstance(self._steered, TorchClassifier):
-            raise ReftEdgeError(
-                "to classify, load an encoder and steer it with an adapter that has a classification head"
-            )
-        return self._steered.probabilities([text])[0]
-
-    def _answering(self, adapters: "Sequence[tuple[Adapter, float]]") -> AbstractContextManager[Any]:
-        """A context with what answers, the adapters in place."""
-        import torch
-
-        from reft_edge.evaluation.torch_answers import torch_classifier, torch_decoder
-        from reft_edge.model.device import chosen_dtype, torch_device
-        from reft_edge.model.encoders import is_encoder, load_text_tokens
-        from reft_edge.model.prompts import choose_format
-
-        device = torch_device(self.device)
-        autocast = chosen_dtype(self.dtype, device) == torch.bfloat16
-        if is_encoder(self.folder):
-            if len(adapters) != 1:
-                raise ReftEdgeError(f"an encoder classifies with one adapter; {len(adapters)} were given")
-            return torch_classifier(self.model, load_text_tokens(self.folder), *adapters[0], device, autocast)
-        formats = [adapter.config.prompt_format for adapter, _ in adapters]
-        form = choose_format(None, formats, self.prompts.template is not None)
-        return torch_decoder(self.model, self.prompts, form, adapters, device, autocast)
-
-    def _check_free(self) -> None:
-        if self._steered is not None:
-            raise ReftEdgeError(
-                "the model is steered already; leave that `with` block first, or give all adapters to one `steered`"
-            )
-
-
-@extra("train")
-def load(
-    model: str | Path, *, dtype: str = "fp32", device: str | None = None, report: Report = _silent
-) -> FrozenModel:
-    """Load a base model, a decoder or an encoder, in PyTorch.
-
-    `model`: a folder in the Hugging Face layout, a GGUF file, a Hub id, or `smollm2`. `dtype`: of its arithmetic, fp32, bf16,
-    or auto (bf16 where the hardware has it); its weights are float32. `device`: a torch device, by default CUDA where there
-    is one. `report` is told of steps that take seconds.
-
-    Raises ReftEdgeError if there is no such model, it cannot be loaded, or the device cannot be used.
-
-    >>> base = reft_edge.load("smollm2")
-    >>> answer = base.generate("Who are you?", max_tokens=8)
-    """
-    from reft_edge.model.device import chosen_dtype, torch_device
-    from reft_edge.model.encoders import is_encoder, load_encoder
-    from reft_edge.model.loading import load_model, load_model_prompts
-    from reft_edge.model.source import resolve_model
-
-    place = torch_device(device)
-    chosen_dtype(dtype, place)
-    folder = resolve_model(str(model), report)
-    prompts = load_model_prompts(folder)
-    network = load_encoder(folder) if is_encoder(folder) else load_model(folder)
-    return FrozenModel(network.to(place), folder, prompts, str(place), dtype)
+__all__ = [
+    "FrozenModel",
+    "convert",
+    "evaluate",
+    "export",
+    "load",
+    "merge",
+    "pull",
+    "push",
+    "steered",
+    "train",
+]
 
 
 @extra("train")
@@ -195,7 +56,7 @@ def train(
     checkpointing: bool = False,
     compile: bool = False,
     profile: bool = False,
-    report: Report = _silent,
+    report: Report = silent,
     on_step: "Callable[[StepReport], None]" = lambda step: None,
     **settings: Any,
 ) -> "TrainResult":
@@ -233,7 +94,7 @@ def train(
 
     loaded = isinstance(base, FrozenModel)
     if isinstance(base, FrozenModel):
-        base._check_free()
+        base.check_free()
         device = device or base.device
     wanted = Wanted(
         row_source(rows),
@@ -253,39 +114,8 @@ def train(
     folder = base.folder if isinstance(base, FrozenModel) else str(base)
     model = base.model if isinstance(base, FrozenModel) else None
     if "layers" in settings:
-        settings["layers"] = _layers(settings["layers"])
+        settings["layers"] = named_layers(settings["layers"])
     return prepare(folder, wanted, settings, model, report).run(report, on_step)
-
-
-@contextmanager
-def steered(
-    base: FrozenModel, *adapters: AdapterFile, require_signed: str | Path | None = None
-) -> Iterator[FrozenModel]:
-    """Inside the block the base answers with these adapters; behind it, as before.
-
-    Each adapter is a file, or a pair of a file and the scale of its edits; several act at once. `require_signed`: a file of
-    trusted keys, one of which must have signed every adapter.
-
-    Raises AdapterFileError for a file that is no adapter, BaseMismatchError for one of another base, SignatureError for one
-    that no trusted key signed, ReftEdgeError inside another such block; all are ReftEdgeErrors.
-
-    >>> base = reft_edge.load("smollm2")
-    >>> with reft_edge.steered(base, "pirate.safetensors"):
-    ...     answer = base.generate("Who are you?", max_tokens=8)
-    >>> with reft_edge.steered(base, ("pirate.safetensors", 0.5)):
-    ...     half = base.generate("Who are you?", max_tokens=8)
-    """
-    from reft_edge.signing.signatures import load_verified
-
-    base._check_free()
-    trusted = _trusted(require_signed)
-    loaded = [(load_verified(path, trusted)[0], scale) for path, scale in _scaled(adapters)]
-    with base._answering(loaded) as answering:
-        base._steered = answering
-        try:
-            yield base
-        finally:
-            base._steered = None
 
 
 @extra("train")
@@ -307,7 +137,7 @@ def evaluate(
     threads: int | None = None,
     require_signed: str | Path | None = None,
     on_done: Callable[[int], None] = lambda count: None,
-    report: Report = _silent,
+    report: Report = silent,
 ) -> "Evaluation":
     """The accuracy of a model, with adapters or without, on rows.
 
@@ -332,7 +162,7 @@ def evaluate(
     from reft_edge.signing.signatures import load_verified
 
     if isinstance(model, FrozenModel):
-        model._check_free()
+        model.check_free()
         if device is not None or dtype is not None or threads is not None:
             raise ReftEdgeError("the model is loaded: give device and dtype to `load`, and leave threads out")
         device, dtype = model.device, model.dtype
@@ -347,9 +177,9 @@ def evaluate(
         device,
         dtype or "fp32",
         threads,
-        _trusted(require_signed),
+        trusted_keys(require_signed),
     )
-    given = _scaled(adapters)
+    given = scaled(adapters)
     questions = load_questions(row_source(rows), task, limit)
     if not isinstance(model, FrozenModel):
         return evaluate_any(str(model), questions, given, settings, on_done, report)
@@ -369,7 +199,7 @@ def export(
     algorithm: str = "auto",
     block_size: int = 32,
     accuracy_level: int = 4,
-    report: Report = _silent,
+    report: Report = silent,
 ) -> "Manifest":
     """Export a frozen base to ONNX with intervention ports, checked against PyTorch. Done once: all its adapters run there.
 
@@ -394,7 +224,7 @@ def export(
         source,
         Path(folder),
         precision,
-        _layers(layers),
+        named_layers(layers),
         report,
         components=tuple(components),
         device=device,
@@ -413,7 +243,7 @@ def convert(
     act_fn: str | None = None,
     intervention: str | None = None,
     raw: bool | None = None,
-    report: Report = _silent,
+    report: Report = silent,
 ) -> "Converted":
     """Convert an adapter of another library to ours, or ours to one of theirs; the names tell the formats.
 
@@ -466,8 +296,8 @@ def merge(
 
     check_place(Path(output))
     sources = [
-        parse_source(given) if isinstance(given, str) else Source(*_scaled([given])[0])
-        for given in _listed(adapters)
+        parse_source(given) if isinstance(given, str) else Source(*scaled([given])[0])
+        for given in listed(adapters)
     ]
     merged = merge_files(sources, rank, raw)
     save_merged(merged, Path(output))
@@ -497,7 +327,7 @@ def push(
     from reft_edge.shipping.address import open_repository
     from reft_edge.shipping.release import read_goods
 
-    paths = [Path(path) for path in _listed(files)]
+    paths = [Path(path) for path in listed(files)]
     if name is not None and len(paths) > 1:
         raise ReftEdgeError("--name is for one FILE")
     target = open_repository(str(repository), plain_http)
@@ -518,7 +348,7 @@ def pull(
     max_bytes: int | None = None,
     require_signed: str | Path | None = None,
     plain_http: bool = False,
-    report: Report = _silent,
+    report: Report = silent,
 ) -> "list[Pulled]":
     """Install the newest version of adapters from a repository, checked and all at once.
 
@@ -544,47 +374,10 @@ def pull(
     return pull_adapters(
         open_repository(str(repository), plain_http),
         DeviceStore(Path(store)),
-        _listed(names),
+        listed(names),
         version,
         None if folder is None else load_manifest(Path(folder)),
-        _trusted(require_signed),
+        trusted_keys(require_signed),
         report,
         MAX_BYTES if max_bytes is None else max_bytes,
     )
-
-
-def _listed(given: Any) -> list[Any]:
-    """One or several, as a list."""
-    return [given] if isinstance(given, str | Path) else list(given)
-
-
-def _layers(given: Any) -> Any:
-    """A list of numbers, or one, as the text that names them; anything else as it is."""
-    numbers = list(given) if isinstance(given, list | tuple | range) else [given]
-    return ";".join(map(str, numbers)) if all(type(number) is int for number in numbers) else given
-
-
-def _scaled(adapters: Sequence[AdapterFile]) -> list[tuple[Path, float]]:
-    """Files and scales, 1 where there is none. Raises ReftEdgeError for anything else."""
-    found = []
-    for given in adapters:
-        path, scale = (given, 1.0) if isinstance(given, str | Path) else _pair(given)
-        found.append((Path(path), float(scale)))
-    return found
-
-
-def _pair(given: Any) -> tuple[str | Path, float]:
-    match given:
-        case (str() | Path() as path, int() | float() as scale) if math.isfinite(scale):
-            return path, scale
-    raise ReftEdgeError(
-        f"an adapter is {given!r:.100}; expected a file's name, or a pair of one and a finite scale"
-    )
-
-
-def _trusted(keys: str | Path | None) -> "TrustedKeys | None":
-    if keys is None:
-        return None
-    from reft_edge.signing.keys import load_trusted
-
-    return load_trusted(keys)

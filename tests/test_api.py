@@ -1,6 +1,7 @@
 """The Python API: its names, its examples, and the whole path from a model to a device."""
 
 import doctest
+import functools
 import importlib
 import inspect
 import json
@@ -68,14 +69,17 @@ def test_a_part_and_a_function_of_one_name_are_both_there(name, monkeypatch):
     assert getattr(reft_edge, name)(1, a=2) == ((1,), {"a": 2})
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "ReftEdgeError"])
+@pytest.mark.parametrize(
+    "name", [*(name for name in NAMES if name != "ReftEdgeError"), "FrozenModel.trainable"]
+)
 def test_every_public_name_has_an_example_that_runs(name, device_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pirate.safetensors").write_bytes((device_folder / "first.safetensors").read_bytes())
     (tmp_path / "labels.safetensors").write_bytes((device_folder / "labels.safetensors").read_bytes())
     Path("smol").symlink_to(device_folder / "export")
     Path("minilm").symlink_to(device_folder / "encoder")
-    told = getattr(api, name, None) or getattr(reft_edge, name)
+    first, *rest = name.split(".")
+    told = functools.reduce(getattr, rest, getattr(api, first, None) or getattr(reft_edge, first))
     text = inspect.getdoc(told).replace('"smollm2"', repr(str(device_folder / "hf")))
     example = doctest.DocTestParser().get_doctest(text, {"reft_edge": reft_edge}, name, None, None)
     assert example.examples, f"{name} has no example"

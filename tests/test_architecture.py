@@ -52,8 +52,21 @@ MAY_IMPORT = {
     "evaluation": SHARED | {"adapter", "model", "runtime", "signing", "steering"},
     "inspection": SHARED | {"adapter", "model", "steering", "training"},
     "convert": SHARED | {"adapter", "model", "runtime", "steering"},
+    "arguments": SHARED | {"signing"},
+    "frozen_model": SHARED | {"adapter", "arguments", "evaluation", "model", "signing", "training"},
     "api": SHARED
-    | {"adapter", "convert", "evaluation", "export", "model", "shipping", "signing", "training"},
+    | {
+        "adapter",
+        "arguments",
+        "convert",
+        "evaluation",
+        "export",
+        "frozen_model",
+        "model",
+        "shipping",
+        "signing",
+    }
+    | {"training"},
 }
 """Of every part, the parts that it may import, at the top of a module or inside a function. `commands` and `cli` may
 import all of them, and nothing but `__main__` imports those."""

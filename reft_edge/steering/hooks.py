@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache
 
 from reft_edge.adapter.config import Adapter
@@ -40,6 +41,7 @@ class Steering:
         self.adapters = list(adapters)
         self._step: _Step | None = None
         self._off = False
+        self._continuing = False
         self._given: Tensor | None = None
         self._lengths: Tensor | None = None
         blocks = decoder_layers(model)
@@ -55,18 +57,40 @@ class Steering:
         edited = sorted(
             {place for interventions, _ in self.adapters for place in interventions.config.places}
         )
+        self._places = edited
         self.modules = [component_module(blocks[place.layer], place.component) for place in edited]
         """Those whose outputs are edited."""
-        self._handles = [model.register_forward_pre_hook(self._begin, with_kwargs=True)]
-        self._handles += [
+        self._handles = [model.register_forward_pre_hook(self._begin, with_kwargs=True), *self._edits()]
+
+    def _edits(self) -> list[RemovableHandle]:
+        return [
             module.register_forward_hook(self._hook(place))
-            for module, place in zip(self.modules, edited, strict=True)
+            for module, place in zip(self.modules, self._places, strict=True)
         ]
 
     def remove(self) -> None:
         """Detach: the model answers as before."""
         for handle in self._handles:
             handle.remove()
+
+    @contextmanager
+    def recomputing(self) -> Iterator[None]:
+        """Inside the block, edits as in the last pass, for what a backward pass computes again after `remove`."""
+        handles = self._edits()
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def generating(self) -> Iterator[None]:
+        """Inside the block, all passes are of one generation: prompts end where the first pass ended, with a KV cache or not."""
+        self._continuing, self._lengths = True, None
+        try:
+            yield
+        finally:
+            self._continuing = False
 
     @contextmanager
     def prompts(self, lengths: Tensor) -> Iterator[None]:
@@ -101,7 +125,11 @@ class Steering:
         t = (mask.long().cumsum(dim=1) - 1)[:, -ids.shape[1] :]
         if self._given is not None:
             self._lengths = self._given
-        elif past == 0 or self._lengths is None or self._lengths.shape[0] != ids.shape[0]:
+        elif (
+            self._lengths is None
+            or self._lengths.shape[0] != ids.shape[0]
+            or (past == 0 and not self._continuing)
+        ):
             self._lengths = mask.long().sum(dim=1)
         n = self._lengths.to(t.device)[:, None]
         with torch.autocast(ids.device.type, enabled=False):
@@ -138,7 +166,7 @@ class Steering:
                 index = interventions.config.places.index(place)
                 groups, weights = self._step.tokens[number], self._step.weights[number]
                 tokens = torch.cat(groups)
-                if tokens.numel() == 0:
+                if tokens.numel() == 0 and not torch.is_grad_enabled():
                     continue
                 rows = flat.index_select(0, tokens).float()
                 delta = torch.cat(

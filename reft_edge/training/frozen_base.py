@@ -58,13 +58,17 @@ def quick_attention(model: Any) -> Iterator[None]:
         config._attn_implementation = before
 
 
-def checkpointed(model: Any) -> AbstractContextManager[None]:
-    """Inside the block, a block keeps only its input for the backward pass and then computes the rest again."""
+def checkpointed(model: Any, every: int = 1, **options: Any) -> AbstractContextManager[None]:
+    """Inside the block, a block keeps only its input for the backward pass and then computes the rest again.
+
+    `every`: the first of so many blocks does, the others keep all. `options` are those of
+    `torch.utils.checkpoint.checkpoint`.
+    """
 
     def again(forward: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **options, **kwargs)
 
-    return _blocks_run_by(again, model)
+    return _blocks_run_by(again, model, every)
 
 
 @contextmanager
@@ -88,8 +92,10 @@ def compiled(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _blocks_run_by(run: Callable[[Callable[..., Any]], Callable[..., Any]], model: Any) -> Iterator[None]:
-    blocks = list(decoder_layers(model))
+def _blocks_run_by(
+    run: Callable[[Callable[..., Any]], Callable[..., Any]], model: Any, every: int = 1
+) -> Iterator[None]:
+    blocks = list(decoder_layers(model))[::every]
     own = [vars(block).get("forward") for block in blocks]
     for block in blocks:
         block.forward = run(block.forward)

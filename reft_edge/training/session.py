@@ -4,9 +4,8 @@ import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from reft_edge.errors import ReftEdgeError
 from reft_edge.files import check_apart, check_place, same_file
@@ -24,14 +23,13 @@ from reft_edge.training.objectives import Data
 from reft_edge.training.preference import load_preferences
 from reft_edge.training.recipes import recipe as recipe_options
 from reft_edge.training.run import checkpoint_of, train, training_to
-from reft_edge.training.settings import PLAIN, Execution, StepReport, TrainResult, TrainSettings
+from reft_edge.training.settings import PLAIN, Execution, StepReport, TrainResult, TrainSettings, of_kind
 
 Report = Callable[[str], None]
 Working = Callable[[str], AbstractContextManager[None]]
 """Gives the context in which something that takes long is done; its argument says what."""
 
 MAX_LENGTH = 1024
-_KINDS = get_type_hints(TrainSettings)
 
 
 @dataclass(frozen=True)
@@ -151,7 +149,7 @@ def _with_recipe(wanted: Wanted, settings: dict[str, Any]) -> tuple[Wanted, dict
         raise ReftEdgeError(
             f"there is no setting {', '.join(unknown)}; expected one of {', '.join(sorted(known))}"
         )
-    given = {name: _of_kind(name, value) for name, value in given.items()}
+    given = {name: of_kind(name, value) for name, value in given.items()}
     if wanted.recipe is None:
         return wanted, given
     values = {**recipe_options(wanted.recipe), **given}
@@ -159,21 +157,6 @@ def _with_recipe(wanted: Wanted, settings: dict[str, Any]) -> tuple[Wanted, dict
     return dataclasses.replace(
         wanted, task=wanted.task or task, max_length=wanted.max_length or length
     ), values
-
-
-def _of_kind(name: str, value: Any) -> Any:
-    """A setting as its field has it, numbers of numpy's as Python's. Raises ReftEdgeError for a value of another type."""
-    kind = _KINDS[name]
-    if kind in (bool, str):
-        if isinstance(value, kind):
-            return value
-    elif not isinstance(value, bool):
-        if kind is float and isinstance(value, Real):
-            return float(value)
-        if kind is not float and isinstance(value, Integral):
-            return int(value)
-    named = {bool: "True or False", str: "a text", float: "a number"}.get(kind, "a whole number")
-    raise ReftEdgeError(f"{name} is {value!r:.100}; expected {named}")
 
 
 def _checked_places(wanted: Wanted, report: Report) -> LossLog | None:

@@ -2,7 +2,9 @@
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import torch
 
@@ -77,6 +79,21 @@ class TrainSettings:
         for name, (ok, expected) in checks.items():
             if not ok:
                 raise ReftEdgeError(f"{name} is {getattr(self, name)!r}; expected {expected}")
+
+
+def of_kind(name: str, value: Any) -> Any:
+    """A setting as its field has it, numbers of numpy's as Python's. Raises ReftEdgeError for a value of another type."""
+    kind = get_type_hints(TrainSettings)[name]
+    if kind in (bool, str):
+        if isinstance(value, kind):
+            return value
+    elif not isinstance(value, bool):
+        if kind is float and isinstance(value, Real):
+            return float(value)
+        if kind is not float and isinstance(value, Integral):
+            return int(value)
+    named = {bool: "True or False", str: "a text", float: "a number"}.get(kind, "a whole number")
+    raise ReftEdgeError(f"{name} is {value!r:.100}; expected {named}")
 
 
 @dataclass(frozen=True)

@@ -119,8 +119,7 @@ class Trainer:
             mine, weight = self.processes.share(rows[start : start + self.settings.batch_size])
             total = self.objective.loss(self.model, steering, mine, self.device, self.autocast)
             part = total * (weight / count)
-            if part.requires_grad:  # not where no row of the batch is long enough for any position
-                part.backward()  # type: ignore[no-untyped-call]
+            part.backward()  # type: ignore[no-untyped-call]
             loss += float(part.detach())
         for parameter in self.interventions.parameters():
             if parameter.grad is None:
