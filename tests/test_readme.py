@@ -21,7 +21,8 @@ ORDER = re.findall(
 )
 GUIDES = [ROOT / "README.md", *(ROOT / "docs" / name for name in ORDER if (ROOT / "docs" / name).is_file())]
 """The README and docs/ in the order of the site: what a page needs was made by one before it."""
-PAGES = [*GUIDES, *(ROOT / name for name in ("SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md"))]
+OTHERS = ("examples/README.md", "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md")
+PAGES = [*GUIDES, *(ROOT / name for name in OTHERS)]
 COMMANDS = {
     *("train", "export", "add-ports", "run", "eval", "compare", "inspect", "pack"),
     *("shrink", "keygen", "sign", "verify", "push", "pull", "list"),

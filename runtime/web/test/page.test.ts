@@ -6,9 +6,9 @@ import { basename, extname, join, normalize } from "node:path";
 import { type Browser, chromium, type Page } from "playwright-core";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 
+import { CHROMIUM, QUIET } from "./chromium";
 import { ADAPTERS, ANSWERS, type Answers, EXPORT, readJson, stem, VECTORS } from "./vectors";
 
-const CHROMIUM = process.env.REFT_WEB_CHROMIUM ?? "/usr/bin/chromium";
 const SCREENSHOT = process.env.REFT_WEB_SCREENSHOT;
 const DIST = join(import.meta.dirname, "../dist");
 const TYPES: Record<string, string> = {
@@ -30,14 +30,6 @@ const expected = (prompt: string, adapters: Record<string, number>): string => {
   return found.text;
 };
 
-const QUIET = [
-  "--no-sandbox",
-  "--disable-quic",
-  "--no-first-run",
-  "--disable-background-networking",
-  "--disable-component-update",
-  "--disable-sync",
-];
 /** WebGPU computed by the CPU. */
 const SOFTWARE_GPU = [
   "--enable-unsafe-webgpu",

@@ -1,6 +1,6 @@
-"""The samples are compiled and run against a stock ONNX Runtime: the library inside its Python wheel.
+"""The C example is compiled and run against a stock ONNX Runtime: the library inside its Python wheel.
 
-REFT_EDGE_ORT_INCLUDE names a folder with ONNX Runtime's C headers (samples/c/headers.sh gets them); without it, or without
+REFT_EDGE_ORT_INCLUDE names a folder with ONNX Runtime's C headers (examples/c/headers.sh gets them); without it, or without
 a C compiler, the test is skipped.
 """
 
@@ -18,7 +18,7 @@ from reft_edge.model.manifest import load_manifest
 from reft_edge.model.prompts import load_prompts
 from reft_edge.runtime import SteeredModel
 
-SAMPLE = Path(__file__).parent.parent / "samples/c/steer.c"
+SOURCE = Path(__file__).parents[2] / "examples/c/steer.c"
 INCLUDE = os.environ.get("REFT_EDGE_ORT_INCLUDE")
 COMPILER = shutil.which("cc")
 PROMPT = "Who are you?"
@@ -26,7 +26,7 @@ PROMPT = "Who are you?"
 
 @pytest.fixture(scope="module")
 def steer(tmp_path_factory):
-    """The compiled sample."""
+    """The compiled example."""
     if COMPILER is None or INCLUDE is None:
         pytest.skip("needs a C compiler and ONNX Runtime's headers (REFT_EDGE_ORT_INCLUDE)")
     place = tmp_path_factory.mktemp("steer")
@@ -34,7 +34,7 @@ def steer(tmp_path_factory):
     (place / "libonnxruntime.so.1").symlink_to(library)
     warnings = ("-std=c11", "-D_POSIX_C_SOURCE=200809L", "-Wall", "-Wextra", "-Werror", "-I", INCLUDE)
     link = (str(place / "libonnxruntime.so.1"), f"-Wl,-rpath,{place}")
-    subprocess.run([COMPILER, *warnings, str(SAMPLE), *link, "-o", str(place / "steer")], check=True)
+    subprocess.run([COMPILER, *warnings, str(SOURCE), *link, "-o", str(place / "steer")], check=True)
     return place / "steer"
 
 
@@ -46,7 +46,7 @@ def run(steer, *arguments, tokens):
 
 @pytest.fixture(scope="module")
 def question(device_folder):
-    """The sample's arguments for the exported folder, and a prompt's tokens."""
+    """The example's arguments for the exported folder, and a prompt's tokens."""
     manifest = load_manifest(device_folder / "export")
     model = device_folder / "export" / manifest.graph
     ids = load_prompts(device_folder / "export").encode_prompt(PROMPT, "chat")

@@ -2,7 +2,7 @@
 # Put ONNX Runtime's C headers into a folder, from an npm package that carries them (150 MB are downloaded).
 # ONNX Runtime's own release archives have them too, in include/.
 #
-#     samples/c/headers.sh FOLDER
+#     examples/c/headers.sh FOLDER
 set -euo pipefail
 folder=$(realpath "$1")
 work=$(mktemp -d)
