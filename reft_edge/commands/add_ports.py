@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from reft_edge.commands.console import extra, plain_errors, print_json, say, table
+from reft_edge.commands.console import extra, plain_errors, print_json, say, show_table
 from reft_edge.commands.options import Json, PortLayers
 
 if TYPE_CHECKING:
@@ -68,14 +68,13 @@ def print_ported(ported: "Ported", output: Path, as_json: bool) -> None:
             }
         )
         return
-    for line in table(
+    show_table(
         [("layer", "node", "value", "port")]
         + [
             (str(block.layer), block.node, block.value, "yes" if block.layer in manifest.layers else "no")
             for block in ported.outputs
         ]
-    ):
-        say(line)
+    )
     say(f"wrote {output}: {manifest.precision}, ports at {len(manifest.layers)} layers; verified:")
     fused = f"; {figures['rank0_error']:.1g} apart where nodes are fused" if figures["rank0_error"] else ""
     say(f"  no adapter              bitwise equal to the graph without ports{fused}")

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from reft_edge.commands.console import plain_errors, print_json, say, table
+from reft_edge.commands.console import plain_errors, print_json, say, show_table
 from reft_edge.commands.options import Device, Folder, Json, Threads
 
 
@@ -46,8 +46,7 @@ def bench(
         factor = 1000 if "ms" in name else 1
         base, steered = (getattr(speed, field) * factor for speed in (found.base, found.steered))
         rows.append((name, f"{base:,.{digits}f}", f"{steered:,.{digits}f}", f"{steered / base:.3f}"))
-    for line in table(rows):
-        say(line)
+    show_table(rows)
     say(
         f"switch to a loaded adapter   p50 {found.switch_p50 * 1e6:,.0f} µs, p99 {found.switch_p99 * 1e6:,.0f} µs"
     )

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from reft_edge.signing.keys import TrustedKeys
 
 
+_WIDEST = 100_000
+"""Columns that a table may take: a terminal breaks its lines, and pipes get them whole."""
+
+
 def say(text: object = "", err: bool = False, end: str = "\n") -> None:
     """Print a text, at once and with its control characters escaped."""
     print(printable(str(text)), end=end, file=sys.stderr if err else sys.stdout, flush=True)
@@ -64,13 +68,26 @@ def print_json(content: dict[str, Any] | list[dict[str, Any]]) -> None:
     say(json.dumps(content, default=str).replace("\x7f", "\\u007f"))
 
 
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table. A cell is one line, whatever is in it."""
-    rows = [[printable(cell).replace("\n", "\\n").replace("\t", "\\t") for cell in row] for row in rows]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
+def show_table(rows: Sequence[Sequence[str]], header: bool = True) -> None:
+    """Print a table, its first row in bold if it is a `header`. A cell is one line, whatever is in it."""
+    from rich.measure import Measurement
+    from rich.table import Table
+    from rich.text import Text
+
+    from reft_edge.commands.screen import Screen
+
+    lines = [[printable(cell).replace("\n", "\\n").replace("\t", "\\t") for cell in row] for row in rows]
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    for number, line in enumerate(lines):
+        style = "bold" if header and number == 0 else None
+        table.add_row(*map(Text, line), style=style)
+    screen = Screen()
+    wide = screen.options.update(max_width=_WIDEST)
+    wide = wide.update(width=Measurement.get(screen, wide, table).maximum)
+    for segments in screen.render_lines(table, wide, pad=False):
+        shown = Text.assemble(*((part.text, part.style or "") for part in segments))
+        shown.rstrip()
+        screen.print(shown, soft_wrap=True)
 
 
 class _ToStderr(logging.Handler):

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from reft_edge.commands.console import extra, plain_errors, say
+from reft_edge.commands.console import extra, plain_errors, say, show_table
 from reft_edge.errors import ReftEdgeError
 
 
@@ -40,7 +40,8 @@ def inspect(
         from reft_edge.adapter.file import load_adapter
         from reft_edge.files import check_apart, check_place, write_atomically
         from reft_edge.inspection.effect import measure_on
-        from reft_edge.inspection.page import render, summary
+        from reft_edge.inspection.facts import summary
+        from reft_edge.inspection.page import render
         from reft_edge.inspection.weights import inspect_adapter
 
         if (model is None) != (data is None):
@@ -60,7 +61,6 @@ def inspect(
         found = inspect_adapter(loaded, adapter.name, adapter.stat().st_size, compared, effect)
         if output is not None:
             write_atomically(output, render(found).encode("utf-8"))
-    for text in summary(found):
-        say(text)
+    show_table([*summary(found).items()], header=False)
     if output is not None:
         say(f"wrote {output}")

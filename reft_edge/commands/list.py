@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from reft_edge.commands.console import extra, plain_errors, print_json, say, table
+from reft_edge.commands.console import extra, plain_errors, print_json, say, show_table
 from reft_edge.commands.options import Json, PlainHttp
 from reft_edge.errors import ReftEdgeError
 
@@ -45,8 +45,7 @@ def list_adapters(
     if as_json:
         print_json(rows)
     elif rows:
-        for line in table(shown):
-            say(line)
+        show_table(shown)
         for row in rows:
             if row.get("problem"):
                 say(row["problem"])

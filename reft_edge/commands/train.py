@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from reft_edge.commands.console import extra, plain_errors, print_json, say, table
+from reft_edge.commands.console import extra, plain_errors, print_json, say, show_table
 from reft_edge.commands.options import MOST_SEED, Json, Model
 from reft_edge.errors import ReftEdgeError
 
@@ -253,8 +253,7 @@ def _print_profile(seconds: dict[str, float]) -> None:
     rows = [
         (section, f"{spent * 1000:,.1f} ms", f"{spent / total:.1%}") for section, spent in seconds.items()
     ]
-    for line in table([("a step", "", ""), *rows, ("all", f"{total * 1000:,.1f} ms", "")]):
-        say(line)
+    show_table([("a step", "", ""), *rows, ("all", f"{total * 1000:,.1f} ms", "")])
 
 
 def _print_recipe(name: str, context: typer.Context, console: "Screen") -> None:

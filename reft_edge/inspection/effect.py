@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 from reft_edge.adapter.config import Adapter
 from reft_edge.adapter.positions import active
 from reft_edge.errors import ReftEdgeError
-from reft_edge.inspection.page import position_order
 from reft_edge.inspection.weights import Effect, TokenShift
 from reft_edge.jsonl import read_rows
 from reft_edge.model.prompts import Prompts, decode
@@ -37,6 +36,15 @@ def position(t: int, n: int) -> str:
     if t < n // 2:
         return str(t + 1) if t < EDGE else "…"
     return str(t - n) if n - t <= EDGE else "…"
+
+
+def position_order(name: str) -> tuple[int, int]:
+    """A sort key that puts position names in reading order."""
+    if name == "…":
+        return (1, 0)
+    if name == "+…":
+        return (4, 0)
+    return (3 if name.startswith("+") else 2 if name.startswith("-") else 0, int(name))
 
 
 def load_rows(path: Path, prompts: Prompts, prompt_format: str, limit: int) -> list[Example]:
