@@ -76,6 +76,19 @@ ON_A_DEVICE = ("runtime", "signing", "shipping")
 """Parts that run where none of those packages is installed."""
 
 
+MOST_LINES = 400
+LONG_MODULES = {
+    "reft_edge.export.carry": "every kind of GGUF block on its way into the graph",
+    "reft_edge.training.run": "a training from its data to its files",
+}
+"""Modules of more than MOST_LINES lines, and why."""
+MOST_LINES_OF_A_FUNCTION = 80
+LONG_FUNCTIONS = {
+    "reft_edge.training.run.train": "one training, whose parts share its state",
+}
+"""Functions of more than MOST_LINES_OF_A_FUNCTION lines, and why."""
+
+
 def modules() -> dict[str, Path]:
     found = {}
     for folder, name in FOLDERS.items():
@@ -150,6 +163,35 @@ def test_what_a_device_runs_imports_no_torch(name: str) -> None:
         if other.split(".")[0] in NEVER_ON_A_DEVICE
     }
     assert not found
+
+
+def test_modules_are_short() -> None:
+    """Whoever shortens one takes it from the table."""
+    long = {
+        module
+        for module, path in MODULES.items()
+        if len(path.read_text(encoding="utf-8").splitlines()) > MOST_LINES
+    }
+    assert long == LONG_MODULES.keys()
+
+
+def test_functions_are_short() -> None:
+    """The options of a command are not counted: they are its help."""
+    long = {
+        f"{module}.{name}"
+        for module, path in MODULES.items()
+        if not module.startswith("reft_edge.runtime.web.")
+        for name, lines in function_lines(path, heads=part(module) != "commands")
+        if lines > MOST_LINES_OF_A_FUNCTION
+    }
+    assert long == LONG_FUNCTIONS.keys()
+
+
+def function_lines(path: Path, heads: bool) -> Iterator[tuple[str, int]]:
+    """Name and lines of every function and method, with or without the line of `def` and its parameters."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node.name, (node.end_lineno or 0) - (node if heads else node.body[0]).lineno + 1
 
 
 @pytest.mark.parametrize("folder", ["benchmarks", "fuzz"])
