@@ -49,6 +49,7 @@ def train(
     max_length: int | None = None,
     base_weights: str | Path | None = None,
     loss_log: str | Path | None = None,
+    report_to: str | Sequence[str] = (),
     resume: bool = False,
     save_every: int = 50,
     eval_every: int | None = None,
@@ -68,7 +69,7 @@ def train(
     `raw`: prompts as they stand, without the chat template. `recipe`: commonsense, math, instruct or glue, the LoReFT
     paper's settings; yours take precedence. `max_length`: in tokens, 1024 by default; longer rows are left out, an encoder's
     texts are cut. `base_weights`: a folder that this base was exported to, on whose rounded weights to train. `loss_log`: a
-    JSONL file that gets every step's loss. `resume`: continue from the checkpoint of an interrupted training; one is
+    JSONL file that gets every step's loss. `report_to`: trackers that get it, `tensorboard` or `wandb`. `resume`: continue from the checkpoint of an interrupted training; one is
     written every `save_every` steps. `eval_every`: steps between evaluations on held-out rows. `device`: by default
     the base's, or CUDA where there is one. `checkpointing`: less memory, slower. `compile`: faster steps after half a minute or so.
     `profile`: measure where the time of a step goes.
@@ -106,6 +107,7 @@ def train(
         recipe,
         None if base_weights is None else Path(base_weights),
         None if loss_log is None else Path(loss_log),
+        tuple(listed(report_to)),
         resume,
         save_every,
         eval_every,

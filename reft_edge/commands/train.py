@@ -152,6 +152,15 @@ def train(
             help="Write every step's loss, and held-out losses, while training.",
         ),
     ] = None,
+    report_to: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            show_default="none",
+            help="A tracker that gets every step: tensorboard, wandb, or another that Accelerate knows; repeat it, or set "
+            "commas, for several.",
+        ),
+    ] = None,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 50,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the checkpoint of an interrupted run.")
@@ -206,6 +215,7 @@ def train(
             max_length,
             base_weights=base_weights,
             loss_log=loss_log,
+            report_to=tuple(report_to or ()),
             resume=resume,
             save_every=save_every,
             eval_every=eval_every,

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from reft_edge.training.preference import load_preferences
 from reft_edge.training.recipes import recipe as recipe_options
 from reft_edge.training.run import checkpoint_of, train, training_to
 from reft_edge.training.settings import PLAIN, Execution, StepReport, TrainResult, TrainSettings, of_kind
+from reft_edge.training.trackers import Trackers, trackers
 
 Report = Callable[[str], None]
 Working = Callable[[str], AbstractContextManager[None]]
@@ -49,6 +50,8 @@ class Wanted:
     recipe: str | None = None
     base_weights: Path | None = None
     loss_log: Path | None = None
+    report_to: tuple[str, ...] = ()
+    """Trackers, by Accelerate's names."""
     resume: bool = False
     save_every: int = 50
     eval_every: int | None = None
@@ -66,37 +69,55 @@ class Session:
     data: Data
     evaluation: Data | None
     settings: TrainSettings
-    log: LossLog | None
+    log: LossLog | None = None
+    """This and the trackers are the main process's."""
+    trackers: Trackers | None = None
 
     def run(
         self, report: Report = lambda message: None, on_step: Callable[[StepReport], None] = lambda step: None
     ) -> TrainResult:
         """Train to the end and write the adapter; see `reft_edge.training.run.train`."""
 
+        log, trackers, wanted = self.log, self.trackers, self.wanted
+
         def after(step: StepReport) -> None:
             on_step(step)
-            if self.log is not None:
-                self.log(step)
+            for tell in (log, trackers):
+                if tell is not None:
+                    tell(step)
 
-        wanted = self.wanted
-        result = train(
-            self.model,
-            self.name,
-            self.data,
-            wanted.output,
-            self.settings,
-            evaluation=self.evaluation,
-            resume=wanted.resume,
-            save_every=wanted.save_every,
-            execution=wanted.execution,
-            base_weights=wanted.base_weights,
-            report=report,
-            on_step=after,
-            eval_every=wanted.eval_every,
-        )
-        if self.log is not None and self.evaluation is not None:
-            self.log.end(result.steps, result.evaluation)
+        with ExitStack() as stack:
+            wanted.execution.processes.from_main(lambda: self._start_trackers(stack))
+            result = train(
+                self.model,
+                self.name,
+                self.data,
+                wanted.output,
+                self.settings,
+                evaluation=self.evaluation,
+                resume=wanted.resume,
+                save_every=wanted.save_every,
+                execution=wanted.execution,
+                base_weights=wanted.base_weights,
+                report=report,
+                on_step=after,
+                eval_every=wanted.eval_every,
+            )
+            if trackers is not None:
+                trackers.end(result)
+        if log is not None and self.evaluation is not None:
+            log.end(result.steps, result.evaluation)
         return result
+
+    def _start_trackers(self, stack: ExitStack) -> None:
+        if self.trackers is not None:
+            stack.enter_context(self.trackers.running(self._described()))
+
+    def _described(self) -> dict[str, Any]:
+        """What a tracker keeps beside the losses; texts, numbers, True and False."""
+        named = {"base": self.name, "data_sha256": self.data.digest, "rows": len(self.data.examples)}
+        settings = dataclasses.asdict(self.settings)
+        return named | {name: value for name, value in settings.items() if value is not None}
 
 
 def prepare(
@@ -114,7 +135,8 @@ def prepare(
     """
     wanted, settings = _with_recipe(wanted, settings)
     processes = wanted.execution.processes
-    log = processes.from_main(lambda: _checked_places(wanted, report))
+    told: dict[str, Any] = {}
+    processes.from_main(lambda: told.update(_told_of_steps(wanted, report)))
     with processes.main_first():
         folder = resolve_model(base, report) if isinstance(base, str) else base
     task = wanted.task or ("classification" if is_encoder(folder) else "completion")
@@ -138,7 +160,7 @@ def prepare(
             loaded = model
         else:
             loaded = load_encoder(folder) if classifies else load_model(folder)
-    return Session(wanted, folder.name, loaded, data, evaluation, chosen, log)
+    return Session(wanted, folder.name, loaded, data, evaluation, chosen, **told)
 
 
 def _with_recipe(wanted: Wanted, settings: dict[str, Any]) -> tuple[Wanted, dict[str, Any]]:
@@ -159,8 +181,15 @@ def _with_recipe(wanted: Wanted, settings: dict[str, Any]) -> tuple[Wanted, dict
     ), values
 
 
-def _checked_places(wanted: Wanted, report: Report) -> LossLog | None:
-    """The loss log. What would stop the training at its end is found before a model is loaded."""
+def _told_of_steps(wanted: Wanted, report: Report) -> dict[str, Any]:
+    """The Session's `log` and `trackers`. What would stop the training at its end is found before a model is loaded."""
+    _check_places(wanted)
+    log = None if wanted.loss_log is None else LossLog(wanted.loss_log, wanted.resume, report)
+    return {"log": log, "trackers": trackers(wanted.report_to, wanted.output, report)}
+
+
+def _check_places(wanted: Wanted) -> None:
+    """Raise ReftEdgeError for places that cannot be written, or that one would replace of the other."""
     read = [source for source in (wanted.rows, wanted.evaluation) if isinstance(source, Path)]
     for path in (wanted.output, wanted.loss_log):
         if path is not None:
@@ -171,11 +200,9 @@ def _checked_places(wanted: Wanted, report: Report) -> LossLog | None:
     check_place(checkpoint_of(wanted.output))
     with training_to(wanted.output):
         pass
-    if wanted.loss_log is None:
-        return None
-    if any(same_file(wanted.loss_log, path) for path in (wanted.output, checkpoint_of(wanted.output))):
+    written = (wanted.output, checkpoint_of(wanted.output))
+    if wanted.loss_log is not None and any(same_file(wanted.loss_log, path) for path in written):
         raise ReftEdgeError(f"the loss log {wanted.loss_log} would replace the adapter; give another name")
-    return LossLog(wanted.loss_log, wanted.resume, report)
 
 
 def _read(
