@@ -16,7 +16,7 @@ from reft_edge.model.loading import load_model, load_model_prompts
 from reft_edge.model.source import ModelFolder
 from reft_edge.steering.interventions import Interventions, Rotation
 from reft_edge.training.data import Dataset, Example
-from reft_edge.training.run import adapter_config
+from reft_edge.training.description import adapter_config
 from reft_edge.training.settings import TrainSettings
 from reft_edge.training.trainer import Trainer
 

@@ -20,9 +20,10 @@ from reft_edge.training.classification import LabelledTexts, load_labelled
 from reft_edge.training.data import load_dataset
 from reft_edge.training.loss_log import LossLog
 from reft_edge.training.objectives import Data
+from reft_edge.training.output import checkpoint_of, training_to
 from reft_edge.training.preference import load_preferences
 from reft_edge.training.recipes import recipe as recipe_options
-from reft_edge.training.run import checkpoint_of, train, training_to
+from reft_edge.training.run import train
 from reft_edge.training.settings import PLAIN, Execution, StepReport, TrainResult, TrainSettings, of_kind
 from reft_edge.training.trackers import Trackers, trackers
 

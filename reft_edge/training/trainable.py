@@ -24,8 +24,8 @@ from reft_edge.errors import ReftEdgeError
 from reft_edge.files import write_atomically
 from reft_edge.steering.hooks import Steering, check_bases, steered
 from reft_edge.steering.interventions import Interventions
+from reft_edge.training.description import adapter_config
 from reft_edge.training.frozen_base import checkpointed
-from reft_edge.training.run import adapter_config
 from reft_edge.training.settings import TrainSettings, of_kind
 
 ADAPTER_NAME = "adapter.safetensors"

@@ -8,7 +8,7 @@ from reft_edge.model.loading import load_model
 from reft_edge.model.source import ModelFolder
 from reft_edge.steering.hooks import Steering, steered
 from reft_edge.steering.interventions import Interventions
-from reft_edge.training.run import adapter_config
+from reft_edge.training.description import adapter_config
 from reft_edge.training.settings import TrainSettings
 from tests.helpers.tiny import make_model
 from tests.helpers.torch_reference import random_adapter

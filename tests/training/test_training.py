@@ -18,9 +18,10 @@ from reft_edge.runtime import SteeredModel
 from reft_edge.steering.hooks import steered
 from reft_edge.steering.interventions import Interventions
 from reft_edge.training.data import Dataset, Example, load_dataset
+from reft_edge.training.description import curve
 from reft_edge.training.distributed import Processes
 from reft_edge.training.objectives import batch_loss, evaluate
-from reft_edge.training.run import curve, train
+from reft_edge.training.run import train
 from reft_edge.training.settings import Execution, TrainSettings
 from reft_edge.training.trainer import CHECK_EVERY, Trainer, grouped, rate
 from tests.helpers.tiny import make_model
@@ -223,13 +224,13 @@ def test_an_interrupt_inside_the_optimiser_saves_nothing_that_is_half_a_step(
         np.testing.assert_allclose(load_adapter(tmp_path / "a").tensors[name], tensor, atol=1e-6)
 
 
-@pytest.mark.parametrize("failing", ["evaluate", "save_adapter"])
+@pytest.mark.parametrize("failing", ["steps.evaluate", "output.save_adapter"])
 def test_a_finished_training_is_not_lost_by_what_comes_after_it(model, data, tmp_path, monkeypatch, failing):
     def fail(*given):
         raise ReftEdgeError("no space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"reft_edge.training.run.{failing}", fail)
+        patch.setattr(f"reft_edge.training.{failing}", fail)
         with pytest.raises(ReftEdgeError, match="no space left"):
             run(model, data, tmp_path / "a", evaluation=data)
     steps = []

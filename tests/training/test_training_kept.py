@@ -28,12 +28,14 @@ from reft_edge.locks import held
 from reft_edge.model.loading import load_model
 from reft_edge.model.source import ModelFolder
 from reft_edge.training.data import Dataset, Example
+from reft_edge.training.description import held_out_curve
 from reft_edge.training.interrupts import SIGNALS, interrupts
 from reft_edge.training.loss_log import LossLog
 from reft_edge.training.objectives import Completions
 from reft_edge.training.rescue import written_elsewhere
-from reft_edge.training.run import NothingLearntError, held_out_curve, train
+from reft_edge.training.run import train
 from reft_edge.training.settings import StepReport, TrainSettings
+from reft_edge.training.steps import NothingLearntError
 
 FAULTS = [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES]
 
@@ -361,7 +363,7 @@ def test_a_signal_while_held_out_rows_are_read_leaves_the_adapter(model, data, t
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(5)
 
-    monkeypatch.setattr("reft_edge.training.run.evaluate", send)
+    monkeypatch.setattr("reft_edge.training.steps.evaluate", send)
     said = []
     with pytest.raises(KeyboardInterrupt):
         run(model, data, tmp_path / "a", evaluation=data, report=said.append)
@@ -371,7 +373,7 @@ def test_a_signal_while_held_out_rows_are_read_leaves_the_adapter(model, data, t
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
 def test_a_held_out_loss_that_is_not_finite_is_told_and_null(model, data, tmp_path, monkeypatch, loss):
-    monkeypatch.setattr("reft_edge.training.run.evaluate", lambda *given: loss)
+    monkeypatch.setattr("reft_edge.training.steps.evaluate", lambda *given: loss)
     said, shown = [], []
     result = run(
         model,
@@ -399,7 +401,7 @@ def test_held_out_rows_that_cannot_be_read_do_not_cost_the_adapter(model, data, 
 
     said = []
     with monkeypatch.context() as patch:
-        patch.setattr("reft_edge.training.run.evaluate", fail)
+        patch.setattr("reft_edge.training.steps.evaluate", fail)
         with pytest.raises(ReftEdgeError, match=r"could not be evaluated: .* is written, without"):
             run(model, data, tmp_path / "a", evaluation=data, eval_every=3, report=said.append)
     assert "could not be evaluated after step 3" in said[0]
