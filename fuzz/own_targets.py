@@ -11,7 +11,7 @@ from harness import Target
 from reft_edge.adapter.config import INTERVENTIONS, Adapter, AdapterConfig
 from reft_edge.adapter.file import parse_stored, read_config, read_stored, save_adapter
 from reft_edge.adapter.linear import fold
-from reft_edge.adapter.storage import STORES
+from reft_edge.adapter.storage import PRECISIONS
 from reft_edge.errors import ReftEdgeError
 from reft_edge.model.manifest import MANIFEST, Manifest, load_manifest, save_manifest
 from reft_edge.signing.keys import PrivateKey, TrustedKey, TrustedKeys, parse_trusted
@@ -45,8 +45,8 @@ def adapter_target(folder: Path) -> Target:
     trusted = TrustedKeys("trusted.keys", {key.id: TrustedKey("fuzz", key.public)})
     seeds = []
     for kind in INTERVENTIONS:
-        for store in STORES:
-            save_adapter(make_adapter(kind, training={"steps": 3, "loss": 0.5}), path, store)
+        for precision in PRECISIONS:
+            save_adapter(make_adapter(kind, training={"steps": 3, "loss": 0.5}), path, precision)
             seeds.append(path.read_bytes())
     save_adapter(make_adapter("loreft", labels=("a", "b"), pooling="cls"), path, "int8")
     seeds.append(path.read_bytes())

@@ -121,7 +121,7 @@ _COMMANDS: tuple[tuple[str, str, Callable[..., None], str], ...] = (
     ("Use", "chat", chat, "chat smol/ --adapters tasks/"),
     ("Use", "bench", bench, "bench smol/ --json"),
     ("Use", "pack", pack, "pack emoji.safetensors --for smol/ -o emoji.onnx_adapter"),
-    ("Use", "shrink", shrink, "shrink task.safetensors -o small.safetensors --store fp16"),
+    ("Use", "shrink", shrink, "shrink task.safetensors -o small.safetensors --precision fp16"),
     ("Trust", "keygen", keygen, "keygen fleet.key --expires 730d"),
     ("Trust", "sign", sign, "sign task.safetensors --key fleet.key --expires 365d"),
     ("Trust", "verify", verify, "verify task.safetensors --trusted trusted.keys"),

@@ -34,7 +34,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from reft_edge.adapter.config import Adapter, AdapterConfig, check_names, check_size
-from reft_edge.adapter.storage import ROWS, STORES, data_bytes, declared, decode, encode, serialise
+from reft_edge.adapter.storage import PRECISIONS, ROWS, data_bytes, declared, decode, encode, serialise
 from reft_edge.errors import AdapterFileError, ReftEdgeError
 from reft_edge.files import open_regular, write_atomically
 from reft_edge.strict_json import parse_json
@@ -46,19 +46,19 @@ VERSIONS = ("1", "2")
 _MAX_HEADER = 1 << 20
 
 
-def save_adapter(adapter: Adapter, path: Path | str, store: str = "fp32") -> None:
-    """Write the file atomically, its tensors stored as `reft_edge.adapter.storage.STORES` tells; the same adapter gives the same bytes.
+def save_adapter(adapter: Adapter, path: Path | str, precision: str = "fp32") -> None:
+    """Write the file atomically, its tensors stored as `reft_edge.adapter.storage.PRECISIONS` tells; the same adapter gives the same bytes.
 
     Raises ReftEdgeError if it cannot be written, or fp16 cannot hold a value.
     """
-    if store not in STORES:
-        raise ReftEdgeError(f"there is no storage {store!r}; expected one of {', '.join(STORES)}")
+    if precision not in PRECISIONS:
+        raise ReftEdgeError(f"there is no precision {precision!r}; expected one of {', '.join(PRECISIONS)}")
     metadata = {
         "format": FORMAT,
-        "version": VERSIONS[store != "fp32"],
+        "version": VERSIONS[precision != "fp32"],
         "adapter": json.dumps(dataclasses.asdict(adapter.config), allow_nan=False, separators=(",", ":")),
     }
-    write_atomically(Path(path), serialise(encode(adapter.tensors, store), metadata))
+    write_atomically(Path(path), serialise(encode(adapter.tensors, precision), metadata))
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class StoredAdapter:
     tensors: dict[str, NDArray[np.generic]]
 
     @property
-    def store(self) -> str:
+    def precision(self) -> str:
         """fp32, fp16 or int8."""
         kinds = {np.dtype(np.float16): "fp16", np.dtype(np.int8): "int8"}
         return next(

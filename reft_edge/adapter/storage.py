@@ -20,7 +20,7 @@ from safetensors.numpy import save
 from reft_edge.adapter.algebra import Array
 from reft_edge.errors import AdapterFileError, ReftEdgeError
 
-STORES = ("fp32", "fp16", "int8")
+PRECISIONS = ("fp32", "fp16", "int8")
 ROWS = ("R", "W", "W1", "W2", "v", "head.weight")
 SCALE = ".scale"
 _DTYPES = {"F32": 4, "F16": 2, "I8": 1}
@@ -28,13 +28,13 @@ Declared = dict[str, tuple[str, tuple[int, ...]]]
 """Name to safetensors' dtype and shape."""
 
 
-def declared(shapes: Mapping[str, tuple[int, ...]], store: str) -> Declared:
+def declared(shapes: Mapping[str, tuple[int, ...]], precision: str) -> Declared:
     """What a file that holds tensors of these shapes declares."""
     found: Declared = {}
     for name, shape in shapes.items():
-        if store == "fp32" or name not in ROWS:
+        if precision == "fp32" or name not in ROWS:
             found[name] = ("F32", shape)
-        elif store == "fp16":
+        elif precision == "fp16":
             found[name] = ("F16", shape)
         else:
             found[name] = ("I8", shape)
@@ -47,13 +47,13 @@ def data_bytes(tensors: Declared) -> int:
     return sum(_DTYPES[dtype] * math.prod(shape) for dtype, shape in tensors.values())
 
 
-def encode(tensors: Mapping[str, Array], store: str) -> dict[str, NDArray[np.generic]]:
+def encode(tensors: Mapping[str, Array], precision: str) -> dict[str, NDArray[np.generic]]:
     """Tensors as they are stored. Raises ReftEdgeError for values that fp16 cannot hold."""
     found: dict[str, NDArray[np.generic]] = {}
     for name, tensor in tensors.items():
-        if store == "fp32" or name not in ROWS:
+        if precision == "fp32" or name not in ROWS:
             found[name] = np.ascontiguousarray(tensor)
-        elif store == "fp16":
+        elif precision == "fp16":
             with np.errstate(over="ignore"):
                 found[name] = half = tensor.astype(np.float16)
             if not np.isfinite(half).all():

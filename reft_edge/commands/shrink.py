@@ -18,7 +18,7 @@ def shrink(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="The adapter file to write.", show_default=False)
     ],
-    store: Annotated[
+    precision: Annotated[
         str, typer.Option(help="How its weights are stored: fp16, int8 (with a scale a row), or fp32.")
     ] = "fp16",
     as_json: Json = False,
@@ -37,18 +37,18 @@ def shrink(
             return fold(replace(adapter, config=replace(adapter.config, act_fn="linear")))
 
         stored = read_stored(adapter)
-        if store == stored.store:
-            raise ReftEdgeError(f"{adapter} is stored as {store} already")
+        if precision == stored.precision:
+            raise ReftEdgeError(f"{adapter} is stored as {precision} already")
         whole = stored.adapter()
         before = adapter.stat().st_size
-        save_adapter(whole, output, store)
+        save_adapter(whole, output, precision)
         off = edit_error(edit(whole), edit(load_adapter(output)))
         after = output.stat().st_size
     if as_json:
-        print_json({"store": store, "bytes_before": before, "bytes": after, "edit_error": off})
+        print_json({"precision": precision, "bytes_before": before, "bytes": after, "edit_error": off})
         return
     say(
-        f"wrote {output}: {after / 1000:,.1f} kB in {store}, before {before / 1000:,.1f} kB in {stored.store}"
+        f"wrote {output}: {after / 1000:,.1f} kB in {precision}, before {before / 1000:,.1f} kB in {stored.precision}"
     )
     say(f"the edits are off by {off:.2g} of their size (root mean square, the worst layer)")
     if "signature" in stored.metadata:

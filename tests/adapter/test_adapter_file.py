@@ -250,12 +250,12 @@ def test_the_same_adapter_gives_the_same_bytes(tmp_path: Path) -> None:
     """The library writes metadata in random order; with three entries, ten files would differ."""
     from safetensors import safe_open
 
-    for store in ("fp32", "fp16", "int8"):
+    for precision in ("fp32", "fp16", "int8"):
         adapter = make_adapter("noreft", add_bias=True, training={"b": 1, "a": 'é"\\\n'})
-        path = tmp_path / f"{store}.safetensors"
+        path = tmp_path / f"{precision}.safetensors"
         contents = set()
         for _ in range(10):
-            save_adapter(adapter, path, store)
+            save_adapter(adapter, path, precision)
             contents.add(path.read_bytes())
         assert len(contents) == 1
         with safe_open(path, "numpy") as file:

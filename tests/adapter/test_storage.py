@@ -15,7 +15,7 @@ from reft_edge.adapter.algebra import edit_error
 from reft_edge.adapter.config import INTERVENTIONS, Adapter, AdapterConfig
 from reft_edge.adapter.file import load_adapter, read_stored, save_adapter
 from reft_edge.adapter.linear import fold
-from reft_edge.adapter.storage import ROWS, STORES, decode, encode
+from reft_edge.adapter.storage import PRECISIONS, ROWS, decode, encode
 from reft_edge.cli import app
 from reft_edge.errors import AdapterFileError, ReftEdgeError
 from reft_edge.signing.keys import generate_key, load_private_key, load_trusted
@@ -28,18 +28,18 @@ def classifier(kind: str = "loreft") -> Adapter:
     return make_adapter(kind, labels=("bad", "good"), pooling="mean")
 
 
-@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("kind", INTERVENTIONS)
-def test_round_trip_of_files(tmp_path: Path, kind: str, store: str) -> None:
+def test_round_trip_of_files(tmp_path: Path, kind: str, precision: str) -> None:
     path = tmp_path / "a.safetensors"
     for adapter in (make_adapter(kind, add_bias=kind == "noreft"), classifier(kind)):
-        save_adapter(adapter, path, store)
-        assert read_stored(path).store == store
+        save_adapter(adapter, path, precision)
+        assert read_stored(path).precision == precision
         loaded = load_adapter(path)
         assert loaded.config == adapter.config
-        assert parts(path)[0]["__metadata__"]["version"] == ("1" if store == "fp32" else "2")
+        assert parts(path)[0]["__metadata__"]["version"] == ("1" if precision == "fp32" else "2")
         for name, tensor in adapter.tensors.items():
-            rows = name in ROWS and store != "fp32"
+            rows = name in ROWS and precision != "fp32"
             off = np.abs(loaded.tensors[name] - tensor)
             assert loaded.tensors[name].dtype == np.float32
             assert off.max() == 0 or rows
@@ -49,12 +49,12 @@ def test_round_trip_of_files(tmp_path: Path, kind: str, store: str) -> None:
                     "fp32": 0,
                     "fp16": 2**-11 * np.abs(tensor),
                     "int8": np.abs(tensor).max(-1, keepdims=True) / 253,
-                }[store]
+                }[precision]
             ).all()
-        save_adapter(loaded, path, store)
+        save_adapter(loaded, path, precision)
         again = load_adapter(path)
         off = max(np.abs(again.tensors[name] - loaded.tensors[name]).max() for name in loaded.tensors)
-        assert off <= (1e-6 if store == "int8" else 0)
+        assert off <= (1e-6 if precision == "int8" else 0)
 
 
 FINITE = st.floats(-60000, 60000, width=32)
@@ -82,7 +82,7 @@ def test_what_fp16_cannot_hold_is_refused(tmp_path: Path) -> None:
         save_adapter(adapter, tmp_path / "a.safetensors", "fp16")
     assert list(tmp_path.iterdir()) == []
     save_adapter(adapter, tmp_path / "a.safetensors", "int8")
-    with pytest.raises(ReftEdgeError, match="no storage 'int4'"):
+    with pytest.raises(ReftEdgeError, match="no precision 'int4'"):
         save_adapter(adapter, tmp_path / "a.safetensors", "int4")
 
 
@@ -137,16 +137,16 @@ def smollm2(kind: str, layers: int = 4) -> Adapter:
 )
 def test_sizes_of_task_files(tmp_path: Path, kind: str, most: dict[str, float]) -> None:
     path = tmp_path / "a.safetensors"
-    for store, limit in most.items():
-        save_adapter(smollm2(kind), path, store)
+    for precision, limit in most.items():
+        save_adapter(smollm2(kind), path, precision)
         assert path.stat().st_size < limit
 
 
 def test_headers_that_do_not_fit(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
 
-    def refused(change: Any, message: str, store: str) -> None:
-        save_adapter(make_adapter("loreft"), path, store)
+    def refused(change: Any, message: str, precision: str) -> None:
+        save_adapter(make_adapter("loreft"), path, precision)
         header, data = parts(path)
         change(header)
         rewrite(path, header, data)
@@ -200,16 +200,16 @@ def test_a_small_file_cannot_claim_much(tmp_path: Path) -> None:
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(kind=st.sampled_from(INTERVENTIONS), store=st.sampled_from(STORES), seed=st.integers(0, 2**32))
-def test_signatures_cover_every_storage(tmp_path: Path, kind: str, store: str, seed: int) -> None:
+@given(kind=st.sampled_from(INTERVENTIONS), precision=st.sampled_from(PRECISIONS), seed=st.integers(0, 2**32))
+def test_signatures_cover_every_storage(tmp_path: Path, kind: str, precision: str, seed: int) -> None:
     key, path = tmp_path / "a.key", tmp_path / "a.safetensors"
     if not key.exists():
         generate_key(key, "me")
-    save_adapter(make_adapter(kind, seed=seed), path, store)
+    save_adapter(make_adapter(kind, seed=seed), path, precision)
     sign(path, load_private_key(key))
     trusted = load_trusted(key.with_suffix(".pub"))
     assert verify(path, trusted).signer == "me"
-    assert read_stored(path).store == store
+    assert read_stored(path).precision == precision
     content = bytearray(path.read_bytes())
     content[-1 - seed % 40] ^= 1 + seed % 255
     with pytest.raises(ReftEdgeError):
@@ -226,11 +226,11 @@ def test_shrink(tmp_path: Path) -> None:
     said = cli(path, "-o", out)
     assert said.exit_code == 0, said.output
     assert "in fp16, before 7" in said.stdout
-    figures = json.loads(cli(path, "-o", out, "--store", "int8", "--json").stdout)
+    figures = json.loads(cli(path, "-o", out, "--precision", "int8", "--json").stdout)
     assert figures["bytes"] == out.stat().st_size < 22_000 < 74_000 < figures["bytes_before"]
     assert 1e-3 < figures["edit_error"] < 2e-2
-    assert "is stored as int8 already" in cli(out, "-o", out, "--store", "int8").stderr
-    assert "no storage 'int4'" in cli(path, "-o", out, "--store", "int4").stderr
+    assert "is stored as int8 already" in cli(out, "-o", out, "--precision", "int8").stderr
+    assert "no precision 'int4'" in cli(path, "-o", out, "--precision", "int4").stderr
     generate_key(tmp_path / "me.key", "me")
     sign(path, load_private_key(tmp_path / "me.key"))
     assert "sign the new file" in cli(path, "-o", out).stdout

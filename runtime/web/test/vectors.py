@@ -22,7 +22,7 @@ from reft_edge.adapter.config import INTERVENTIONS, Adapter, AdapterConfig
 from reft_edge.adapter.file import load_adapter, save_adapter
 from reft_edge.adapter.linear import fold
 from reft_edge.adapter.positions import parse_positions
-from reft_edge.adapter.storage import STORES
+from reft_edge.adapter.storage import PRECISIONS
 from reft_edge.errors import ReftEdgeError
 from reft_edge.model.manifest import Manifest, load_manifest
 from reft_edge.runtime.binding import port_inputs
@@ -94,8 +94,8 @@ def bad_adapters(manifest: Manifest, folder: Path) -> dict[str, tuple[str, bytes
     """Files that must be refused, by name, and what the refusal has to say."""
     plain = adapter(config(manifest), 0)
 
-    def saved(changed: AdapterConfig, store: str = "fp32") -> bytes:
-        save_adapter(adapter(changed, 0), folder / "good.safetensors", store)
+    def saved(changed: AdapterConfig, precision: str = "fp32") -> bytes:
+        save_adapter(adapter(changed, 0), folder / "good.safetensors", precision)
         return (folder / "good.safetensors").read_bytes()
 
     def split(content: bytes) -> tuple[dict[str, Any], bytes]:
@@ -295,9 +295,9 @@ def main(export: Path, out: Path) -> None:
     vectors: dict[str, Any] = {"adapters": {}, "refused": {}}
     for seed, (name, described) in enumerate(good_adapters(manifest).items()):
         good = adapter(described, seed)
-        for store in STORES:
-            path = out / f"{name}-{store}.safetensors"
-            save_adapter(good, path, store)
+        for precision in PRECISIONS:
+            path = out / f"{name}-{precision}.safetensors"
+            save_adapter(good, path, precision)
             vectors["adapters"][path.stem] = {
                 port: {"shape": list(value.shape), "data": value.ravel().tolist()}
                 for port, value in port_inputs(
