@@ -26,6 +26,7 @@ from reft_edge.export.residual import Site
 from reft_edge.export.structure import find_blocks
 from reft_edge.export.verify import TEXTS
 from reft_edge.files import read_text
+from reft_edge.model.fingerprint import fingerprint
 from reft_edge.model.loading import load_model
 from reft_edge.model.manifest import Manifest, package_versions
 from reft_edge.model.places import parse_layers
@@ -151,9 +152,10 @@ class _Foreign:
         ported = [part for part in self.taps if part.layer in manifest.layers]
         return run_graphs(folder, PLAIN, manifest, ported, self.rows)
 
-    def load(self, report: Report) -> Any:
+    def load(self, report: Report) -> tuple[Any, str]:
         report("loading the PyTorch model")
-        return load_model(self.model)
+        model = load_model(self.model)
+        return model, fingerprint(model)
 
     def compare(self, said: Found, folder: Path, manifest: Manifest, model: Any) -> PortVerification:
         return compare(said, self.found.streams, manifest, model, self.rows)

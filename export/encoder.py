@@ -21,6 +21,7 @@ from reft_edge.export.residual import Site, Use
 from reft_edge.export.verify import TEXTS, TOLERANCE, largest_difference, random_adapters
 from reft_edge.model.blocks import decoder_layers
 from reft_edge.model.encoders import context_length, has_token_types, load_encoder, read_config
+from reft_edge.model.fingerprint import fingerprint
 from reft_edge.model.loading import load_model_prompts
 from reft_edge.model.manifest import Manifest, package_versions
 from reft_edge.model.places import Place, parse_layers
@@ -138,8 +139,8 @@ class _Encoder:
     def run(self, folder: Path, manifest: Manifest) -> _HiddenStates:
         return _run_graphs(folder, manifest, self.rows)
 
-    def load(self, report: Report) -> Any:
-        return self.encoder
+    def load(self, report: Report) -> tuple[Any, str]:
+        return self.encoder, fingerprint(self.encoder)
 
     def compare(
         self, said: _HiddenStates, folder: Path, manifest: Manifest, model: Any

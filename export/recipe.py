@@ -20,7 +20,6 @@ from reft_edge.export.carry import share_external_data
 from reft_edge.export.ports import insert_ports
 from reft_edge.export.residual import Site
 from reft_edge.folders import replace_folder
-from reft_edge.model.fingerprint import fingerprint
 from reft_edge.model.manifest import MANIFEST, Manifest, save_manifest
 
 GRAPH = "model.onnx"
@@ -68,8 +67,8 @@ class Draft(Protocol[Said]):
     def run(self, folder: Path, manifest: Manifest) -> Said:
         """What GRAPH and PLAIN in `folder` give for a few rows of tokens."""
 
-    def load(self, report: Report) -> Any:
-        """PyTorch's model."""
+    def load(self, report: Report) -> tuple[Any, str]:
+        """PyTorch's model, in whatever shape `compare` takes it, and its fingerprint."""
 
     def compare(self, said: Said, folder: Path, manifest: Manifest, model: Any) -> Checked:
         """What `run` gave, held against PyTorch's model, which may be given other weights for it."""
@@ -90,8 +89,8 @@ def export_graph(output: Path, build: Callable[[Path], Made], report: Report) ->
         manifest = _insert_ports(draft, folder)
         report("running the graph")
         said = draft.run(folder, manifest)
-        model = draft.load(report)
-        manifest = replace(manifest, base_fingerprint=fingerprint(model))
+        model, known = draft.load(report)
+        manifest = replace(manifest, base_fingerprint=known)
         report("verifying against PyTorch")
         figures = draft.compare(said, folder, manifest, model)
         _require(figures)
