@@ -13,6 +13,7 @@ def test_the_notebook_runs(device_folder, tmp_path, monkeypatch):
     from nbclient import NotebookClient
 
     monkeypatch.setenv("REFT_EDGE_MODEL", str(device_folder / "hf"))
+    monkeypatch.setenv("REFT_EDGE_LAYERS", "all")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     said = "".join(
