@@ -10,9 +10,10 @@ from safetensors.torch import save
 from reft_edge.adapter.config import AdapterConfig
 from reft_edge.steering.interventions import Interventions
 from reft_edge.training.checkpoint import Checkpoint
-from reft_edge.training.data import Dataset, Example
+from reft_edge.training.data import Dataset
 from reft_edge.training.settings import TrainSettings
 from reft_edge.training.trainer import Trainer
+from reft_edge.training.turns import Example
 
 _MINE = {"settings": {"lr": 0.1, "seed": 0}, "data": "digest"}
 _DATA = Dataset([Example((1, 2), (3,))] * 4, 0, "digest")

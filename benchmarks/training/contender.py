@@ -28,10 +28,11 @@ def reft_edge(job: Job, report: Report) -> None:
     from reft_edge.model.source import ModelFolder
     from reft_edge.steering.hooks import steered
     from reft_edge.steering.interventions import Interventions
-    from reft_edge.training.data import Dataset, Example
+    from reft_edge.training.data import Dataset
     from reft_edge.training.frozen_base import compiled, frozen
     from reft_edge.training.settings import StepReport, TrainSettings
     from reft_edge.training.trainer import Trainer
+    from reft_edge.training.turns import Example
 
     torch.set_num_threads(job["threads"])
     model = load_model(ModelFolder(Path(job["model"]), "model"))

@@ -20,8 +20,8 @@ from rich.table import Table
 from stage import Side, prepare, report_tokens
 
 from reft_edge.model.source import ModelFolder, resolve_model
-from reft_edge.training.data import Example
 from reft_edge.training.settings import TrainSettings
+from reft_edge.training.turns import Example
 
 CASES = [(kind, tied) for kind in ("loreft", "direft") for tied in (False, True)]
 

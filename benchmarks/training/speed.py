@@ -20,8 +20,8 @@ from rich.table import Table
 from stage import Side, prepare, report_tokens, variant
 
 from reft_edge.model.source import resolve_model
-from reft_edge.training.data import Example
 from reft_edge.training.settings import TrainSettings
+from reft_edge.training.turns import Example
 
 
 def main() -> None:

@@ -15,10 +15,11 @@ from reft_edge.adapter.file import save_adapter
 from reft_edge.model.loading import load_model, load_model_prompts
 from reft_edge.model.source import ModelFolder
 from reft_edge.steering.interventions import Interventions, Rotation
-from reft_edge.training.data import Dataset, Example
+from reft_edge.training.data import Dataset
 from reft_edge.training.description import adapter_config
 from reft_edge.training.settings import TrainSettings
 from reft_edge.training.trainer import Trainer
+from reft_edge.training.turns import Example
 
 TEXT = Path(reft_edge.export.__file__).with_name("report_text.txt")
 CONTENDER = Path(__file__).with_name("contender.py")

@@ -33,9 +33,9 @@ from reft_edge.evaluation.tasks import Question, Questions, load_questions
 from reft_edge.model.loading import load_model_prompts
 from reft_edge.model.prompts import Prompts
 from reft_edge.model.source import resolve_model
-from reft_edge.training.data import encode_row
 from reft_edge.training.settings import TrainSettings
 from reft_edge.training.trainer import rate
+from reft_edge.training.turns import encode_row
 
 HERE = Path(__file__).parent
 MARK = "<!-- trainings -->"

@@ -13,7 +13,7 @@ from reft_edge.inspection.weights import Effect, TokenShift
 from reft_edge.jsonl import read_rows
 from reft_edge.model.prompts import Prompts, decode
 from reft_edge.model.texts import TextTokens, Tokens, parse_row
-from reft_edge.training.data import Example, encode_row
+from reft_edge.training.turns import Example, encode_row
 
 EDGE = 16
 """Positions that are told apart at either end of a prompt, and of an answer."""

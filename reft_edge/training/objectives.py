@@ -11,8 +11,9 @@ from reft_edge.steering.hooks import Steering
 from reft_edge.steering.interventions import Interventions, dropout_off
 from reft_edge.steering.likelihood import check_targets, joined_logits
 from reft_edge.training.classification import LabelledText, LabelledTexts
-from reft_edge.training.data import Dataset, Example
+from reft_edge.training.data import Dataset
 from reft_edge.training.preference import PreferenceObjective, Preferences
+from reft_edge.training.turns import IGNORED, Example
 
 Data = Dataset | LabelledTexts | Preferences
 
@@ -33,10 +34,10 @@ class Objective(Protocol):
 
 
 class Completions:
-    """Every token of the completions, given the prompts."""
+    """Every token of the completions that is trained, given the prompts."""
 
     def count(self, rows: Sequence[Example]) -> int:
-        return sum(len(row.completion) for row in rows)
+        return sum(row.count for row in rows)
 
     def tokens(self, rows: Sequence[Example]) -> int:
         return sum(len(row.prompt) + len(row.completion) for row in rows)
@@ -87,8 +88,8 @@ def batch_loss(
     inputs = [(row.prompt, row.completion[:-1]) for row in rows]
     logits = joined_logits(model, steering, inputs, device, autocast)
     check_targets(logits, [row.completion for row in rows])
-    targets = torch.tensor([token for row in rows for token in row.completion], device=device)
-    return nn.functional.cross_entropy(logits, targets, reduction="sum")
+    targets = torch.tensor([token for row in rows for token in row.targets], device=device)
+    return nn.functional.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED)
 
 
 @torch.no_grad()

@@ -21,7 +21,8 @@ from reft_edge.model.prompts import Prompts
 from reft_edge.steering.hooks import Steering
 from reft_edge.steering.interventions import dropout_off
 from reft_edge.steering.likelihood import check_targets, completion_logits
-from reft_edge.training.data import Example, notices, view_row
+from reft_edge.training.data import notices
+from reft_edge.training.turns import Example, view_row
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from reft_edge.steering.interventions import Interventions
 from reft_edge.steering.likelihood import check_tokens
 from reft_edge.training.checkpoint import Checkpoint
 from reft_edge.training.classification import LabelledTexts
-from reft_edge.training.data import Dataset, Example, check_positions
+from reft_edge.training.data import Dataset, check_positions
 from reft_edge.training.description import adapter_config, belongs_to, last_tenth, provenance
 from reft_edge.training.frozen_base import checkpointed, compiled, frozen
 from reft_edge.training.interrupts import Interrupts, interrupts
@@ -27,6 +27,7 @@ from reft_edge.training.profile import Profile
 from reft_edge.training.settings import PLAIN, Execution, StepReport, TrainResult, TrainSettings
 from reft_edge.training.steps import HeldOut, Steps
 from reft_edge.training.trainer import Trainer
+from reft_edge.training.turns import Example
 
 _SETTLE = 2.0
 """Seconds within which a launcher passes on a signal that its processes have got already."""

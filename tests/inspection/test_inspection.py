@@ -33,7 +33,7 @@ from reft_edge.model.source import ModelFolder
 from reft_edge.steering.heads import pooled_states
 from reft_edge.steering.hooks import steered
 from reft_edge.steering.interventions import Interventions
-from reft_edge.training.data import Example
+from reft_edge.training.turns import Example
 from tests.export.test_encoder import random_classifier
 from tests.helpers.tiny import make_encoder, make_model
 from tests.helpers.torch_reference import logits, random_adapter

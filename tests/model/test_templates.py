@@ -17,7 +17,7 @@ from transformers.utils import chat_template_utils
 from reft_edge.errors import ReftEdgeError
 from reft_edge.model import template_allowance, templates
 from reft_edge.model.prompts import Prompts, load_prompts
-from reft_edge.training.data import view_row
+from reft_edge.training.turns import view_row
 from tests.helpers.tiny import TEMPLATE, make_tokenizer
 
 ARGUMENTS = {"city": "Paris é", "days": [1, 2.5, {"a": None}], "<b>": "&'\""}

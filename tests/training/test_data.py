@@ -11,8 +11,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from reft_edge.errors import ReftEdgeError
 from reft_edge.model.prompts import Prompts, load_prompts
-from reft_edge.training.data import Example, check_positions, load_dataset, view_row
+from reft_edge.training.data import check_positions, load_dataset
 from reft_edge.training.preference import load_preferences
+from reft_edge.training.turns import Example, view_row
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +101,7 @@ def test_a_completion_that_melts_with_its_prompt_is_taken_alone():
         ({"messages": []}, "line 2: expected at least two messages"),
         (
             {"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]},
-            "the last message must be the assistant's",
+            "no message is an answer of the assistant's, so there is nothing to train; found 'user'",
         ),
         (
             {"messages": [{"role": "user", "content": [1]}, {"role": "assistant", "content": "b"}]},
@@ -184,7 +185,8 @@ def test_the_prompt_is_what_inference_sees_and_both_are_the_templates_text(promp
 
 def test_files_tell_what_is_not_trained(tmp_path, prompts):
     rows = [{"messages": turns("a", "b", "c", "d", "e", "f")}] * 3 + [{"prompt": "a", "completion": "b"}]
-    data = load_dataset(write(tmp_path, *rows), prompts, "chat", 999)
+    data = load_dataset(write(tmp_path, *rows), prompts, "chat", 999, last_turn=True)
+    assert len(data.examples) == 4
     assert data.notices == (
         "earlier answers that are context only, since a row's last answer is what is trained: 6",
     )
@@ -379,7 +381,7 @@ def test_what_a_template_leaves_out_or_changes_is_told(prompts, row, source, not
         ({"messages": turns("a", " \n")}, "", "the answer is empty"),
         ({"messages": called(tool_calls=[])}, "", "every message needs text"),
         ({"prompt": "a", "completion": " \n"}, "", "the completion is empty"),
-        ({"messages": [*turns("a"), {**turns("a", "b")[1], "weight": 0}]}, "", "has the weight 0"),
+        ({"messages": [*turns("a"), {**turns("a", "b")[1], "weight": 0.5}]}, "", "has the weight 0.5"),
         ({"messages": turns("a", "b"), "tools": "{"}, "", "`tools` is not valid JSON"),
         ({"messages": turns("a", "b"), "tools": [1]}, "", "a list of objects under `tools`"),
         ({"messages": turns("a", "b"), "tools": {"a": 1}}, "", "a list of objects under `tools`"),
@@ -416,8 +418,8 @@ def test_what_a_template_leaves_out_or_changes_is_told(prompts, row, source, not
             "`function_call` is the old form of `tool_calls`",
         ),
         ({"prompt": "a", "completion": "b", "functions": [{"name": "f"}]}, "", "old form of `tools`"),
-        ({"messages": [*turns("a"), {**turns("a", "b")[1], "train": False}]}, "", "has the train False"),
-        ({"messages": [*turns("a"), {**turns("a", "b")[1], "training": 0}]}, "", "has the training 0"),
+        ({"messages": [*turns("a"), {**turns("a", "b")[1], "train": "no"}]}, "", "has the train 'no'"),
+        ({"messages": [*turns("a"), {**turns("a", "b")[1], "training": 2}]}, "", "has the training 2"),
         (
             {
                 "messages": [

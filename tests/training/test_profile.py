@@ -13,7 +13,6 @@ from reft_edge.model.loading import load_model
 from reft_edge.model.source import ModelFolder
 from reft_edge.steering.hooks import steered
 from reft_edge.steering.interventions import Interventions
-from reft_edge.training.data import Example
 from reft_edge.training.frozen_base import (
     SHORT,
     checkpointed,
@@ -24,6 +23,7 @@ from reft_edge.training.frozen_base import (
 )
 from reft_edge.training.objectives import batch_loss
 from reft_edge.training.profile import SECTIONS, Profile, watched
+from reft_edge.training.turns import Example
 from tests.helpers.torch_reference import random_adapter
 
 CPU = torch.device("cpu")

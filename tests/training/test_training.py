@@ -17,13 +17,14 @@ from reft_edge.model.source import ModelFolder
 from reft_edge.runtime import SteeredModel
 from reft_edge.steering.hooks import steered
 from reft_edge.steering.interventions import Interventions
-from reft_edge.training.data import Dataset, Example, load_dataset
+from reft_edge.training.data import Dataset, load_dataset
 from reft_edge.training.description import curve
 from reft_edge.training.distributed import Processes
 from reft_edge.training.objectives import batch_loss, evaluate
 from reft_edge.training.run import train
 from reft_edge.training.settings import Execution, TrainSettings
 from reft_edge.training.trainer import CHECK_EVERY, Trainer, grouped, rate
+from reft_edge.training.turns import Example
 from tests.helpers.tiny import make_model
 from tests.helpers.torch_reference import logits, random_adapter
 

@@ -117,7 +117,8 @@ def test_the_peers_get_the_batches_and_rates_of_our_own_training(table, data, de
 
 def table_rows(prepared, given):
     """The first batch alone, as a data set of its own."""
-    from reft_edge.training.data import Dataset, Example
+    from reft_edge.training.data import Dataset
+    from reft_edge.training.turns import Example
 
     rows = [prepared.rows[number] for number in given["batches"][0]]
     return Dataset([Example(tuple(prompt), tuple(completion)) for prompt, completion in rows], 0, "")

@@ -27,7 +27,7 @@ from reft_edge.files import check_place
 from reft_edge.locks import held
 from reft_edge.model.loading import load_model
 from reft_edge.model.source import ModelFolder
-from reft_edge.training.data import Dataset, Example
+from reft_edge.training.data import Dataset
 from reft_edge.training.description import held_out_curve
 from reft_edge.training.interrupts import SIGNALS, interrupts
 from reft_edge.training.loss_log import LossLog
@@ -36,6 +36,7 @@ from reft_edge.training.rescue import written_elsewhere
 from reft_edge.training.run import train
 from reft_edge.training.settings import StepReport, TrainSettings
 from reft_edge.training.steps import NothingLearntError
+from reft_edge.training.turns import Example
 
 FAULTS = [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES]
 
