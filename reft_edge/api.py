@@ -11,7 +11,7 @@ from reft_edge.arguments import AdapterFile, Report, listed, named_layers, scale
 from reft_edge.errors import ReftEdgeError
 from reft_edge.extras import extra
 from reft_edge.frozen_model import FrozenModel, load, steered
-from reft_edge.jsonl import GivenRows, row_source
+from reft_edge.rows.given import TESTS, GivenRows, held_out_source, row_source
 
 if TYPE_CHECKING:
     from reft_edge.adapter.merging import Merged
@@ -43,6 +43,11 @@ def train(
     output: str | Path,
     *,
     evaluation: GivenRows | None = None,
+    split: str | None = None,
+    evaluation_split: str | None = None,
+    config: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    last_turn: bool = False,
     task: str | None = None,
     raw: bool = False,
     recipe: str | None = None,
@@ -63,8 +68,11 @@ def train(
 ) -> "TrainResult":
     """Train an adapter for a frozen base and write it to one small file. The base's own weights stay as they are.
 
-    `rows`, and `evaluation` for held-out ones: a JSONL file, a list of dicts or a `datasets.Dataset`, of one of the forms
-    {"prompt", "completion"}, {"messages"}, {"text", "label"} or {"prompt", "chosen", "rejected"}. `task`: completion,
+    `rows`, and `evaluation` for held-out ones: a JSONL, JSON, CSV or Parquet file, a dataset of the Hub (`hub:owner/name`), a
+    list of dicts or a `datasets.Dataset`, of one of the shapes {"prompt", "completion"}, {"messages"}, Alpaca, ShareGPT,
+    {"text", "label"} or {"prompt", "chosen", "rejected"}. `split`, `evaluation_split`, `config`: of a dataset of the Hub, by
+    default the splits train and validation. `columns`: where columns have other names, such as {"prompt": "question"}.
+    `last_turn`: of a conversation train the last answer only, in place of all. `task`: completion,
     classification (an encoder) or preference; by default what the base is made for, classification or completion.
     `raw`: prompts as they stand, without the chat template. `recipe`: commonsense, math, instruct or glue, the LoReFT
     paper's settings; yours take precedence. `max_length`: in tokens, 1024 by default; longer rows are left out, an encoder's
@@ -98,9 +106,9 @@ def train(
         base.check_free()
         device = device or base.device
     wanted = Wanted(
-        row_source(rows),
+        row_source(rows, split, config, columns),
         Path(output),
-        None if evaluation is None else row_source(evaluation),
+        held_out_source(evaluation, evaluation_split, config, columns),
         task,
         raw,
         max_length,
@@ -112,6 +120,7 @@ def train(
         save_every,
         eval_every,
         Execution(device, launched_processes(None if loaded else device), profile, checkpointing, compile),
+        last_turn,
     )
     folder = base.folder if isinstance(base, FrozenModel) else str(base)
     model = base.model if isinstance(base, FrozenModel) else None
@@ -125,6 +134,9 @@ def evaluate(
     model: FrozenModel | str | Path,
     rows: GivenRows,
     *adapters: AdapterFile,
+    split: str | None = None,
+    config: str | None = None,
+    columns: Mapping[str, str] | None = None,
     task: str | None = None,
     limit: int | None = None,
     raw: bool | None = None,
@@ -143,9 +155,9 @@ def evaluate(
 ) -> "Evaluation":
     """The accuracy of a model, with adapters or without, on rows.
 
-    `model`: one that is loaded, a folder that was exported, or what `load` takes. `rows`: a JSONL file, a list of dicts or a
-    `datasets.Dataset`, of the form {"prompt", "answer"}, with "choices" too, or {"text", "label"}. `adapters`: as for
-    `steered`. `task`: choice, number, answer or label, by default as the rows tell. `limit`: only that many rows. `raw`:
+    `model`: one that is loaded, a folder that was exported, or what `load` takes. `rows`: as for `train`, of the
+    shape {"prompt", "answer"}, with "choices" too, {"text", "label"}, or one that `train` takes. `split` (by default test),
+    `config`, `columns`: as for `train`. `adapters`: as for `steered`. `task`: choice, number, answer or label, by default as the rows tell. `limit`: only that many rows. `raw`:
     prompts as they stand, by default as the adapters were trained. `template`, `words`: how a decoder is asked for a label
     and names it. `normalise`: compare choices by their mean likelihood a token, not by the sum. `max_tokens`: most tokens to
     generate. `seed`: of the bootstrap. `device`, `dtype` and `threads` are for a model that is not loaded yet.
@@ -182,7 +194,8 @@ def evaluate(
         trusted_keys(require_signed),
     )
     given = scaled(adapters)
-    questions = load_questions(row_source(rows), task, limit)
+    questions = load_questions(row_source(rows, split, config, columns, TESTS, limit), task, limit)
+    report(str(questions.read))
     if not isinstance(model, FrozenModel):
         return evaluate_any(str(model), questions, given, settings, on_done, report)
     loaded = [(load_verified(path, settings.trusted)[0], scale) for path, scale in given]

@@ -127,7 +127,7 @@ def test_from_rows_to_a_device(base, tmp_path):
 
 def test_rows_train_alike_from_a_file_a_list_and_a_dataset(base, tmp_path):
     datasets = pytest.importorskip("datasets")
-    rows = [*ROWS, {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Arr"}]}]
+    rows = [*ROWS, {"prompt": "Hi", "completion": "Arr", "id": 7}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     forms = {"file": tmp_path / "rows.jsonl", "text": str(tmp_path / "rows.jsonl"), "list": rows}
     forms |= {"tuple": tuple(rows), "generator": (row for row in rows)}
@@ -155,7 +155,10 @@ def test_a_datasets_empty_fields_are_fields_left_out(device_folder, tmp_path):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"prompt": "a", "completion": "b"}, {"prompt": "a"}], "row 2: expected text under"),
+        (
+            [{"prompt": "a", "completion": "b"}, {"prompt": "a"}],
+            "row 2: the rows before are prompts and completions",
+        ),
         ([{"prompt": "a", "completion": "b"}, "text"], "row 2 is a str; expected a dict"),
         ([{"prompt": "a", "completion": {1, 2}}], "row 1 holds what JSON has no value for"),
         ([{"prompt": "\ud800", "completion": "b"}], "row 1: "),

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from reft_edge.commands.serve import _api_key
 from reft_edge.errors import ReftEdgeError
 from reft_edge.files import check_apart, decode_text, open_regular, read_text, same_file
-from reft_edge.jsonl import read_rows
 from reft_edge.model.manifest import load_manifest
 from reft_edge.model.prompts import load_prompts
+from reft_edge.rows.reading import read_rows
 from reft_edge.shipping.release import FORMAT, VERSION, parse_index
 from reft_edge.signing.keys import generate_key, load_private_key, load_trusted
 from reft_edge.terminal import printable
@@ -111,7 +111,7 @@ def test_text_of_another_encoding_is_named(content: bytes, message: str) -> None
 def test_every_file_of_text_may_begin_with_a_mark(device_folder: Path, tmp_path: Path) -> None:
     row = {"prompt": "2+2=", "choices": ["4", "5"], "answer": "4"}
     (tmp_path / "rows.jsonl").write_bytes(BOM + json.dumps(row).encode() + b"\r\n" + json.dumps(row).encode())
-    assert [number for number, _ in read_rows(tmp_path / "rows.jsonl", lambda row: row)] == [1, 2]
+    assert [place.number for place, _ in read_rows(tmp_path / "rows.jsonl", lambda row: row)] == [1, 2]
     (tmp_path / "key.txt").write_bytes(BOM + b"sesame\r\n")
     assert _api_key(tmp_path / "key.txt") == "sesame"
     (tmp_path / "key.txt").write_text("sesame", encoding="utf-16")

@@ -14,7 +14,16 @@ from reft_edge.commands.console import (
     split_scale,
     trusted_keys,
 )
-from reft_edge.commands.options import MOST_SEED, Adapters, Json, RequireSigned, Threads
+from reft_edge.commands.options import (
+    MOST_SEED,
+    Adapters,
+    Columns,
+    Config,
+    Json,
+    RequireSigned,
+    TestSplit,
+    Threads,
+)
 
 
 def evaluate_task(
@@ -27,14 +36,18 @@ def evaluate_task(
         ),
     ],
     data: Annotated[
-        Path,
+        str,
         typer.Argument(
-            metavar="DATA.jsonl",
+            metavar="DATA",
             show_default=False,
-            help='Rows like {"prompt": ..., "answer": ...}, with "choices": [...] too, or {"text": ..., "label": ...}.',
+            help="Rows: a JSONL, JSON, CSV or Parquet file, or a dataset of the Hub (hub:OWNER/NAME). Their columns are prompt "
+            "and answer, with choices too, text and label, or as for train.",
         ),
     ],
     adapter: Adapters = None,
+    split: TestSplit = None,
+    config: Config = None,
+    columns: Columns = None,
     task: Annotated[
         str | None,
         typer.Option(
@@ -96,6 +109,8 @@ def evaluate_task(
         from reft_edge.evaluation.run import EvalSettings, evaluate_any
         from reft_edge.evaluation.tasks import load_questions, parse_words
         from reft_edge.files import check_apart, check_place
+        from reft_edge.rows.given import TESTS, parse_columns, row_source
+        from reft_edge.rows.source import file_of
 
         settings = EvalSettings(
             raw=raw,
@@ -111,16 +126,21 @@ def evaluate_task(
             trusted=trusted_keys(require_signed),
         )
         adapters = [split_scale(given) for given in adapter or []]
+        source = row_source(data, split, config, parse_columns(columns), TESTS, limit)
         if records is not None:
-            check_apart(records, data, *(path for path, _ in adapters))
+            check_apart(records, file_of(source), *(path for path, _ in adapters))
             check_place(records)
-        questions = load_questions(data, task, limit)
+        questions = load_questions(source, task, limit)
+        console.say(str(questions.read))
         with progress_bar(console, "answering", len(questions.rows)) as on_done:
             found = evaluate_any(model, questions, adapters, settings, on_done, console.say)
         if records is not None:
             save_records(found.records, records)
     if as_json:
-        print_json({name: value for name, value in vars(found).items() if name != "records"})
+        read = None if questions.read is None else vars(questions.read)
+        print_json(
+            {**{name: value for name, value in vars(found).items() if name != "records"}, "data": read}
+        )
         return
     say(
         f"accuracy {found.accuracy:.4f}, 95 % interval {found.low:.4f} to {found.high:.4f}: "

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from reft_edge.commands.console import extra, plain_errors, say, show_table
+from reft_edge.commands.options import Columns, Config, Split
 from reft_edge.errors import ReftEdgeError
 
 
@@ -20,8 +21,11 @@ def inspect(
         ),
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Rows to run the model on, as for train.", show_default=False)
+        str | None, typer.Option(help="Rows to run the model on, as for train.", show_default=False)
     ] = None,
+    split: Split = None,
+    config: Config = None,
+    columns: Columns = None,
     limit: Annotated[int, typer.Option(help="Most rows of --data.")] = 32,
     other: Annotated[
         Path | None,
@@ -43,21 +47,26 @@ def inspect(
         from reft_edge.inspection.facts import summary
         from reft_edge.inspection.page import render
         from reft_edge.inspection.weights import inspect_adapter
+        from reft_edge.rows.given import parse_columns, row_source
+        from reft_edge.rows.source import file_of
 
         if (model is None) != (data is None):
             raise ReftEdgeError("--model and --data go together: rows, and the model to run on them")
         if limit < 1:
             raise ReftEdgeError(f"limit is {limit}; expected 1 or more")
+        source = None
+        if data is not None:
+            source = row_source(data, split, config, parse_columns(columns), limit=limit)
         if output is not None:
-            check_apart(output, adapter, data, other)
+            check_apart(output, adapter, None if source is None else file_of(source), other)
             check_place(output)
         loaded = load_adapter(adapter)
         compared = (other.name, load_adapter(other)) if other else None
         effect = None
-        if model is not None and data is not None:
+        if model is not None and source is not None:
             console = Screen(stderr=True)
             with console.working("running the model"):
-                effect = measure_on(model, loaded, data, limit, console.say)
+                effect = measure_on(model, loaded, source, limit, console.say)
         found = inspect_adapter(loaded, adapter.name, adapter.stat().st_size, compared, effect)
         if output is not None:
             write_atomically(output, render(found).encode("utf-8"))

@@ -62,3 +62,25 @@ Repository = Annotated[
 PlainHttp = Annotated[
     bool, typer.Option("--plain-http", help="Talk to other machines without encryption, too.")
 ]
+Split = Annotated[
+    str | None,
+    typer.Option(
+        help="The split of a dataset of the Hub, also a part of one, such as train[:1000].",
+        show_default="train, or the only one",
+    ),
+]
+TestSplit = Annotated[
+    str | None,
+    typer.Option("--split", help="The split of a dataset of the Hub.", show_default="test, or validation"),
+]
+Config = Annotated[
+    str | None, typer.Option(help="The configuration of a dataset of the Hub.", show_default=False)
+]
+Columns = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME=COLUMN,...",
+        help="Which column is which where the rows have other names, such as prompt=question,completion=answer.",
+        show_default=False,
+    ),
+]

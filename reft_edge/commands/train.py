@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from reft_edge.commands.console import extra, plain_errors, print_json, say, show_table
-from reft_edge.commands.options import MOST_SEED, Json, Model
+from reft_edge.commands.options import MOST_SEED, Columns, Config, Json, Model, Split
 from reft_edge.errors import ReftEdgeError
 
 if TYPE_CHECKING:
@@ -32,12 +32,12 @@ def train(
     context: typer.Context,
     model: Model,
     data: Annotated[
-        Path,
+        str,
         typer.Argument(
-            metavar="DATA.jsonl",
+            metavar="DATA",
             show_default=False,
-            help='Rows like {"prompt": ..., "completion": ...}, {"messages": [...]}, {"text": ..., "label": ...} or '
-            '{"prompt": ..., "chosen": ..., "rejected": ...}.',
+            help="Rows: a JSONL, JSON, CSV or Parquet file, or a dataset of the Hub (hub:OWNER/NAME). Their columns are prompt "
+            "and completion, messages, Alpaca's or ShareGPT's, text and label, or prompt, chosen and rejected.",
         ),
     ],
     output: Annotated[
@@ -133,9 +133,20 @@ def train(
         ),
     ] = None,
     evaluate: Annotated[
-        Path | None,
+        str | None,
         typer.Option("--eval", help="Held-out rows; their loss is printed and saved.", show_default=False),
     ] = None,
+    split: Split = None,
+    eval_split: Annotated[
+        str | None,
+        typer.Option(help="The same for the held-out rows.", show_default="validation, or test"),
+    ] = None,
+    config: Config = None,
+    columns: Columns = None,
+    last_turn: Annotated[
+        bool,
+        typer.Option("--last-turn", help="Of a conversation train the last answer only, in place of all."),
+    ] = False,
     eval_every: Annotated[
         int | None,
         typer.Option(
@@ -189,6 +200,7 @@ def train(
 
     with plain_errors(), extra("train"):
         from reft_edge.commands.training_progress import training_progress, working_on
+        from reft_edge.rows.given import held_out_source, parse_columns, row_source
         from reft_edge.training.distributed import launch_note, launched_processes
         from reft_edge.training.interrupts import Terminated
         from reft_edge.training.session import Wanted, prepare
@@ -206,10 +218,11 @@ def train(
 
         if recipe is not None:
             _print_recipe(recipe, context, console)
+        names = parse_columns(columns)
         wanted = Wanted(
-            data,
+            row_source(data, split, config, names),
             output,
-            evaluate,
+            held_out_source(evaluate, eval_split, config, names),
             task,
             raw,
             max_length,
@@ -220,6 +233,7 @@ def train(
             save_every=save_every,
             eval_every=eval_every,
             execution=Execution(device, processes, profile, checkpointing, compile_blocks),
+            last_turn=last_turn,
         )
         settings = {
             field.name: context.params[field.name]
@@ -239,7 +253,8 @@ def train(
     if not processes.main:
         return
     if as_json:
-        print_json({**vars(result), "path": str(result.path)})
+        read = None if session.data.read is None else vars(session.data.read)
+        print_json({**vars(result), "path": str(result.path), "data": read})
     else:
         _print_result(result)
 

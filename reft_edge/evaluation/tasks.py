@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from reft_edge.errors import ReftEdgeError
-from reft_edge.jsonl import RowSource, at_line, read_rows, unit_of
+from reft_edge.jsonl import Place
 from reft_edge.model.texts import Text, parse_row
-from reft_edge.unicode import check_text
+from reft_edge.rows.reading import read_rows
+from reft_edge.rows.shapes import COMPLETIONS, LABELLED, PAIRS, QUESTIONS, Recognised, Recogniser, as_question
+from reft_edge.rows.source import RowSource
 
 TASKS = ("choice", "number", "answer", "label")
-
-
 TRIGGER = "the correct answer is"
+_SHAPES = (QUESTIONS, LABELLED, PAIRS, *COMPLETIONS)
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,12 @@ class Questions:
 
     task: str
     rows: list[Question]
+    read: Recognised | None = None
+    """What the rows were read as."""
 
 
 def load_questions(source: RowSource, task: str | None = None, limit: int | None = None) -> Questions:
-    """Read a JSONL file; the rows tell the task unless it is given. Of a longer file, the first `limit` rows.
+    """Read a file, or rows in memory; the rows tell the task unless it is given. Of a longer file, the first `limit` rows.
 
     Raises ReftEdgeError that names the file and line, or the row, for rows of another form, or of different tasks.
     """
@@ -56,11 +59,17 @@ def load_questions(source: RowSource, task: str | None = None, limit: int | None
         raise ReftEdgeError(f"unknown task {task!r}; choose one of {', '.join(TASKS)}")
     if limit is not None and limit < 1:
         raise ReftEdgeError(f"limit is {limit}; expected 1 or more")
-    parsed: list[tuple[int, dict[str, Any]]] = []
+    parsed: list[tuple[Place, dict[str, Any]]] = []
     found: set[str] = set()
-    for number, (row, kind) in read_rows(source, lambda row: (row, task or _task_of(row))):
+    recogniser = Recogniser((LABELLED,) if task == "label" else _SHAPES)
+
+    def parse(row: Any) -> tuple[dict[str, Any], str]:
+        plain = as_question(recogniser(row), row)
+        return plain, task or _task_of(plain)
+
+    for place, (row, kind) in read_rows(source, parse):
         found.add(kind)
-        parsed.append((number, row))
+        parsed.append((place, row))
         if len(parsed) == limit:
             break
     if not parsed:
@@ -73,38 +82,24 @@ def load_questions(source: RowSource, task: str | None = None, limit: int | None
         )
     (kind,) = found
     rows = []
-    for number, row in parsed:
-        with at_line(source, number):
-            rows.append(dataclasses.replace(_question(kind, number, row), unit=unit_of(source)))
-    return Questions(kind, rows)
+    for place, row in parsed:
+        with place.named():
+            rows.append(dataclasses.replace(_question(kind, place.number, row), unit=place.unit))
+    return Questions(kind, rows, recogniser.recognised(source))
 
 
-def _task_of(row: Any) -> str:
-    if isinstance(row, dict):
-        if "choices" in row:
-            return "choice"
-        if "text" in row and "label" in row:
-            return "label"
-        if "prompt" in row and "answer" in row:
-            return "number" if _is_number(row["answer"]) else "answer"
-    found = sorted(row) if isinstance(row, dict) else type(row).__name__
-    raise ReftEdgeError(
-        'expected "prompt" and "answer" (with "choices" for multiple choice), or "text" and "label"; '
-        f"found {found}"
-    )
+def _task_of(row: dict[str, Any]) -> str:
+    if "choices" in row:
+        return "choice"
+    if "label" in row:
+        return "label"
+    return "number" if _is_number(row["answer"]) else "answer"
 
 
-def _question(task: str, number: int, row: Any) -> Question:
-    if isinstance(row, dict):
-        choices = row.get("choices")
-        for text in (*row.values(), *(choices if isinstance(choices, list) else ())):
-            if isinstance(text, str):
-                check_text(text)
+def _question(task: str, number: int, row: dict[str, Any]) -> Question:
     if task == "label":
         text, label = parse_row(row)
         return Question(number, text, label)
-    if not isinstance(row, dict):
-        raise ReftEdgeError(f"expected an object, found {type(row).__name__}")
     prompt, answer = row.get("prompt"), row.get("answer")
     if not isinstance(prompt, str):
         raise ReftEdgeError(f'expected text under "prompt"; found the fields {sorted(row)}')
@@ -175,7 +170,7 @@ def as_prompts(questions: Questions, template: str, words: dict[str, str]) -> Qu
         parts = re.split(r"(\{text2?\})", template)
         prompt = "".join(given.get(part, "" if part == "{text2}" else part) for part in parts)
         rows.append(dataclasses.replace(question, prompt=prompt, choices=completions, names=labels))
-    return Questions(questions.task, rows)
+    return dataclasses.replace(questions, rows=rows)
 
 
 def parse_words(given: Sequence[str]) -> dict[str, str]:

@@ -3,16 +3,26 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from pathlib import Path
 from typing import Any, TypeVar
 
 from reft_edge.adapter.config import Adapter
 from reft_edge.adapter.positions import active
 from reft_edge.errors import ReftEdgeError
 from reft_edge.inspection.weights import Effect, TokenShift
-from reft_edge.jsonl import read_rows
 from reft_edge.model.prompts import Prompts, decode
 from reft_edge.model.texts import TextTokens, Tokens, parse_row
+from reft_edge.rows.reading import read_rows
+from reft_edge.rows.shapes import (
+    ALPACA,
+    MESSAGES,
+    PAIRS,
+    SHAREGPT,
+    Recogniser,
+    Shape,
+    as_completion,
+    as_pair,
+)
+from reft_edge.rows.source import RowSource
 from reft_edge.training.turns import Example, encode_row
 
 EDGE = 16
@@ -26,6 +36,14 @@ _LEAST_SHIFT = 1e-4
 
 
 Row = TypeVar("Row")
+Report = Callable[[str], None]
+
+_PROMPTS = Shape("prompts", ("prompt", "completion", "tools"), ("completion", "tools"))
+_TEXTS = Shape("texts", ("text", "text2", "label"), ("text2", "label"))
+
+
+def _silent(message: str) -> None:
+    return None
 
 
 def position(t: int, n: int) -> str:
@@ -47,32 +65,35 @@ def position_order(name: str) -> tuple[int, int]:
     return (3 if name.startswith("+") else 2 if name.startswith("-") else 0, int(name))
 
 
-def load_rows(path: Path, prompts: Prompts, prompt_format: str, limit: int) -> list[Example]:
-    """The first rows of a file as prompt and, where a row has one, completion; of a preference, the chosen answer.
+def load_rows(
+    source: RowSource, prompts: Prompts, prompt_format: str, limit: int, report: Report = _silent
+) -> list[Example]:
+    """The first rows as prompt and, where a row has one, completion: of a conversation its last answer, of a preference the
+    chosen one.
 
     Raises ReftEdgeError that names the line for rows without a prompt.
     """
 
-    def parse(row: Any) -> Example:
-        if isinstance(row, dict) and "chosen" in row:
-            example = encode_row({**row, "completion": row["chosen"]}, prompts, prompt_format)
-        elif isinstance(row, dict) and isinstance(row.get("prompt"), str) and "completion" not in row:
-            example = Example(tuple(prompts.encode_prompt(row["prompt"], prompt_format)), ())
-        else:
-            example = encode_row(row, prompts, prompt_format)
-        if not example.prompt:
-            raise ReftEdgeError("the prompt is empty")
-        return example
+    def parse(shape: Shape, row: dict[str, Any]) -> Example:
+        if shape is PAIRS:
+            return encode_row(as_pair(row)[0], prompts, prompt_format)
+        if shape is _PROMPTS and row.get("completion") is None:
+            prompt = row["prompt"]
+            chat = isinstance(prompt, list)
+            ids = prompts.encode_chat(prompt) if chat else prompts.encode_prompt(prompt, prompt_format)
+            if not ids:
+                raise ReftEdgeError("the prompt is empty")
+            return Example(tuple(ids), ())
+        plain, start = as_completion(shape, row)
+        return encode_row(plain, prompts, prompt_format, start)
 
-    return _first(path, limit, parse)
+    return _first(source, limit, (MESSAGES, SHAREGPT, PAIRS, ALPACA, _PROMPTS), parse, report)
 
 
-def load_texts(path: Path, tokens: TextTokens, limit: int) -> list[Tokens]:
-    """The first texts, or pairs of texts, of a file, for an encoder; a label is not needed."""
+def load_texts(source: RowSource, tokens: TextTokens, limit: int, report: Report = _silent) -> list[Tokens]:
+    """The first texts, or pairs of texts, for an encoder; a label is not needed."""
     return _first(
-        path,
-        limit,
-        lambda row: tokens(parse_row({"label": "", **row} if isinstance(row, dict) else row)[0]),
+        source, limit, (_TEXTS,), lambda shape, row: tokens(parse_row({**row, "label": ""})[0]), report
     )
 
 
@@ -152,10 +173,8 @@ def _inputs(model: Any, row: Example | Tokens, device: Any) -> tuple[int, dict[s
     return n, inputs
 
 
-def measure_on(
-    model: str, adapter: Adapter, data: Path, limit: int, report: Callable[[str], None] = lambda message: None
-) -> Effect:
-    """`measure` with a model named as on the command line and the first `limit` rows of a file."""
+def measure_on(model: str, adapter: Adapter, data: RowSource, limit: int, report: Report = _silent) -> Effect:
+    """`measure` with a model named as on the command line and the first `limit` rows of a source."""
     from reft_edge.model.device import torch_device
     from reft_edge.model.encoders import is_encoder, load_encoder, load_text_tokens
     from reft_edge.model.loading import load_model, load_model_prompts
@@ -164,10 +183,10 @@ def measure_on(
     folder = resolve_model(model, report)
     device = torch_device(None)
     if is_encoder(folder):
-        texts = load_texts(data, load_text_tokens(folder), limit)
+        texts = load_texts(data, load_text_tokens(folder), limit, report)
         return measure(load_encoder(folder), adapter, texts, None, device)
     prompts = load_model_prompts(folder)
-    rows = load_rows(data, prompts, adapter.config.prompt_format, limit)
+    rows = load_rows(data, prompts, adapter.config.prompt_format, limit, report)
     return measure(load_model(folder), adapter, rows, prompts, device)
 
 
@@ -229,8 +248,17 @@ def _token(prompts: Prompts, token: int) -> str:
     return text if text and "\ufffd" not in text else f"{prompts.tokenizer.id_to_token(token)}#{token}"
 
 
-def _first(path: Path, limit: int, parse: Callable[[Any], Row]) -> list[Row]:
-    rows = [row for _, row in islice(read_rows(path, parse), limit)]
+def _first(
+    source: RowSource,
+    limit: int,
+    known: Sequence[Shape],
+    parse: Callable[[Shape, dict[str, Any]], Row],
+    report: Report,
+) -> list[Row]:
+    recogniser = Recogniser(known)
+    found = read_rows(source, lambda row: parse(recogniser(row), row))
+    rows = [row for _, row in islice(found, limit)]
     if not rows:
-        raise ReftEdgeError(f"{path} has no rows")
+        raise ReftEdgeError(f"{source} has no rows")
+    report(str(recogniser.recognised(source)))
     return rows

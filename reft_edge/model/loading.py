@@ -5,6 +5,7 @@ from typing import Any
 
 from reft_edge.errors import ReftEdgeError
 from reft_edge.folders import scratch_folder
+from reft_edge.json_files import read_object
 from reft_edge.model.cache import cache_folder
 from reft_edge.model.pretrained import from_folder
 from reft_edge.model.prompts import Prompts, load_prompts, read_end_ids
@@ -39,3 +40,16 @@ def load_model_prompts(folder: ModelFolder) -> Prompts:
             return replace(load_prompts(temporary), end_ids=read_end_ids(folder.path))
     except (ReftEdgeError, OSError, ValueError, ImportError) as error:
         raise ReftEdgeError(f"{folder.name} has no tokenizer that can be loaded: {error}") from error
+
+
+def context_of(model: ModelFolder) -> int | None:
+    """Tokens that a decoder's context holds, by its config.json; None where that does not say. Raises ReftEdgeError if it
+    cannot be read."""
+    config = read_object(model.path / "config.json")
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        for name in ("max_position_embeddings", "n_positions"):
+            count = part.get(name)
+            if isinstance(count, int) and count > 0:
+                return count
+    return None

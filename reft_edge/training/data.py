@@ -6,13 +6,16 @@ A loss is only taken on answers. What the user may not expect of the rows is tol
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from reft_edge.adapter.positions import active, group_names, parse_positions
 from reft_edge.errors import ReftEdgeError
-from reft_edge.jsonl import RowSource, load_rows
 from reft_edge.model.prompts import Prompts
+from reft_edge.rows.reading import load_rows
+from reft_edge.rows.shapes import COMPLETIONS, Recognised, Recogniser, as_completion
+from reft_edge.rows.source import RowSource
 from reft_edge.training.answers import token_text
-from reft_edge.training.turns import Example, view_turns
+from reft_edge.training.turns import Example, View, view_turns
 
 
 @dataclass(frozen=True)
@@ -20,12 +23,15 @@ class Dataset:
     """The rows of one file."""
 
     examples: list[Example]
+    """One an answer that is trained."""
     left_out: int
-    """Rows longer than the limit, which are not trained on."""
+    """Answers that are longer with their prompts than the limit, which are not trained on."""
     digest: str
     """SHA-256 of the file."""
     notices: tuple[str, ...] = ()
     """What of the rows is not trained, or not as it stands in the file."""
+    read: Recognised | None = None
+    """What the rows were read as."""
 
 
 def load_dataset(
@@ -36,8 +42,14 @@ def load_dataset(
 
     Raises ReftEdgeError that names the file and line, or the row, for anything that is not such a row.
     """
+    recogniser = Recogniser(COMPLETIONS)
+
+    def parse(row: Any) -> tuple[list[View], list[str]]:
+        plain, start = as_completion(recogniser(row), row)
+        return view_turns(plain, prompts, prompt_format, start, last_turn)
+
     examples, left_out, notes = [], 0, Counter[str]()
-    rows, digest = load_rows(source, lambda row: view_turns(row, prompts, prompt_format, 0, last_turn))
+    rows, digest = load_rows(source, parse)
     for views, told in rows:
         notes.update(told)
         for view in views:
@@ -52,7 +64,9 @@ def load_dataset(
             f": all {left_out} are longer than {max_length} tokens; raise --max-length" if left_out else why
         )
         raise ReftEdgeError(f"{source} has no row to train on{longer}")
-    return Dataset(examples, left_out, digest, notices(notes, prompts, prompt_format))
+    return Dataset(
+        examples, left_out, digest, notices(notes, prompts, prompt_format), recogniser.recognised(source)
+    )
 
 
 def notices(notes: Counter[str], prompts: Prompts, prompt_format: str) -> tuple[str, ...]:

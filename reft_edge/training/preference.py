@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from reft_edge.errors import ReftEdgeError
-from reft_edge.jsonl import RowSource, load_rows
 from reft_edge.model.prompts import Prompts
+from reft_edge.rows.reading import load_rows
+from reft_edge.rows.shapes import PAIRS, Recognised, Recogniser, as_pair
+from reft_edge.rows.source import RowSource
 from reft_edge.steering.hooks import Steering
 from reft_edge.steering.interventions import dropout_off
 from reft_edge.steering.likelihood import check_targets, completion_logits
@@ -44,15 +46,23 @@ class Preferences:
     """SHA-256 of the file."""
     notices: tuple[str, ...] = ()
     """What of the rows is not trained, or not as it stands in the file."""
+    read: Recognised | None = None
+    """What the rows were read as."""
 
 
 def load_preferences(source: RowSource, prompts: Prompts, prompt_format: str, max_length: int) -> Preferences:
-    """Read JSONL rows `{"prompt", "chosen", "rejected"}`; `max_length` in tokens of a prompt with its answer.
+    """Read rows of prompts with a chosen and a rejected answer; `max_length` in tokens of a prompt with its answer.
 
     Raises ReftEdgeError that names the file and line, or the row, for anything that is not such a row.
     """
+    recogniser = Recogniser((PAIRS,))
+
+    def parse(row: Any) -> tuple[PreferencePair, tuple[str, ...]]:
+        recogniser(row)
+        return view_pair(row, prompts, prompt_format)
+
     pairs, left_out, told = [], 0, Counter[str]()
-    rows, digest = load_rows(source, lambda row: view_pair(row, prompts, prompt_format))
+    rows, digest = load_rows(source, parse)
     for pair, notes in rows:
         if max(len(side.prompt) + len(side.completion) for side in (pair.chosen, pair.rejected)) > max_length:
             left_out += 1
@@ -64,26 +74,23 @@ def load_preferences(source: RowSource, prompts: Prompts, prompt_format: str, ma
             f": all {left_out} are longer than {max_length} tokens; raise --max-length" if left_out else ""
         )
         raise ReftEdgeError(f"{source} has no pair to train on{longer}")
-    return Preferences(pairs, left_out, digest, notices(told, prompts, prompt_format))
-
-
-def view_pair(row: Any, prompts: Prompts, prompt_format: str) -> tuple[PreferencePair, tuple[str, ...]]:
-    """One parsed row as tokens, and what is to be told of it. Raises ReftEdgeError if it is not of the known form."""
-    if not isinstance(row, dict) or not all(
-        isinstance(row.get(name), str) for name in ("prompt", "chosen", "rejected")
-    ):
-        found = sorted(row) if isinstance(row, dict) else type(row).__name__
-        raise ReftEdgeError(f'expected text under "prompt", "chosen" and "rejected"; found {found}')
-    if row["chosen"] == row["rejected"]:
-        raise ReftEdgeError("the chosen and the rejected answer are the same")
-    chosen, rejected = (
-        view_row(
-            {"prompt": row["prompt"], "completion": row[name], "tools": row.get("tools")},
-            prompts,
-            prompt_format,
-        )
-        for name in ("chosen", "rejected")
+    return Preferences(
+        pairs, left_out, digest, notices(told, prompts, prompt_format), recogniser.recognised(source)
     )
+
+
+def view_pair(
+    row: dict[str, Any], prompts: Prompts, prompt_format: str
+) -> tuple[PreferencePair, tuple[str, ...]]:
+    """One parsed row as tokens, and what is to be told of it. Raises ReftEdgeError if its columns do not hold two answers to
+    one prompt.
+
+    A pair is compared by whole answers: marks of the chat template say nothing here.
+    """
+    one, other = as_pair(row)
+    if one == other:
+        raise ReftEdgeError("the chosen and the rejected answer are the same")
+    chosen, rejected = (view_row(side, prompts, prompt_format) for side in (one, other))
     return PreferencePair(chosen.example, rejected.example), (*chosen.notes, *rejected.notes)
 
 

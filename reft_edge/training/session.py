@@ -9,15 +9,15 @@ from typing import Any
 
 from reft_edge.errors import ReftEdgeError
 from reft_edge.files import check_apart, check_place, same_file
-from reft_edge.jsonl import RowSource
 from reft_edge.model.device import chosen_dtype
 from reft_edge.model.encoders import check_task, default_pooling, is_encoder, load_encoder, load_text_tokens
-from reft_edge.model.loading import load_model, load_model_prompts
+from reft_edge.model.loading import context_of, load_model, load_model_prompts
 from reft_edge.model.prompts import Prompts
 from reft_edge.model.quantised import load_quantised
 from reft_edge.model.source import ModelFolder, resolve_model
+from reft_edge.rows.source import RowSource, file_of
 from reft_edge.training.classification import LabelledTexts, load_labelled
-from reft_edge.training.data import load_dataset
+from reft_edge.training.data import Dataset, load_dataset
 from reft_edge.training.loss_log import LossLog
 from reft_edge.training.objectives import Data
 from reft_edge.training.output import checkpoint_of, training_to
@@ -47,7 +47,8 @@ class Wanted:
     raw: bool = False
     """Prompts as they stand, without the chat template."""
     max_length: int | None = None
-    """Tokens: longer rows are left out, an encoder's texts are cut; by default MAX_LENGTH."""
+    """Tokens: longer rows are left out, an encoder's texts are cut; by default MAX_LENGTH. Never more than the model's
+    context."""
     recipe: str | None = None
     base_weights: Path | None = None
     loss_log: Path | None = None
@@ -57,6 +58,8 @@ class Wanted:
     save_every: int = 50
     eval_every: int | None = None
     execution: Execution = PLAIN
+    last_turn: bool = False
+    """Of a conversation only the last answer is trained, in place of all."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +194,7 @@ def _told_of_steps(wanted: Wanted, report: Report) -> dict[str, Any]:
 
 def _check_places(wanted: Wanted) -> None:
     """Raise ReftEdgeError for places that cannot be written, or that one would replace of the other."""
-    read = [source for source in (wanted.rows, wanted.evaluation) if isinstance(source, Path)]
+    read = [file_of(source) for source in (wanted.rows, wanted.evaluation) if source is not None]
     for path in (wanted.output, wanted.loss_log):
         if path is not None:
             check_apart(path, *read)
@@ -217,20 +220,50 @@ def _read(
 ) -> tuple[Data, Data | None]:
     """The rows and the held-out rows as the task wants them; what was left out is reported."""
     length = MAX_LENGTH if wanted.max_length is None else wanted.max_length
-    evaluation = wanted.evaluation
+    if task == "classification":
+        tokens = load_text_tokens(folder, length)
+
+        def load(source: RowSource, labels: tuple[str, ...] | None) -> Data:
+            return load_labelled(source, tokens, labels)
+    else:
+        length = min(length, context_of(folder) or length)
+
+        def load(source: RowSource, labels: tuple[str, ...] | None) -> Data:
+            if task == "preference":
+                return load_preferences(source, prompts, prompt_format, length)
+            return load_dataset(source, prompts, prompt_format, length, wanted.last_turn)
+
     with working(f"reading {wanted.rows}"):
-        if task == "classification":
-            tokens = load_text_tokens(folder, length)
-            texts = load_labelled(wanted.rows, tokens)
-            return texts, load_labelled(evaluation, tokens, texts.labels) if evaluation else None
-        load = load_preferences if task == "preference" else load_dataset
-        rows: Data = load(wanted.rows, prompts, prompt_format, length)
-        held_out = load(evaluation, prompts, prompt_format, length) if evaluation else None
-    assert not isinstance(rows, LabelledTexts)
-    if rows.left_out:
-        report(
-            f"{rows.left_out} of {rows.left_out + len(rows.examples)} rows are longer than {length} tokens and are left out"
-        )
-    for notice in rows.notices:
-        report(notice)
+        rows = load(wanted.rows, None)
+        labels = rows.labels if isinstance(rows, LabelledTexts) else None
+        held_out = None if wanted.evaluation is None else load(wanted.evaluation, labels)
+    _report(rows, length, report)
+    if held_out is not None:
+        _report(held_out, length, lambda message: report(f"held out: {message}"))
     return rows, held_out
+
+
+def _report(data: Data, length: int, report: Report) -> None:
+    """What the rows were read as, and what of them is not trained."""
+    if data.read is not None:
+        report(str(data.read))
+    if isinstance(data, LabelledTexts):
+        return
+    if _several(data):
+        report(
+            f"they have {len(data.examples) + data.left_out:,} answers, each trained behind what comes before it"
+        )
+    if data.left_out:
+        report(
+            f"{data.left_out:,} of {data.left_out + len(data.examples):,} {'answers' if _several(data) else 'rows'} are longer "
+            f"than {length:,} tokens{' with their prompts' if _several(data) else ''} and are left out"
+        )
+    for notice in data.notices:
+        report(notice)
+
+
+def _several(data: Data) -> bool:
+    """Whether rows have several answers that are trained."""
+    if not isinstance(data, Dataset) or data.read is None:
+        return False
+    return len(data.examples) + data.left_out > data.read.rows

@@ -12,7 +12,8 @@ from reft_edge.commands.demo_times import answer_seconds, export_seconds, time_s
 from reft_edge.commands.screen import Screen
 from reft_edge.model.prompts import load_prompts
 from reft_edge.runtime import SteeredModel
-from reft_edge.training.data import Dataset, Example
+from reft_edge.training.data import Dataset
+from reft_edge.training.turns import Example
 
 SETTINGS = replace(demo_steps.SETTINGS, layers="all", max_steps=3)
 TIME = r"about \d+ (s|min)"

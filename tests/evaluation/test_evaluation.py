@@ -351,7 +351,7 @@ def test_labelled_texts_become_prompts(tmp_path):
     ("line", "task", "message"),
     [
         ("{", None, "line 2: not valid JSON"),
-        ('{"prompt": "a"}', None, "line 2: expected"),
+        ('{"prompt": "a"}', None, "line 2: .*this one has the columns 'prompt'"),
         ('{"prompt": "a", "answer": "7", "choices": ["7"]}', "choice", "two or more choices"),
         ('{"prompt": "a", "answer": 2, "choices": ["b", "c"]}', "choice", "none of the choices"),
         ('{"prompt": "a", "answer": "b", "choices": "bc"}', "choice", "list of texts"),
@@ -360,7 +360,8 @@ def test_labelled_texts_become_prompts(tmp_path):
         ('{"prompt": "a", "answer": 0, "choices": ["", "b"]}', None, "line 2: a choice is empty"),
         ('{"prompt": "a", "answer": "b"}', "number", "not a number"),
         ('{"prompt": "a", "answer": NaN}', "number", "not a number"),
-        ('{"text": "a", "label": 1}', None, "mixes rows"),
+        ('{"text": "a", "label": 1}', None, "the rows before are questions .*this one is labelled texts"),
+        ('{"prompt": "a", "answer": "b"}', None, "mixes rows of the tasks answer, choice; give one"),
         ('{"text": "a", "label": 1.5}', "label", "line 1|line 2"),
         ("[]", "number", "line 2"),
         ("[" * 100_000, None, "line 2: not valid JSON"),

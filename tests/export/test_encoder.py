@@ -271,10 +271,13 @@ def test_the_file_must_hold_the_head(bert, tmp_path, missing):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"text": "a"}', "line 1: expected text under"),
+        (
+            '{"text": "a"}',
+            "line 1: its shape is not known: it has the columns 'text'; expected .* text, label",
+        ),
         ('{"text": "a", "label": 0.5}', "line 1: expected text under"),
         ('{"text": "a", "text2": 1, "label": "x"}', "line 1: expected text under"),
-        ("[]", "line 1: expected an object"),
+        ("[3]", "row 1: expected an object"),
         ("{", "line 1: not valid JSON"),
         ('{"text": "a", "label": "x"}', r"1 rows and the labels \['x'\]"),
         ("", "0 rows"),

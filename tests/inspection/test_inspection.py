@@ -251,8 +251,15 @@ def test_rows_of_each_shape_that_is_trained(device_folder, tiny_model, tmp_path)
         {"messages": turns},
         {"prompt": "Who?", "chosen": "ice", "rejected": "the dog"},
     ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    loaded = load_rows(path, prompts, "chat", 9)
+    loaded, told = [], []
+    for row in rows:
+        path.write_text(json.dumps(row))
+        loaded += load_rows(path, prompts, "chat", 9, told.append)
+    assert [text.partition(" as ")[2] for text in told] == [
+        "prompts (prompt, completion)",
+        "conversations (messages)",
+        "preferences (prompt, chosen, rejected)",
+    ]
     assert loaded[0] == loaded[1] == loaded[2]
     assert measure(tiny_model, adapter, loaded, prompts, "cpu").rows == 3
     with pytest.raises(ReftEdgeError, match="a row has the token 320"):

@@ -27,6 +27,16 @@ def write(tmp_path, *rows):
     return path
 
 
+def good(row):
+    """A row of the same shape that can be trained."""
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    return (
+        {"messages": talk}
+        if isinstance(row, dict) and "messages" in row
+        else {"prompt": "a", "completion": "b"}
+    )
+
+
 def test_prompt_and_completion_go_through_the_template(tmp_path, prompts):
     row = {"prompt": "Who are you?", "completion": "I am well.", "id": 7}
     messages = {
@@ -35,8 +45,8 @@ def test_prompt_and_completion_go_through_the_template(tmp_path, prompts):
             {"role": "assistant", "content": "I am well."},
         ]
     }
-    data = load_dataset(write(tmp_path, row, "", messages), prompts, "chat", 999)
-    assert data.examples[0] == data.examples[1]
+    data, talk = (load_dataset(write(tmp_path, "", one), prompts, "chat", 999) for one in (row, messages))
+    assert data.examples == talk.examples
     assert list(data.examples[0].prompt) == prompts.encode_prompt("Who are you?", "chat")
     text = prompts.tokenizer.decode(list(data.examples[0].completion), skip_special_tokens=False)
     assert text == "I am well.<|end|>"
@@ -95,7 +105,11 @@ def test_a_completion_that_melts_with_its_prompt_is_taken_alone():
     [
         ("{", "line 2: not valid JSON"),
         ("[1]", "line 2: expected an object"),
-        ({"text": "x"}, r"line 2: expected text under .*found the fields \['text'\]"),
+        (
+            {"text": "x"},
+            "line 2: the rows before are prompts and completions .prompt, completion., and this one has the columns 'text'; "
+            "give rows of one shape",
+        ),
         ({"prompt": 3, "completion": "x"}, "line 2: expected text"),
         ({"prompt": "x", "completion": ""}, "line 2: the completion is empty"),
         ({"messages": []}, "line 2: expected at least two messages"),
@@ -111,7 +125,7 @@ def test_a_completion_that_melts_with_its_prompt_is_taken_alone():
 )
 def test_bad_rows_are_named(tmp_path, prompts, row, message):
     with pytest.raises(ReftEdgeError, match=message):
-        load_dataset(write(tmp_path, {"prompt": "a", "completion": "b"}, row), prompts, "chat", 999)
+        load_dataset(write(tmp_path, good(row), row), prompts, "chat", 999)
 
 
 def test_bad_files(tmp_path, prompts):
@@ -184,9 +198,10 @@ def test_the_prompt_is_what_inference_sees_and_both_are_the_templates_text(promp
 
 
 def test_files_tell_what_is_not_trained(tmp_path, prompts):
-    rows = [{"messages": turns("a", "b", "c", "d", "e", "f")}] * 3 + [{"prompt": "a", "completion": "b"}]
-    data = load_dataset(write(tmp_path, *rows), prompts, "chat", 999, last_turn=True)
-    assert len(data.examples) == 4
+    talks = [{"messages": turns("a", "b", "c", "d", "e", "f")}] * 3
+    rows = [{"prompt": "a", "completion": "b"}]
+    data = load_dataset(write(tmp_path, *talks), prompts, "chat", 999, last_turn=True)
+    assert len(data.examples) == 3
     assert data.notices == (
         "earlier answers that are context only, since a row's last answer is what is trained: 6",
     )
@@ -442,9 +457,7 @@ def test_what_a_template_leaves_out_or_changes_is_told(prompts, row, source, not
 def test_rows_that_cannot_be_trained_are_refused(tmp_path, prompts, row, source, message):
     base = dataclasses.replace(prompts, template=source or prompts.template)
     with pytest.raises(ReftEdgeError, match=message) as caught:
-        load_dataset(
-            write(tmp_path, {"prompt": "a", "completion": "b"} if not source else row, row), base, "chat", 999
-        )
+        load_dataset(write(tmp_path, row if source else good(row), row), base, "chat", 999)
     assert f"line {1 if source else 2}: " in str(caught.value)
     assert "not valid JSON (substring" not in str(caught.value)
 

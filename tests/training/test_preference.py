@@ -131,10 +131,14 @@ def test_training_raises_the_margin(model, pairs, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"prompt": "a", "chosen": "b"}', "line 1: expected text"),
+        (
+            '{"prompt": "a", "chosen": "b"}',
+            "line 1: its shape is not known: it has the columns 'chosen', 'prompt'; expected",
+        ),
+        ('{"chosen": "b", "rejected": "c"}', "line 1: expected text"),
         ('{"prompt": "a", "chosen": "b", "rejected": "b"}', "the same"),
         ('{"prompt": "a", "chosen": "b", "rejected": ""}', "empty"),
-        ("[1]", "line 1: expected text"),
+        ("[1]", "row 1: expected an object with named fields, found int"),
         ("{", "not valid JSON"),
         ("", "no pair to train on"),
         (json.dumps({"prompt": "a" * 99, "chosen": "b", "rejected": "c"}), "all 1 are longer than 20 tokens"),

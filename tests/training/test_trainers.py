@@ -12,8 +12,8 @@ from reft_edge.adapter.file import load_adapter
 from reft_edge.errors import BaseMismatchError, ReftEdgeError
 from reft_edge.model.prompts import load_prompts
 from reft_edge.steering.hooks import steered
-from reft_edge.training.data import encode_row
 from reft_edge.training.preference import PreferenceObjective, view_pair
+from reft_edge.training.turns import encode_row
 from tests.helpers.tiny import make_model
 from tests.helpers.torch_reference import logits
 
