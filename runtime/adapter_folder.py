@@ -64,7 +64,7 @@ class _Refusal:
     until: float
 
 
-class AdapterStore:
+class AdapterFolder:
     """The adapters of one folder, as `NAME.safetensors`, for one model. Any number of threads may use it.
 
     Requests that run keep the weights they started with, whatever happens to the file. Every file that is read was opened by

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from reft_edge.errors import ReftEdgeError
 from reft_edge.model.prompts import Message
-from reft_edge.runtime.adapter_folder import AdapterStore
+from reft_edge.runtime.adapter_folder import AdapterFolder
 from reft_edge.runtime.model import Generation, SteeredModel
 from reft_edge.runtime.sampling import Sampling
 
@@ -32,7 +32,7 @@ class Chat:
     model: SteeredModel
     name: str
     write: Callable[[str], None]
-    store: AdapterStore | None = None
+    adapters: AdapterFolder | None = None
     sampling: Sampling = field(default_factory=Sampling)
     max_tokens: int = 512
 
@@ -65,7 +65,7 @@ class Chat:
         return True
 
     def choose(self, given: Iterable[str]) -> None:
-        """Use adapters, `NAME` or `NAME:SCALE`, from the store or loaded already. Raises ReftEdgeError; then nothing changed."""
+        """Use adapters, `NAME` or `NAME:SCALE`, from the folder or loaded already. Raises ReftEdgeError; then nothing changed."""
         chosen: dict[str, float] = {}
         for text in given:
             name, colon, factor = text.rpartition(":")
@@ -73,9 +73,9 @@ class Chat:
                 chosen[name if colon else text] = float(factor) if colon else 1.0
             except ValueError as error:
                 raise ReftEdgeError(f"the scale in {text!r} is no number; write NAME:0.5") from error
-        if self.store is not None:
-            self.store.use(
-                [name for name in chosen if name not in self.model.adapters or name in self.store.loaded]
+        if self.adapters is not None:
+            self.adapters.use(
+                [name for name in chosen if name not in self.model.adapters or name in self.adapters.loaded]
             )
         started = time.perf_counter()
         self.model.prepare(chosen)
@@ -90,7 +90,7 @@ class Chat:
         elif command == "adapter" and rest:
             self.choose(rest.split())
         elif command in ("adapter", "adapters"):
-            names = sorted({*self.model.adapters, *(self.store.names() if self.store else ())})
+            names = sorted({*self.model.adapters, *(self.adapters.names() if self.adapters else ())})
             self.write(
                 "".join(f"{'*' if name in self.chosen else ' '} {name}\n" for name in names)
                 or "there are none\n"

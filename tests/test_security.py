@@ -22,7 +22,7 @@ CONVERT, GGUF, KEYS = "convert/test_convert", "model/test_model_files", "signing
 SIGNED, INDEX = "signing/test_signed_runtime", "shipping/test_ship_repositories"
 ROOM, STORE, WEB = "shipping/test_ship_room", "shipping/test_ship_store", "shipping/test_ship_strangers"
 SERVER, BODIES, LINES = "serving/test_server", "serving/test_server_bodies", "serving/test_connections"
-FOLDER, TERMINAL, FUZZ = "runtime/test_store", "commands/test_terminal_output", "test_fuzz_cases"
+FOLDER, TERMINAL, FUZZ = "runtime/test_adapter_folder", "commands/test_terminal_output", "test_fuzz_cases"
 HERE = "test_security"
 
 PROMISES = [

@@ -49,7 +49,7 @@ def chat(
     """Talk with an exported model and switch adapters between turns; /help lists the commands."""
     with plain_errors():
         from reft_edge.runtime import Sampling, SteeredModel
-        from reft_edge.runtime.adapter_folder import AdapterStore
+        from reft_edge.runtime.adapter_folder import AdapterFolder
         from reft_edge.runtime.chat import Chat, load_history
 
         model = SteeredModel(
@@ -59,7 +59,7 @@ def chat(
             model,
             folder.resolve().name,
             lambda text: say(text, end=""),
-            AdapterStore(model, adapters) if adapters else None,
+            AdapterFolder(model, adapters) if adapters else None,
             Sampling(temperature, top_k, top_p, 0.0, repetition_penalty, seed),
             max_tokens,
         )

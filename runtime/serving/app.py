@@ -105,7 +105,7 @@ def _add_common_routes(app: FastAPI, served: Decoder | Encoder, metrics: Metrics
         if isinstance(served, Decoder):
             metrics.running.set(served.engine.running)
             metrics.waiting.set(served.engine.waiting)
-        metrics.loaded.set(len(served.store.loaded) if served.store else 0)
+        metrics.loaded.set(len(served.adapters.loaded) if served.adapters else 0)
         return Response(generate_latest(metrics.registry), media_type="text/plain; version=0.0.4")
 
     @app.get("/v1/models")

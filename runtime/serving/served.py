@@ -10,7 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from starlette.requests import Request
 
-from reft_edge.runtime.adapter_folder import BUDGET, AdapterStore, UnknownAdapterError
+from reft_edge.runtime.adapter_folder import BUDGET, AdapterFolder, UnknownAdapterError
 from reft_edge.runtime.encoder import SteeredEncoder
 from reft_edge.runtime.engine import Engine
 from reft_edge.runtime.model import SteeredModel
@@ -61,7 +61,7 @@ class Served:
         self, model: SteeredModel | SteeredEncoder, adapters: Path | None, settings: ServerSettings
     ) -> None:
         self.settings = settings
-        self.store = AdapterStore(model, adapters, settings.adapter_budget) if adapters else None
+        self.adapters = AdapterFolder(model, adapters, settings.adapter_budget) if adapters else None
         self._workers = ThreadPoolExecutor(_WORKERS, "reft-edge request")
         self._loaders = ThreadPoolExecutor(settings.slots + settings.queue_limit, "reft-edge adapter")
 
@@ -77,7 +77,7 @@ class Served:
 
     def models(self) -> list[str]:
         """Names of the base and of every adapter."""
-        names = self.store.names() if self.store else []
+        names = self.adapters.names() if self.adapters else []
         return [self.settings.name, *(f"{self.settings.name}:{name}" for name in names)]
 
     def has(self, model: str) -> bool:
@@ -85,7 +85,7 @@ class Served:
         base, colon, adapter = model.partition(":")
         if base != self.settings.name:
             return False
-        return not colon or (self.store is not None and self.store.has(adapter))
+        return not colon or (self.adapters is not None and self.adapters.has(adapter))
 
     def adapter_of(self, model: str) -> str | None:
         """The adapter that a model's name stands for; None for the base. Raises ApiError 404 for other models' names."""
@@ -96,15 +96,15 @@ class Served:
 
     @asynccontextmanager
     async def holding(self, mix: Mapping[str, float]) -> AsyncIterator[dict[str, float]]:
-        """The adapters of a mix, loaded as `AdapterStore.hold` does, under the names that the model has for them."""
+        """The adapters of a mix, loaded as `AdapterFolder.hold` does, under the names that the model has for them."""
         if not mix:
             yield {}
             return
-        if self.store is None:
+        if self.adapters is None:
             raise UnknownAdapterError(
                 f"there is no adapter {next(iter(mix))[:_LONGEST_NAME]!r}: no folder of adapters is served"
             )
-        hold = self.store.hold(mix)
+        hold = self.adapters.hold(mix)
         loading = asyncio.get_running_loop().run_in_executor(self._loaders, hold.__enter__)
         try:
             chosen = await asyncio.shield(loading)

@@ -4,7 +4,7 @@ import pytest
 
 from reft_edge.errors import ReftEdgeError
 from reft_edge.runtime import SteeredModel
-from reft_edge.runtime.adapter_folder import AdapterStore
+from reft_edge.runtime.adapter_folder import AdapterFolder
 from reft_edge.runtime.chat import Chat
 
 
@@ -12,7 +12,7 @@ from reft_edge.runtime.chat import Chat
 def chat(device_folder):
     model = SteeredModel(device_folder / "export", device="cpu")
     written = []
-    chat = Chat(model, "tiny", written.append, AdapterStore(model, device_folder), max_tokens=8)
+    chat = Chat(model, "tiny", written.append, AdapterFolder(model, device_folder), max_tokens=8)
 
     def say(line):
         written.clear()

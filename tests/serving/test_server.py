@@ -690,8 +690,8 @@ BLOCKED = [
     ("reft_edge.runtime.model.load_verified", "/v1/completions", {"prompt": "ice", "model": "tiny:first"}),
     ("reft_edge.runtime.model.SteeredModel.prepare", "/v1/completions", {"prompt": "ice"}),
     ("reft_edge.runtime.serving.completions._whole", "/v1/completions", {"prompt": "ice"}),
-    ("reft_edge.runtime.adapter_folder.AdapterStore.names", "/v1/models", None),
-    ("reft_edge.runtime.adapter_folder.AdapterStore.has", "/v1/models/tiny:first", None),
+    ("reft_edge.runtime.adapter_folder.AdapterFolder.names", "/v1/models", None),
+    ("reft_edge.runtime.adapter_folder.AdapterFolder.has", "/v1/models/tiny:first", None),
 ]
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from reft_edge.errors import AdapterFileError, ReftEdgeError
 from reft_edge.runtime import SteeredModel
-from reft_edge.runtime.adapter_folder import AdapterMemoryError, AdapterStore, UnknownAdapterError
+from reft_edge.runtime.adapter_folder import AdapterFolder, AdapterMemoryError, UnknownAdapterError
 
 
 @pytest.fixture
@@ -26,32 +26,32 @@ def model(device_folder):
 
 
 def test_adapters_are_loaded_on_first_use_only(model, folder):
-    store = AdapterStore(model, folder)
-    assert store.names() == ["everywhere", "first"]
+    adapters = AdapterFolder(model, folder)
+    assert adapters.names() == ["everywhere", "first"]
     assert not model.adapters
-    store.use(["first"])
-    assert list(model.adapters) == store.loaded == ["first"]
+    adapters.use(["first"])
+    assert list(model.adapters) == adapters.loaded == ["first"]
     before = model.generate("ice", "first", max_tokens=8)
-    store.use(["first"])
+    adapters.use(["first"])
     assert model.generate("ice", "first", max_tokens=8) == before
 
 
 def test_a_replaced_file_is_loaded_again_and_a_bad_one_spoils_only_its_name(model, folder):
-    store = AdapterStore(model, folder)
-    store.use(["first", "everywhere"])
+    adapters = AdapterFolder(model, folder)
+    adapters.use(["first", "everywhere"])
     running = model.stream("ice", "first", max_tokens=8)
     expected = model.generate("ice", "first", max_tokens=8)
     other = model.generate("ice", "everywhere", max_tokens=8)
     os.replace(folder / "everywhere.safetensors", folder / "first.safetensors")
-    store.use(["first"])
+    adapters.use(["first"])
     assert model.generate("ice", "first", max_tokens=8) == other
     assert running.text() == expected
     (folder / "first.safetensors").write_bytes(b"torn")
     with pytest.raises(AdapterFileError):
-        store.use(["first"])
+        adapters.use(["first"])
     assert "first" not in model.adapters
     with pytest.raises(UnknownAdapterError):
-        store.use(["everywhere"])
+        adapters.use(["everywhere"])
     assert not model.adapters
 
 
@@ -59,40 +59,40 @@ def test_the_least_recently_used_go_when_memory_is_short(model, folder, device_f
     content = (device_folder / "first.safetensors").read_bytes()
     for i in range(5):
         (folder / f"task{i}.safetensors").write_bytes(content)
-    store = AdapterStore(model, folder)
-    store.use(["task0"])
-    store.budget = 3 * store.size
+    adapters = AdapterFolder(model, folder)
+    adapters.use(["task0"])
+    adapters.budget = 3 * adapters.size
     for i in (1, 2, 0, 3):
-        store.use([f"task{i}"])
-    assert store.loaded == ["task2", "task0", "task3"]
+        adapters.use([f"task{i}"])
+    assert adapters.loaded == ["task2", "task0", "task3"]
     assert set(model.adapters) == {"task2", "task0", "task3"}
-    store.budget = store.size // 3
+    adapters.budget = adapters.size // 3
     with pytest.raises(ReftEdgeError, match=r"at most .* bytes of adapters are kept in memory"):
-        store.use(["task0", "task1"])
-    store.use(["task1"])
+        adapters.use(["task0", "task1"])
+    adapters.use(["task1"])
     assert set(model.adapters) == {"task1"}
-    store.budget = 1
+    adapters.budget = 1
     with pytest.raises(ReftEdgeError, match="--adapter-memory"):
-        store.use(["task1"])
+        adapters.use(["task1"])
     assert not model.adapters
 
 
 def test_what_is_held_stays_until_it_is_let_go(model, folder, device_folder):
-    store = AdapterStore(model, folder)
+    adapters = AdapterFolder(model, folder)
     alone = {name: model_of(device_folder, name) for name in ("first", "everywhere")}
-    with store.hold({"first": 1.0}) as old:
+    with adapters.hold({"first": 1.0}) as old:
         os.replace(folder / "everywhere.safetensors", folder / "first.safetensors")
-        with store.hold({"first": 1.0}) as new:
+        with adapters.hold({"first": 1.0}) as new:
             assert len(model.adapters) == 2
             assert model.generate("ice", old, max_tokens=8) == alone["first"]
             assert model.generate("ice", new, max_tokens=8) == alone["everywhere"]
             (folder / "first.safetensors").unlink()
             with pytest.raises(UnknownAdapterError):
-                store.use(["first"])
+                adapters.use(["first"])
             assert model.generate("ice", new, max_tokens=8) == alone["everywhere"]
         assert list(model.adapters) == list(old)
     assert not model.adapters
-    assert store.size == 0
+    assert adapters.size == 0
 
 
 def model_of(device_folder, name):
@@ -103,20 +103,20 @@ def model_of(device_folder, name):
 
 
 def test_held_adapters_and_mixes_are_bounded(model, folder):
-    store = AdapterStore(model, folder)
-    store.use(["first"])
-    store.budget = int(1.5 * store.size)
-    with store.hold({"first": 1.0}):
+    adapters = AdapterFolder(model, folder)
+    adapters.use(["first"])
+    adapters.budget = int(1.5 * adapters.size)
+    with adapters.hold({"first": 1.0}):
         with pytest.raises(AdapterMemoryError, match="try again later"):
-            store.use(["everywhere"])
-        with store.hold({"first": 1.0}):
+            adapters.use(["everywhere"])
+        with adapters.hold({"first": 1.0}):
             pass
-        with pytest.raises(AdapterMemoryError, match="mixes"), store.hold({"first": 0.5}):
+        with pytest.raises(AdapterMemoryError, match="mixes"), adapters.hold({"first": 0.5}):
             pass
-    with store.hold({"first": 0.5}):
+    with adapters.hold({"first": 0.5}):
         pass
-    store.use(["everywhere"])
-    assert store.loaded == ["everywhere"]
+    adapters.use(["everywhere"])
+    assert adapters.loaded == ["everywhere"]
 
 
 class Counting:
@@ -144,18 +144,18 @@ def test_a_refusal_is_remembered_until_the_file_changes(tmp_path):
     path = tmp_path / "task.safetensors"
     path.write_bytes(b"one")
     model = Counting(AdapterFileError("it is broken"))
-    store = AdapterStore(model, tmp_path)
+    adapters = AdapterFolder(model, tmp_path)
     for _ in range(5):
         with pytest.raises(AdapterFileError, match="it is broken"):
-            store.use(["task"])
+            adapters.use(["task"])
     assert model.read == ["task"]
     path.write_bytes(b"three")
     with pytest.raises(AdapterFileError):
-        store.use(["task"])
+        adapters.use(["task"])
     assert model.read == ["task"] * 2
     model.error = None
     path.write_bytes(b"seven")
-    store.use(["task"])
+    adapters.use(["task"])
     assert model.held == {"task": b"seven"}
 
 
@@ -165,10 +165,10 @@ def test_what_was_not_the_files_fault_is_tried_again(tmp_path, cause):
     error = AdapterFileError("cannot read")
     error.__cause__ = cause
     model = Counting(error)
-    store = AdapterStore(model, tmp_path)
+    adapters = AdapterFolder(model, tmp_path)
     for _ in range(2):
         with pytest.raises(AdapterFileError):
-            store.use(["task"])
+            adapters.use(["task"])
     assert model.read == ["task"] * 2
 
 
@@ -176,8 +176,8 @@ def test_a_slow_file_delays_no_request_for_what_is_loaded(tmp_path):
     for name in ("slow", "quick"):
         (tmp_path / f"{name}.safetensors").write_bytes(name.encode())
     model = Counting()
-    store = AdapterStore(model, tmp_path)
-    store.use(["quick"])
+    adapters = AdapterFolder(model, tmp_path)
+    adapters.use(["quick"])
     begun, go_on = threading.Event(), threading.Event()
     load = model.load_adapter
 
@@ -187,14 +187,14 @@ def test_a_slow_file_delays_no_request_for_what_is_loaded(tmp_path):
         return load(path, name)
 
     model.load_adapter = wait
-    thread = threading.Thread(target=store.use, args=(["slow"],))
+    thread = threading.Thread(target=adapters.use, args=(["slow"],))
     thread.start()
     assert begun.wait(30)
-    store.use(["quick"])
-    assert store.names() == ["quick", "slow"]
+    adapters.use(["quick"])
+    assert adapters.names() == ["quick", "slow"]
     go_on.set()
     thread.join()
-    assert store.loaded == ["quick", "slow"]
+    assert adapters.loaded == ["quick", "slow"]
 
 
 @pytest.mark.parametrize("step", ["readlink", "open", "fstat"])
@@ -216,14 +216,14 @@ def test_links_swapped_in_at_any_moment_show_no_other_files(tmp_path, monkeypatc
             path.symlink_to(secret)
         return real(*arguments, **options)
 
-    store = AdapterStore(model, folder)
+    adapters = AdapterFolder(model, folder)
     monkeypatch.setattr(os, step, swap)
     with contextlib.suppress(ReftEdgeError):
-        store.use(["task"])
+        adapters.use(["task"])
     monkeypatch.undo()
     assert set(model.held.values()) <= {b"good"}
     with contextlib.suppress(ReftEdgeError):
-        store.use(["task"])
+        adapters.use(["task"])
     assert model.read in (["task"], [])
 
 
@@ -265,24 +265,24 @@ def test_odd_names_are_neither_listed_nor_used(model, folder, name):
     (inner / "folder.safetensors").mkdir()
     with open(os.fsencode(inner) + b"/bad\xff.safetensors", "wb"):
         pass
-    store = AdapterStore(model, inner)
-    assert store.names() == ["again", "alias", "first"]
+    adapters = AdapterFolder(model, inner)
+    assert adapters.names() == ["again", "alias", "first"]
     with pytest.raises(UnknownAdapterError) as caught:
-        store.use([name])
+        adapters.use([name])
     assert len(str(caught.value)) < 1000
-    assert not store.has(name)
-    store.use(["again"])
-    assert store.has("alias")
+    assert not adapters.has(name)
+    adapters.use(["again"])
+    assert adapters.has("alias")
     shutil.rmtree(inner)
-    assert store.names() == []
+    assert adapters.names() == []
     with pytest.raises(UnknownAdapterError):
-        store.use(["first"])
+        adapters.use(["first"])
 
 
 def test_files_that_vanish_while_they_are_listed(tmp_path, monkeypatch):
     for name in ("one", "two"):
         (tmp_path / f"{name}.safetensors").write_bytes(b"")
-    store = AdapterStore(Counting(), tmp_path)
+    adapters = AdapterFolder(Counting(), tmp_path)
 
     class Vanished:
         name = "gone.safetensors"
@@ -298,7 +298,7 @@ def test_files_that_vanish_while_they_are_listed(tmp_path, monkeypatch):
             yield [Vanished(), *entries]
 
     monkeypatch.setattr(os, "scandir", scan)
-    assert store.names() == ["one", "two"]
+    assert adapters.names() == ["one", "two"]
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../first", "sub/first", "first\0", "nobody", "/etc/passwd"])
@@ -306,7 +306,7 @@ def test_names_do_not_lead_out_of_the_folder(model, folder, name):
     inner = folder / "inner"
     inner.mkdir()
     with pytest.raises(UnknownAdapterError):
-        AdapterStore(model, inner).use([name])
+        AdapterFolder(model, inner).use([name])
 
 
 def test_links_that_lead_out_are_not_followed(model, folder, tmp_path):
@@ -315,16 +315,16 @@ def test_links_that_lead_out_are_not_followed(model, folder, tmp_path):
     (inner / "out.safetensors").symlink_to(folder / "first.safetensors")
     (inner / "real.safetensors").write_bytes((folder / "first.safetensors").read_bytes())
     (inner / "in.safetensors").symlink_to(inner / "real.safetensors")
-    store = AdapterStore(model, inner)
-    assert store.names() == ["in", "real"]
-    store.use(["in"])
+    adapters = AdapterFolder(model, inner)
+    assert adapters.names() == ["in", "real"]
+    adapters.use(["in"])
     with pytest.raises(UnknownAdapterError):
-        store.use(["out"])
+        adapters.use(["out"])
 
 
 def test_ten_thousand_files_are_listed_in_under_a_second(model, tmp_path):
     for i in range(10_000):
         (tmp_path / f"task{i:05}.safetensors").touch()
     started = time.perf_counter()
-    assert len(AdapterStore(model, tmp_path).names()) == 10_000
+    assert len(AdapterFolder(model, tmp_path).names()) == 10_000
     assert time.perf_counter() - started < 1
