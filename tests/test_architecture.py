@@ -195,6 +195,35 @@ def function_lines(path: Path, heads: bool) -> Iterator[tuple[str, int]]:
             yield node.name, (node.end_lineno or 0) - (node if heads else node.body[0]).lineno + 1
 
 
+def test_what_is_read_beside_the_modules_is_in_the_wheel() -> None:
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    packages = {
+        package: ROOT / settings["package-dir"].get(package, package.replace(".", "/"))
+        for package in settings["packages"]
+    }
+    named = {
+        path
+        for package, patterns in settings["package-data"].items()
+        for pattern in patterns
+        for path in packages[package].glob(pattern)
+    }
+    read = {
+        path
+        for folder in (ROOT / "reft_edge", ROOT / "export", ROOT / "runtime")
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix not in (".py", ".pyc") and "web" not in path.parts
+    }
+    assert read == named
+
+
+def test_every_package_is_in_the_wheel() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    found = {module for module, path in MODULES.items() if path.name == "__init__.py"}
+    assert found == set(settings["packages"])
+
+
 @pytest.mark.parametrize("folder", ["benchmarks", "fuzz"])
 def test_what_scripts_import_is_there(folder: str) -> None:
     """They are run now and then only, and would break unseen."""
