@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from reft_edge.adapter.config import Adapter
 from reft_edge.adapter.file import save_adapter
 from reft_edge.cli import app
+from reft_edge.commands.console import show_table
 from reft_edge.model.prompts import load_prompts
 from tests.helpers.torch_reference import random_adapter
 
@@ -286,6 +287,15 @@ def test_texts_to_classify_are_lines(device_folder):
 )
 def test_numbers_that_make_no_sense(arguments):
     assert arguments[-2] in call(*arguments, codes=(2,))
+
+
+def test_tables_are_whole_in_pipes(capsys):
+    show_table([("name", "what"), ("日本", "1"), ("a\nb\x1b", "x" * 300), ("[red]:smile:", "")])
+    head, wide, long, plain = capsys.readouterr().out.splitlines()
+    assert head == "name          what"
+    assert wide == "日本          1", "two columns a character"
+    assert long == "a\\nb\\x1b" + " " * 6 + "x" * 300
+    assert plain == "[red]:smile:"
 
 
 def test_nobody_writes_around_the_clean_streams():
