@@ -81,7 +81,7 @@ def test_the_guides_run_as_written(device_folder, tiny_model, tmp_path, monkeypa
 def test_the_set_up_commands_name_real_extras_and_commands():
     demo, tests = (block for block in blocks("sh", text_of(GUIDES[:1])) if "venv" in block)
     assert demo.strip().endswith("reft-edge demo")
-    assert tests.strip().endswith("/pytest")
+    assert tests.strip().endswith("/pytest -n auto")
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     extras = {name for group in re.findall(r"\[([a-z,]+)\]'", text_of(PAGES)) for name in group.split(",")}
     assert len(extras) > 5
