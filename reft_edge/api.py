@@ -7,7 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reft_edge.arguments import AdapterFile, Report, listed, named_layers, scaled, silent, trusted_keys
+from reft_edge.arguments import (
+    AdapterFile,
+    Report,
+    checked,
+    listed,
+    scaled,
+    silent,
+    trusted_keys,
+)
 from reft_edge.errors import ReftEdgeError
 from reft_edge.extras import extra
 from reft_edge.frozen_model import FrozenModel, load, steered
@@ -36,6 +44,7 @@ __all__ = [
 ]
 
 
+@checked
 @extra("train")
 def train(
     base: FrozenModel | str | Path,
@@ -77,16 +86,15 @@ def train(
     `raw`: prompts as they stand, without the chat template. `recipe`: commonsense, math, instruct or glue, the LoReFT
     paper's settings; yours take precedence. `max_length`: in tokens, 1024 by default; longer rows are left out, an encoder's
     texts are cut. `base_weights`: a folder that this base was exported to, on whose rounded weights to train. `loss_log`: a
-    JSONL file that gets every step's loss. `report_to`: trackers that get it, `tensorboard` or `wandb`. `resume`: continue from the checkpoint of an interrupted training; one is
-    written every `save_every` steps. `eval_every`: steps between evaluations on held-out rows. `device`: by default
-    the base's, or CUDA where there is one. `checkpointing`: less memory, slower. `compile`: faster steps after half a minute or so.
-    `profile`: measure where the time of a step goes.
+    JSONL file that gets every step's loss. `report_to`: trackers that get it, `tensorboard`, `wandb` or both. `resume`:
+    continue from the checkpoint of an interrupted training; one is written every `save_every` steps. `eval_every`: steps
+    between evaluations on held-out rows. `device`: by default the base's, or CUDA where there is one. `checkpointing`: less
+    memory, slower. `compile`: faster steps after half a minute or so. `profile`: measure where the time of a step goes.
     `report` is told what the user should know; `on_step` gets a StepReport after every step: its loss in nats a token.
 
-    `settings` are the fields of `reft_edge.training.settings.TrainSettings`: intervention, layers (a text as for `export`, or a
-    list of numbers), rank, positions,
-    component, tied, act_fn, lr, epochs, max_steps, batch_size, accumulate, warmup, schedule, weight_decay, dropout, clip,
-    seed, dtype, beta, load_in, pooling, group_by_length and so on.
+    `settings` are the fields of `reft_edge.training.settings.TrainSettings`: intervention, layers (a text as for `export`, or
+    a list of numbers), rank, positions, component, tied, act_fn, lr, epochs, max_steps, batch_size, accumulate, warmup,
+    schedule, weight_decay, dropout, clip, seed, dtype, beta, load_in, pooling, group_by_length and so on.
 
     Gives the file as `.adapter`, its `size` in bytes, `loss` and, on held-out rows, `evaluation` in nats a token, and more.
     Raises ReftEdgeError for rows, settings or a place that do not go, naming the row or the setting.
@@ -124,11 +132,10 @@ def train(
     )
     folder = base.folder if isinstance(base, FrozenModel) else str(base)
     model = base.model if isinstance(base, FrozenModel) else None
-    if "layers" in settings:
-        settings["layers"] = named_layers(settings["layers"])
     return prepare(folder, wanted, settings, model, report).run(report, on_step)
 
 
+@checked
 @extra("train")
 def evaluate(
     model: FrozenModel | str | Path,
@@ -202,6 +209,7 @@ def evaluate(
     return evaluate_loaded(model.folder, model.model, questions, loaded, settings, on_done)
 
 
+@checked
 @extra("export")
 def export(
     base: FrozenModel | str | Path,
@@ -231,6 +239,7 @@ def export(
     'fp32'
     """
     from reft_edge.export import Quantisation, export_model
+    from reft_edge.model.places import named_layers
     from reft_edge.model.source import resolve_model
 
     source = base.folder if isinstance(base, FrozenModel) else resolve_model(str(base), report)
@@ -241,12 +250,13 @@ def export(
         precision,
         named_layers(layers),
         report,
-        components=tuple(components),
+        components=[part.strip() for parts in listed(components) for part in parts.split(",")],
         device=device,
         quantisation=quantisation,
     )
 
 
+@checked
 @extra("train")
 def convert(
     source: str | Path,
@@ -285,6 +295,7 @@ def convert(
     return convert_file(str(source), Path(output), given, report)
 
 
+@checked
 def merge(
     adapters: Sequence[AdapterFile],
     output: str | Path,
@@ -319,6 +330,7 @@ def merge(
     return merged
 
 
+@checked
 @extra("ship")
 def push(
     files: str | Path | Sequence[str | Path],
@@ -352,6 +364,7 @@ def push(
     return target.publish(goods)
 
 
+@checked
 @extra("ship")
 def pull(
     repository: str | Path,

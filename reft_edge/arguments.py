@@ -1,9 +1,14 @@
 """Arguments of the API's functions, in the forms in which people give them, made what the parts take."""
 
+import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import wraps
+from numbers import Integral, Real
+from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, get_args, get_origin
 
 from reft_edge.errors import ReftEdgeError
 
@@ -15,6 +20,57 @@ AdapterFile = str | Path | tuple[str | Path, float]
 Report = Callable[[str], None]
 
 
+P = ParamSpec("P")
+T = TypeVar("T")
+_KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
+    str: ((str,), "a text"),
+    Path: ((PathLike,), "a path"),
+    bool: ((bool,), "True or False"),
+    int: ((Integral,), "a whole number"),
+    float: ((Real,), "a number"),
+    Mapping: ((Mapping,), "a dict"),
+    Sequence: ((Iterable,), "a list"),
+    NoneType: ((NoneType,), "None"),
+}
+"""What an annotation accepts, and its name in a message."""
+
+
+def checked(function: Callable[P, T]) -> Callable[P, T]:
+    """The same function, which raises ReftEdgeError for an argument of a type that its annotation does not name.
+
+    Annotations of other types than texts, paths, numbers, lists and the like are not looked at.
+    """
+    signature = inspect.signature(function)
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    kinds = {
+        name: _kinds(parameter.annotation)
+        for name, parameter in signature.parameters.items()
+        if parameter.kind not in several
+    }
+    known = {name: found for name, found in kinds.items() if all(kind in _KINDS for kind in found)}
+
+    @wraps(function)
+    def checking(*args: P.args, **kwargs: P.kwargs) -> T:
+        for name, value in signature.bind(*args, **kwargs).arguments.items():
+            if name in known and not any(_is(value, kind) for kind in known[name]):
+                expected = " or ".join(_KINDS[kind][1] for kind in known[name])
+                raise ReftEdgeError(f"{name} is {value!r:.100}; expected {expected}")
+        return function(*args, **kwargs)
+
+    return checking
+
+
+def _kinds(annotation: Any) -> list[Any]:
+    """The types that an annotation names."""
+    named = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    return [get_origin(kind) or kind for kind in named]
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """`True` is no number."""
+    return isinstance(value, _KINDS[kind][0]) and (kind is bool or not isinstance(value, bool))
+
+
 def silent(message: str) -> None:
     """Tell nobody."""
 
@@ -22,12 +78,6 @@ def silent(message: str) -> None:
 def listed(given: Any) -> list[Any]:
     """One or several, as a list."""
     return [given] if isinstance(given, str | Path) else list(given)
-
-
-def named_layers(given: Any) -> Any:
-    """A list of numbers, or one, as the text that names them; anything else as it is."""
-    numbers = list(given) if isinstance(given, list | tuple | range) else [given]
-    return ";".join(map(str, numbers)) if all(type(number) is int for number in numbers) else given
 
 
 def scaled(adapters: Sequence[AdapterFile]) -> list[tuple[Path, float]]:

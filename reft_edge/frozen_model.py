@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reft_edge.arguments import AdapterFile, Report, named_layers, scaled, silent, trusted_keys
+from reft_edge.arguments import AdapterFile, Report, checked, scaled, silent, trusted_keys
 from reft_edge.errors import ReftEdgeError
 from reft_edge.extras import extra
 
@@ -44,6 +44,7 @@ class FrozenModel:
         """For people: what was asked for, without folders."""
         return self.folder.name
 
+    @checked
     def generate(
         self, prompt: "str | Sequence[Message]", max_tokens: int = 256, raw: bool | None = None
     ) -> str:
@@ -101,6 +102,7 @@ class FrozenModel:
             )
         return self._steered.probabilities([text])[0]
 
+    @checked
     @extra("train")
     def trainable(
         self,
@@ -145,7 +147,7 @@ class FrozenModel:
             raise ReftEdgeError(f"{self.name} is an encoder; train its adapters with reft_edge.train")
         settings = {
             "intervention": intervention,
-            "layers": named_layers(layers),
+            "layers": layers,
             "rank": rank,
             "positions": positions,
             "component": component,
@@ -189,6 +191,7 @@ class FrozenModel:
             )
 
 
+@checked
 @extra("train")
 def load(
     model: str | Path, *, dtype: str = "fp32", device: str | None = None, report: Report = silent
@@ -217,6 +220,7 @@ def load(
     return FrozenModel(network.to(place), folder, prompts, str(place), dtype)
 
 
+@checked
 @contextmanager
 def steered(
     base: FrozenModel, *adapters: AdapterFile, require_signed: str | Path | None = None

@@ -373,3 +373,43 @@ def test_the_documented_settings_are_those_there_are():
 
     known = {field.name for field in fields(TrainSettings)} - {"prompt_format", "add_bias"}
     assert not [name for name in known if name not in api.train.__doc__]
+
+
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        (lambda: reft_edge.load(5), "model is 5; expected a text or a path"),
+        (lambda: reft_edge.load("x", dtype=16), "dtype is 16; expected a text"),
+        (
+            lambda: reft_edge.train("x", [], "y", save_every="often"),
+            "save_every is 'often'; expected a whole number",
+        ),
+        (lambda: reft_edge.train("x", [], "y", resume=1), "resume is 1; expected True or False"),
+        (lambda: reft_edge.evaluate("x", [], limit=2.5), "limit is 2.5; expected a whole number or None"),
+        (lambda: reft_edge.evaluate("x", [], words=["a"]), r"words is \['a'\]; expected a dict or None"),
+        (lambda: reft_edge.export("x", "y", block_size=True), "block_size is True; expected a whole number"),
+        (lambda: reft_edge.export("x", "y", components=3), "components is 3; expected a list"),
+        (lambda: reft_edge.convert("x.gguf", None), "output is None; expected a text or a path"),
+        (lambda: reft_edge.merge(5, "y"), "adapters is 5; expected a list"),
+        (lambda: reft_edge.merge(["a"], "y", rank="2"), "rank is '2'; expected a whole number or None"),
+        (lambda: reft_edge.push(5, "y"), "files is 5; expected a text or a path or a list"),
+        (
+            lambda: reft_edge.pull("x", "y", version="new"),
+            "version is 'new'; expected a whole number or None",
+        ),
+    ],
+)
+def test_arguments_of_another_type_are_named(use, message):
+    with pytest.raises(ReftEdgeError, match=message):
+        use()
+
+
+def test_arguments_of_methods_are_checked_too(base):
+    with pytest.raises(ReftEdgeError, match="max_tokens is '5'; expected a whole number"):
+        base.generate("Hi", max_tokens="5")
+    with pytest.raises(ReftEdgeError, match="dropout is None; expected a number"):
+        base.trainable(dropout=None)
+    with pytest.raises(ReftEdgeError, match="require_signed is 5"), reft_edge.steered(base, require_signed=5):
+        pass
+    with pytest.raises(TypeError, match="max_token"):
+        base.generate("Hi", max_token=5)

@@ -76,11 +76,19 @@ def convert(
 
     console = Screen(stderr=True)
     with plain_errors(), extra("train"):
-        from reft_edge.convert.formats import Given
-        from reft_edge.convert.formats import convert as run_convert
+        from reft_edge.api import convert as convert_adapter
 
-        given = Given(model, folder, positions, act_fn, intervention, raw)
-        done = run_convert(source, output, given, console.say)
+        done = convert_adapter(
+            source,
+            output,
+            model=model,
+            folder=folder,
+            positions=positions,
+            act_fn=act_fn,
+            intervention=intervention,
+            raw=raw,
+            report=console.say,
+        )
     config = done.adapter.config
     if as_json:
         print_json(

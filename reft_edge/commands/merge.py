@@ -39,13 +39,11 @@ def merge(
 ) -> None:
     """Merge adapters of one base model into one file that does what they do at once."""
     with plain_errors():
-        from reft_edge.adapter.merging import describe_loss, parse_source, save_merged
-        from reft_edge.adapter.merging import merge as run_merge
-        from reft_edge.files import check_place
+        from reft_edge.adapter.merging import describe_loss
+        from reft_edge.api import merge as merge_files
 
-        check_place(output)
-        merged = run_merge([parse_source(source) for source in sources], rank, raw)
-        size = save_merged(merged, output)
+        merged = merge_files(sources, output, rank=rank, raw=raw)
+        size = output.stat().st_size
     config = merged.adapter.config
     if as_json:
         losses = [

@@ -1,7 +1,7 @@
 """Places in a model where an edit can act."""
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from reft_edge.errors import ReftEdgeError
 
@@ -24,6 +24,12 @@ class Place(NamedTuple):
 
     def __str__(self) -> str:
         return str(self.layer) if self.component == "block" else f"{self.layer} ({self.component})"
+
+
+def named_layers(given: Any) -> Any:
+    """A list of numbers, or one, as the text that names them; anything else as it is."""
+    numbers = list(given) if isinstance(given, list | tuple | range) else [given]
+    return ";".join(map(str, numbers)) if all(type(number) is int for number in numbers) else given
 
 
 def parse_layers(spec: str, num_layers: int) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ import torch
 
 from reft_edge.errors import ReftEdgeError
 from reft_edge.model.device import DTYPES, torch_device
+from reft_edge.model.places import named_layers
 from reft_edge.training.distributed import ALONE, Processes
 
 SCHEDULES = ("linear", "cosine", "constant")
@@ -84,6 +85,7 @@ class TrainSettings:
 def of_kind(name: str, value: Any) -> Any:
     """A setting as its field has it, numbers of numpy's as Python's. Raises ReftEdgeError for a value of another type."""
     kind = get_type_hints(TrainSettings)[name]
+    value = named_layers(value) if name == "layers" else value
     if kind in (bool, str):
         if isinstance(value, kind):
             return value
