@@ -28,7 +28,7 @@ import numpy as np
 from tasks import TASKS, Task, completion, load
 
 from reft_edge.evaluation.answering import judge
-from reft_edge.evaluation.results import Record, compare, summarise
+from reft_edge.evaluation.results import Record, compare_records, summarise
 from reft_edge.evaluation.tasks import Question, Questions, load_questions
 from reft_edge.model.loading import load_model_prompts
 from reft_edge.model.prompts import Prompts
@@ -405,7 +405,7 @@ def differences(answered: dict[tuple[str, str], list[Record]]) -> str:
     for other in ("lora", "pyreft", "pyreft-fp32", "pyreft-reflections"):
         for task in (task.title for task in TASKS.values()):
             if ("loreft", task) in answered and (other, task) in answered:
-                pair = compare(answered[other, task], answered["loreft", task])
+                pair = compare_records(answered[other, task], answered["loreft", task])
                 gap = f"{pair.accuracy_b - pair.accuracy_a:+.3f} ({pair.low:+.3f} to {pair.high:+.3f})"
                 lines.append(f"| {METHODS[other].title} | {task} | {gap} | {pair.p_value:.2g} |")
     return "\n".join(lines)

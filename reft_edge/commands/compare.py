@@ -19,8 +19,7 @@ def compare(
 ) -> None:
     """Compare two runs of `eval --records` on the same rows, row by row."""
     with plain_errors():
-        from reft_edge.evaluation.results import compare as compare_records
-        from reft_edge.evaluation.results import load_records
+        from reft_edge.evaluation.results import compare_records, load_records
 
         found = compare_records(load_records(a), load_records(b), seed)
     if as_json:

@@ -82,7 +82,7 @@ def bootstrap(right: int, rows: int, seed: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def compare(a: Sequence[Record], b: Sequence[Record], seed: int = 0) -> Comparison:
+def compare_records(a: Sequence[Record], b: Sequence[Record], seed: int = 0) -> Comparison:
     """Pair two runs by row. Raises ReftEdgeError if they do not answer the same questions."""
     check_seed(seed)
     ids_a, ids_b = ({record.row: record.id for record in run} for run in (a, b))

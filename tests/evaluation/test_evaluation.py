@@ -29,7 +29,7 @@ from reft_edge.evaluation.onnx_answers import OnnxDecoder
 from reft_edge.evaluation.results import (
     Record,
     bootstrap,
-    compare,
+    compare_records,
     load_records,
     mcnemar,
     save_records,
@@ -403,7 +403,7 @@ def test_limits_and_bounds(device_folder, tmp_path):
     with pytest.raises(ReftEdgeError, match="seed is -1"):
         EvalSettings(seed=-1)
     with pytest.raises(ReftEdgeError, match="seed is -1"):
-        compare([record(1, True)], [record(1, True)], seed=-1)
+        compare_records([record(1, True)], [record(1, True)], seed=-1)
     with pytest.raises(ReftEdgeError, match="dtype is 'fp16'; expected one of auto, fp32, bf16"):
         evaluate_model(str(device_folder / "hf"), load_questions(path), [], EvalSettings(dtype="fp16"))
     with pytest.raises(ReftEdgeError, match="line 1 needs"):
@@ -462,7 +462,7 @@ def test_two_runs_are_compared_row_by_row(tmp_path):
     a = [record(i, right) for i, right in enumerate([True] * 30 + [True] * 2 + [False] * 12 + [False] * 6)]
     b = [record(i, right) for i, right in enumerate([True] * 30 + [False] * 2 + [True] * 12 + [False] * 6)]
     save_records(b[::-1], tmp_path / "b.jsonl")
-    found = compare(a, load_records(tmp_path / "b.jsonl"))
+    found = compare_records(a, load_records(tmp_path / "b.jsonl"))
     assert (found.both, found.only_a, found.only_b, found.neither) == (30, 2, 12, 6)
     assert found.accuracy_b - found.accuracy_a == pytest.approx(0.2)
     assert 0 < found.low < 0.2 < found.high
@@ -474,9 +474,9 @@ def test_two_runs_are_compared_row_by_row(tmp_path):
     assert mcnemar(9_900, 10_100) == mcnemar(10_100, 9_900) == pytest.approx(many, rel=1e-3)
     assert mcnemar(5, 5) == 1.0
     with pytest.raises(ReftEdgeError, match="same questions: 1 of 50"):
-        compare(a, [record(0, True, "y"), *b[1:]])
+        compare_records(a, [record(0, True, "y"), *b[1:]])
     with pytest.raises(ReftEdgeError, match="same questions: 10 of 50"):
-        compare(a, b[:40])
+        compare_records(a, b[:40])
 
 
 def test_records_keep_odd_text_and_others_are_refused(tmp_path):
