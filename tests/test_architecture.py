@@ -55,20 +55,19 @@ MAY_IMPORT = {
     "convert": SHARED | {"adapter", "model", "runtime", "steering"},
     "arguments": SHARED | {"signing"},
     "frozen_model": SHARED | {"adapter", "arguments", "evaluation", "model", "signing", "training"},
+    "adapter_files": SHARED | {"adapter", "arguments", "convert", "model", "shipping", "signing"},
     "api": SHARED
     | {
-        "adapter",
+        "adapter_files",
         "arguments",
-        "convert",
         "evaluation",
         "export",
         "frozen_model",
         "model",
         "rows",
-        "shipping",
         "signing",
-    }
-    | {"training"},
+        "training",
+    },
 }
 """Of every part, the parts that it may import, at the top of a module or inside a function. `commands` and `cli` may
 import all of them, and nothing but `__main__` imports those."""
@@ -84,7 +83,9 @@ LONG_MODULES = {
 }
 """Modules of more than MOST_LINES lines, and why."""
 MOST_LINES_OF_A_FUNCTION = 80
-LONG_FUNCTIONS: dict[str, str] = {}
+LONG_FUNCTIONS = {
+    "reft_edge.api.train": "two dozen arguments and what each of them means; its code has 30 lines",
+}
 """Functions of more than MOST_LINES_OF_A_FUNCTION lines, and why."""
 
 
