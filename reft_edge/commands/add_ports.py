@@ -1,15 +1,16 @@
 """`reft-edge add-ports`: intervention ports in a graph that was exported elsewhere."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from reft_edge.commands.console import extra, plain_errors, print_json, say, show_table
+from reft_edge.commands.console import extra, plain_errors
+from reft_edge.commands.export_figures import print_ported
 from reft_edge.commands.options import Json, PortLayers
 
 if TYPE_CHECKING:
-    from reft_edge.export.add_ports import Ported
+    pass
 
 
 def add_ports(
@@ -51,42 +52,3 @@ def add_ports(
         with console.working(f"adding ports to {graph.name}") as status:
             ported = run_add_ports(graph, output, folder, layers, report=status.step)
     print_ported(ported, output, as_json)
-
-
-def print_ported(ported: "Ported", output: Path, as_json: bool) -> None:
-    """Print where the blocks were found and what the verification measured."""
-    manifest, figures = ported.manifest, ported.manifest.verification
-    if as_json:
-        print_json(
-            {
-                "path": str(output),
-                "blocks": [vars(block) for block in ported.outputs],
-                **{
-                    name: getattr(manifest, name)
-                    for name in ("base_fingerprint", "precision", "cache", "layers", "verification")
-                },
-            }
-        )
-        return
-    show_table(
-        [("layer", "node", "value", "port")]
-        + [
-            (str(block.layer), block.node, block.value, "yes" if block.layer in manifest.layers else "no")
-            for block in ported.outputs
-        ]
-    )
-    say(f"wrote {output}: {manifest.precision}, ports at {len(manifest.layers)} layers; verified:")
-    fused = f"; {figures['rank0_error']:.1g} apart where nodes are fused" if figures["rank0_error"] else ""
-    say(f"  no adapter              bitwise equal to the graph without ports{fused}")
-    say(f"  each port               within {figures['port_error']:.1g} of numpy, relative")
-    say(
-        f"  what each block adds    within {figures['block_error']:.2g} of PyTorch's, relative, and nearest to its own block's"
-    )
-    if figures["base_error"] is not None:
-        say(
-            f"  logits                  within {figures['base_error']:.2g} of PyTorch's, with an adapter at every port "
-            f"{figures['steered_error']:.2g}, where it moves them by {figures['effect']:.0f}"
-        )
-    say(f"  likeliest next token    that of the original model at {figures['agreement']:.0%} of tokens")
-    if manifest.cache == "none":
-        say("the graph has no KV cache: it can score text, not generate")

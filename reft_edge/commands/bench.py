@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from reft_edge.commands.console import plain_errors, print_json, say, show_table
+from reft_edge.commands.console import plain_errors, print_json, show_table
 from reft_edge.commands.options import Device, Folder, Json, Threads
 
 
@@ -47,8 +47,14 @@ def bench(
         base, steered = (getattr(speed, field) * factor for speed in (found.base, found.steered))
         rows.append((name, f"{base:,.{digits}f}", f"{steered:,.{digits}f}", f"{steered / base:.3f}"))
     show_table(rows)
-    say(
-        f"switch to a loaded adapter   p50 {found.switch_p50 * 1e6:,.0f} µs, p99 {found.switch_p99 * 1e6:,.0f} µs"
+    show_table(
+        [
+            (
+                "switch to a loaded adapter",
+                f"p50 {found.switch_p50 * 1e6:,.0f} µs, p99 {found.switch_p99 * 1e6:,.0f} µs",
+            ),
+            ("from file to first use", f"p50 {found.load_p50 * 1e3:.2f} ms (4 layers, rank 4)"),
+            ("peak memory", f"{found.peak_memory / 1e6:,.0f} MB, on {found.device}"),
+        ],
+        header=False,
     )
-    say(f"from file to first use       p50 {found.load_p50 * 1e3:.2f} ms (4 layers, rank 4)")
-    say(f"peak memory                  {found.peak_memory / 1e6:,.0f} MB, on {found.device}")

@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from reft_edge.commands.add_ports import print_ported
-from reft_edge.commands.console import extra, plain_errors, print_json, say
+from reft_edge.commands.console import extra, plain_errors, print_json
+from reft_edge.commands.export_figures import print_exported, print_ported
 from reft_edge.commands.options import Json, Model, PortLayers
 from reft_edge.errors import ReftEdgeError
 
 if TYPE_CHECKING:
     from reft_edge.commands.screen import Screen
-    from reft_edge.model.manifest import Manifest
     from reft_edge.model.source import ModelFolder
 
 
@@ -108,47 +107,7 @@ def export(
                 device=device,
                 quantisation=Quantisation(algorithm, block_size, accuracy_level),
             )
-    size = sum(file.stat().st_size for file in output.iterdir() if file.is_file())
-    if as_json:
-        print_json(
-            {
-                "path": str(output),
-                "size": size,
-                "seconds": time.perf_counter() - started,
-                **{
-                    name: getattr(manifest, name)
-                    for name in (
-                        "base_fingerprint",
-                        "precision",
-                        "device",
-                        "quantisation",
-                        "layers",
-                        "components",
-                        "verification",
-                    )
-                },
-            }
-        )
-        return
-    figures = manifest.verification
-    if manifest.kind == "encoder":
-        _print_encoder_figures(output, size, time.perf_counter() - started, manifest)
-        return
-    say(
-        f"wrote {output}: {size / 1e6:,.0f} MB, {precision}, ports at {len(manifest.layers)} layers, "
-        f"{time.perf_counter() - started:.0f} s"
-    )
-    same = "" if precision == "fp32" else " with the same rounded weights"
-    say(f"verified against PyTorch{same}, logits at every token of a few prompts:")
-    say(
-        f"  no adapter              max difference {figures['base_error']:.2g}; "
-        "bitwise equal to the graph without ports"
-    )
-    say(
-        f"  adapter at every port   max difference {figures['steered_error']:.2g}, where it moves logits by "
-        f"{figures['effect']:.0f}"
-    )
-    say(f"  likeliest next token    that of the original model at {figures['agreement']:.0%} of tokens")
+    print_exported(manifest, output, time.perf_counter() - started, as_json)
 
 
 def _export_otherwise(context: typer.Context, console: "Screen") -> None:
@@ -213,20 +172,3 @@ def _print_report(folder: "ModelFolder", device: str, layers: str, console: "Scr
     from reft_edge.commands.screen import Screen
 
     Screen().print(table)
-
-
-def _print_encoder_figures(output: Path, size: int, seconds: float, manifest: "Manifest") -> None:
-    figures = manifest.verification
-    say(
-        f"wrote {output}: {size / 1e6:,.0f} MB, an encoder, ports at {len(manifest.layers)} layers, {seconds:.0f} s"
-    )
-    say("verified against PyTorch, hidden states at every token of a few texts:")
-    say(
-        f"  no adapter              max difference {figures['base_error']:.2g}; "
-        "as written, bitwise equal to the graph without ports"
-    )
-    say(
-        f"  adapter at every port   max difference {figures['steered_error']:.2g}, where it moves them by "
-        f"{figures['effect']:.1f}"
-    )
-    say(f"  in a padded batch       max difference {figures['batch_error']:.2g} from each text alone")
