@@ -9,9 +9,6 @@ from reft_edge.commands.console import extra, plain_errors
 from reft_edge.commands.export_figures import print_ported
 from reft_edge.commands.options import Json, PortLayers
 
-if TYPE_CHECKING:
-    pass
-
 
 def add_ports(
     graph: Annotated[
