@@ -17,8 +17,8 @@ from reft_edge.export.residual import find_part_sites, stream_type
 from reft_edge.export.structure import find_blocks
 from reft_edge.export.verify import TEXTS, GraphLogits, Verification, compare, run_graphs
 from reft_edge.files import read_text
+from reft_edge.model.checkpoint import Reference, open_model
 from reft_edge.model.fingerprint import fingerprint
-from reft_edge.model.loading import load_model
 from reft_edge.model.manifest import Manifest, package_versions
 from reft_edge.model.places import parse_layers
 from reft_edge.model.prompts import load_prompts
@@ -79,12 +79,12 @@ class _Decoder:
     def run(self, folder: Path, manifest: Manifest) -> GraphLogits:
         return run_graphs(folder, folder / PLAIN, manifest, self.rows)
 
-    def load(self, report: Report) -> tuple[Any, str]:
+    def load(self, report: Report) -> tuple[Reference, str]:
         report("loading the PyTorch model")
-        model = load_model(self.model)
+        model = open_model(self.model)
         return model, fingerprint(model)
 
-    def compare(self, said: GraphLogits, folder: Path, manifest: Manifest, model: Any) -> Verification:
+    def compare(self, said: GraphLogits, folder: Path, manifest: Manifest, model: Reference) -> Verification:
         return compare(said, folder / GRAPH, manifest, model, self.rows)
 
 

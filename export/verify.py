@@ -14,7 +14,8 @@ from reft_edge.adapter.config import AdapterConfig
 from reft_edge.adapter.linear import fold
 from reft_edge.errors import ReftEdgeError
 from reft_edge.export.exact import write_exact
-from reft_edge.model.exported_weights import use_graph_weights
+from reft_edge.model.checkpoint import Change, Reference
+from reft_edge.model.exported_weights import GraphWeights
 from reft_edge.model.manifest import Manifest
 from reft_edge.runtime.binding import PortInputs, port_inputs
 from reft_edge.runtime.onnx_runtime import open_graph, plain_failure, plain_feeds
@@ -137,17 +138,25 @@ def run_graphs(
 
 
 def compare(
-    found: GraphLogits, graph: Path, manifest: Manifest, model: Any, rows: Sequence[Sequence[int]]
+    found: GraphLogits,
+    graph: Path,
+    manifest: Manifest,
+    reference: Reference,
+    rows: Sequence[Sequence[int]],
 ) -> Verification:
     """Hold what the graphs said against the PyTorch model, which is given the weights of `graph` in the process."""
-    original = [torch_logits(model, row) for row in rows]
-    if manifest.precision == "fp32":
-        base = original
-    else:
-        use_graph_weights(model, graph)
-        base = [torch_logits(model, row) for row in rows]
-    with steered(model, *((part, 1.0) for part in random_adapters(manifest))):
-        steered_base = [torch_logits(model, row) for row in rows]
+    with reference.filled() as model:
+        original = base = batch_logits(model, rows)
+    change: Change = lambda name, values: None  # noqa: E731
+    if manifest.precision != "fp32":
+        weights = GraphWeights(reference.model, graph)
+        weights.prepare(reference.model)
+        change = weights.change
+    with reference.filled(change) as model:
+        if manifest.precision != "fp32":
+            base = batch_logits(model, rows)
+        with steered(model, *((part, 1.0) for part in random_adapters(manifest))):
+            steered_base = batch_logits(model, rows)
     return Verification(
         base_error=largest_difference(found.exact, base),
         steered_error=largest_difference(found.steered, steered_base),
@@ -162,8 +171,18 @@ def compare(
 @torch.no_grad()
 def torch_logits(model: Any, row: Sequence[int]) -> Logits:
     """PyTorch's logits for one row of tokens, `[tokens, vocabulary]`, float32."""
-    logits: NDArray[np.float32] = model(input_ids=torch.tensor([list(row)])).logits[0].float().numpy()
-    return logits
+    return batch_logits(model, [row])[0]
+
+
+@torch.no_grad()
+def batch_logits(model: Any, rows: Sequence[Sequence[int]]) -> list[Logits]:
+    """The same of several rows, in one pass over the model's weights."""
+    longest = max(len(row) for row in rows)
+    ids = torch.tensor([[*row, *[row[-1]] * (longest - len(row))] for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+    given = {} if mask.all() else {"attention_mask": mask}
+    logits = model(input_ids=ids, **given).logits.float().numpy()
+    return [logits[number, : len(row)] for number, row in enumerate(rows)]
 
 
 def _check_types(graph: Path) -> None:

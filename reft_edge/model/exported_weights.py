@@ -51,49 +51,111 @@ def use_graph_weights(model: Any, source: Path) -> None:
     16-bit weights are the model's own, rounded; quantised ones are read from the file and
     dequantised. Raises ReftEdgeError if a quantised matrix has no counterpart in the model.
     """
-    graph = ir.load(source).graph
-    stored = {value.dtype for value in graph.initializers.values()}
-    norms = {value.dtype for name, value in graph.initializers.items() if name.endswith("norm.weight")}
-    for half, dtype in _HALF.items():
-        if half in stored:
-            round_model(model, dtype, round_norms=half in norms)
-    blocks = decoder_layers(model)
-    table: _Quantised | None = None
-    for node in graph:
-        if node.op_type == "GatherBlockQuantized":
-            table = _Quantised.of_lookup(node, model.get_input_embeddings().weight.shape)
-            _assign(model.get_input_embeddings(), table)
-        if node.op_type != "MatMulNBits":
-            continue
-        weight = _Quantised.of_product(node)
-        match = _IN_BLOCK.fullmatch(node.name or "")
-        if match:
-            _assign_in_block(blocks[int(match[1])], match[2], weight)
-        elif (node.name or "").startswith("/lm_head/"):
-            _assign_head(model, weight, table)
-        else:
+    weights = GraphWeights(model, source)
+    weights.prepare(model)
+    for name, parameter in model.named_parameters():
+        weights.change(name, parameter.data)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows of a parameter that are rows of a quantised matrix."""
+
+    weight: "_Quantised"
+    first: int
+    """Of the matrix's rows."""
+    rows: slice
+    """Of the parameter's."""
+
+
+class GraphWeights:
+    """What a graph multiplies with, by the names of a PyTorch model's parameters."""
+
+    def __init__(self, model: Any, source: Path) -> None:
+        """`source` is the graph file; of `model`, only names and shapes are read.
+
+        Raises ReftEdgeError if a quantised matrix has no counterpart in the model.
+        """
+        graph = ir.load(source).graph
+        stored = {value.dtype for value in graph.initializers.values()}
+        halves = [half for half in _HALF if half in stored]
+        self._dtype = _HALF[halves[0]] if halves else None
+        self._exact_norms = not any(
+            name.endswith("norm.weight") and value.dtype in halves
+            for name, value in graph.initializers.items()
+        )
+        self._modules = dict(model.named_modules())
+        self._parts: dict[str, list[_Part]] = {}
+        self._unties = self._find(model, graph)
+
+    def _find(self, model: Any, graph: ir.Graph) -> bool:
+        """Note where each quantised matrix belongs; says whether the head is another matrix than the embedding."""
+        names = {module: name for name, module in self._modules.items()}
+        blocks, embedding = decoder_layers(model), model.get_input_embeddings()
+        table: _Quantised | None = None
+        unties = False
+        for node in graph:
+            if node.op_type == "GatherBlockQuantized":
+                table = _Quantised.of_lookup(node, embedding.weight.shape)
+                self._add(table, [(names[embedding], embedding.weight.shape, 1, 0)])
+            if node.op_type != "MatMulNBits":
+                continue
+            weight = _Quantised.of_product(node)
+            match = _IN_BLOCK.fullmatch(node.name or "")
+            if match:
+                targets = _targets(blocks[int(match[1])], match[2])
+                self._add(
+                    weight, [(names[module], module.weight.shape, *share) for module, *share in targets]
+                )
+            elif (node.name or "").startswith("/lm_head/"):
+                head = model.get_output_embeddings()
+                unties = not weight.equals(table)
+                self._add(weight, [(names[head], head.weight.shape, 1, 0)])
+            else:
+                raise ReftEdgeError(
+                    f"cannot check the quantised matrix {node.name}: it is in no block of the model"
+                )
+        return unties
+
+    def _add(self, weight: "_Quantised", targets: Sequence[tuple[str, Sequence[int], int, int]]) -> None:
+        """A matrix's rows are those of one parameter after the other, or one of so many equal shares of a parameter's."""
+        first, columns = 0, int(targets[0][1][1])
+        for name, shape, shares, share in targets:
+            count = shape[0] // shares
+            self._parts.setdefault(f"{name}.weight", []).append(
+                _Part(weight, first, slice(share * count, (share + 1) * count))
+            )
+            first += count
+        found = _without_means(weight.dequantised(0, 1), columns, weight.size).shape[1]
+        if (weight.rows, found) != (first, columns):
             raise ReftEdgeError(
-                f"cannot check the quantised matrix {node.name}: it is in no block of the model"
+                f"a quantised matrix is {[weight.rows, found]}, the model's {[first, columns]}"
             )
 
+    def prepare(self, model: Any) -> None:
+        """Have the model's head be a parameter of its own where the graph's is, and its rotary tables be rounded."""
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        if self._unties and head.weight is embedding.weight:
+            head.weight = nn.Parameter(embedding.weight.clone(), requires_grad=False)
+        for module in self._modules.values():
+            if self._dtype is not None and type(module).__name__.endswith("RotaryEmbedding"):
+                module.register_forward_hook(
+                    lambda _module, _inputs, out: tuple(x.to(self._dtype).float() for x in out)
+                )
 
-def round_model(model: nn.Module, dtype: torch.dtype, round_norms: bool = True) -> None:
-    """Round weights and rotary cosines of a float32 model to what a 16-bit graph stores, in place.
-
-    `round_norms`: whether the graph's norms are in 16 bits, too.
-    """
-    for module in model.modules():
-        is_norm = "Norm" in type(module).__name__
+    def change(self, name: str, values: Tensor) -> None:
+        """Put the graph's numbers in place of a parameter's, which are float32."""
+        for part in self._parts.get(name, ()):
+            _copy(part, values)
+        if self._dtype is None or name in self._parts:
+            return
+        path, _, own = name.rpartition(".")
+        kind = type(self._modules[path]).__name__
+        if self._exact_norms and "Norm" in kind:
+            return
         # Gemma's and Nemotron's norms multiply by 1 + weight, and the graph stores that sum.
-        offset = 1.0 if re.search("Gemma.*Norm|Norm1P", type(module).__name__) else 0.0
-        for parameter in module.parameters(recurse=False):
-            plus = offset if parameter is getattr(module, "weight", None) else 0.0
-            if round_norms or not is_norm:
-                parameter.data = (parameter.data + plus).to(dtype).float() - plus
-        if type(module).__name__.endswith("RotaryEmbedding"):
-            module.register_forward_hook(
-                lambda _module, _inputs, out: tuple(x.to(dtype).float() for x in out)
-            )
+        plus = 1.0 if own == "weight" and re.search("Gemma.*Norm|Norm1P", kind) else 0.0
+        values.copy_((values + plus).to(self._dtype).float() - plus)
 
 
 @dataclass(frozen=True)
@@ -159,17 +221,8 @@ class _Quantised:
         return found
 
 
-def _assign_head(model: Any, weight: _Quantised, table: _Quantised | None) -> None:
-    """Give the model's head its weight, on its own where PyTorch shares it with an embedding that the graph has otherwise."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head.weight is embedding.weight:
-        if weight.equals(table):
-            return
-        head.weight = nn.Parameter(torch.empty_like(embedding.weight), requires_grad=False)
-    _assign(head, weight)
-
-
-def _assign_in_block(block: nn.Module, name: str, weight: _Quantised) -> None:
+def _targets(block: nn.Module, name: str) -> list[tuple[Any, int, int]]:
+    """The linear layers that a product of a block stands for, each with the number of shares of it and which one it is."""
     linear = {
         path.rsplit(".", 1)[-1]: module
         for path, module in block.named_modules()
@@ -177,39 +230,25 @@ def _assign_in_block(block: nn.Module, name: str, weight: _Quantised) -> None:
     }
     name = name if name in linear else _ALIASES.get(name, name)
     if name in linear:
-        _assign(linear[name], weight)
-    elif name in _FUSED and all(part in linear for part in _FUSED[name]):
-        _copy([linear[part].weight for part in _FUSED[name]], weight)
-    elif name in _SPLIT and _SPLIT[name][0] in linear:
+        return [(linear[name], 1, 0)]
+    if name in _FUSED and all(part in linear for part in _FUSED[name]):
+        return [(linear[part], 1, 0) for part in _FUSED[name]]
+    if name in _SPLIT and _SPLIT[name][0] in linear:
         whole, half = _SPLIT[name]
-        _copy([linear[whole].weight.data.chunk(2)[half]], weight)
-    else:
-        raise ReftEdgeError(
-            f"cannot check the quantised matrix {name}: the block has {', '.join(sorted(linear))}"
-        )
+        return [(linear[whole], 2, half)]
+    raise ReftEdgeError(
+        f"cannot check the quantised matrix {name}: the block has {', '.join(sorted(linear))}"
+    )
 
 
-def _assign(module: Any, weight: _Quantised) -> None:
-    _copy([module.weight], weight)
-
-
-def _copy(targets: Sequence[Tensor], weight: _Quantised) -> None:
-    """Write a matrix's rows over those of one tensor after the other, some at a time: it may be larger than what memory has
-    left."""
-    rows, columns = sum(len(target) for target in targets), targets[0].shape[1]
-    first = _without_means(weight.dequantised(0, 1), columns, weight.size)
-    if (weight.rows, first.shape[1]) != (rows, columns):
-        raise ReftEdgeError(
-            f"a quantised matrix is {[weight.rows, first.shape[1]]}, the model's {[rows, columns]}"
-        )
+def _copy(part: _Part, values: Tensor) -> None:
+    """Write a matrix's rows over a parameter's, some at a time: it may be larger than what memory has left."""
+    weight, target = part.weight, values[part.rows]
     step = max(1, _AT_ONCE // weight.columns)
-    begin = 0
-    for target in targets:
-        for start in range(0, len(target), step):
-            stop = min(start + step, len(target))
-            values = weight.dequantised(begin + start, begin + stop)
-            target.data[start:stop] = torch.from_numpy(_without_means(values, columns, weight.size))
-        begin += len(target)
+    for start in range(0, len(target), step):
+        stop = min(start + step, len(target))
+        rows = weight.dequantised(part.first + start, part.first + stop)
+        target[start:stop] = torch.from_numpy(_without_means(rows, target.shape[1], weight.size))
 
 
 def _without_means(weight: NDArray[np.float32], columns: int, size: int) -> NDArray[np.float32]:

@@ -1,7 +1,7 @@
 """A base model's fingerprint: the same for the same weights however they are stored or loaded, else another."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -25,16 +25,22 @@ def fingerprint(model: nn.Module) -> str:
     """
     if kept := getattr(model, "base_fingerprint", None):
         return str(kept)
+    return fingerprint_of(sorted(_own_parameters(model), key=lambda found: found[0]))
+
+
+@torch.no_grad()
+def fingerprint_of(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """The same of weights that come one at a time, each with its parameter's name, in the order of the names."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(_own_parameters(model)):
-        flat = parameter.detach().flatten()
+    for name, weight in weights:
+        flat = weight.detach().flatten()
         index = (
             torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64)
             .round()
             .long()
         )
         sample = flat[index.to(flat.device)].to(torch.bfloat16).cpu().view(torch.int16)
-        digest.update(f"{name} {list(parameter.shape)}\n".encode())
+        digest.update(f"{name} {list(weight.shape)}\n".encode())
         digest.update(sample.numpy().astype("<i2").tobytes())
     return digest.hexdigest()[:16]
 
