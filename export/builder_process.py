@@ -14,11 +14,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import transformers
 
 from reft_edge.export.carry import CARRIED, Carrying, carry_blocks
+from reft_edge.export.data_file import DataFile
+from reft_edge.export.deferred import Deferred, DeferredTensor, defer
 from reft_edge.export.rotary import Rotation, compute_tables, frequencies_of
-from reft_edge.model.source import class_name
+from reft_edge.export.rounding import Rounding, round_matrices
+from reft_edge.model.checkpoint import open_checkpoint
+from reft_edge.model.source import ModelFolder, class_name
 
 _OLMO_EPSILON = 1e-5  # OlmoLayerNorm has it as a constant
 
@@ -79,12 +84,20 @@ def main() -> None:
 
     builders.OLMoModel.make_layernorm = layer_norm
     options, sys.argv[1:] = _own_arguments(sys.argv[1:])
-    if options.gguf is not None:
-        _carry_first(
-            builders.base.Model, options.gguf, options.precision, _note_rotations(builders.base.Model)
-        )
+    model = builders.base.Model
     sys.modules["transformers"].AutoConfig = _AutoConfig  # type: ignore[attr-defined]  # the import above replaced the module
-    runpy.run_module("onnxruntime_genai.models.builder", run_name="__main__", alter_sys=True)
+    plain_load, rotations = model.load_weights, _note_rotations(model)
+    deferred = _defer_weights(model)
+    _write_streamed(model, options.gguf, options.precision, rotations)
+    try:
+        runpy.run_module("onnxruntime_genai.models.builder", run_name="__main__", alter_sys=True)
+    except Exception:
+        if not deferred:
+            raise
+        print("The builder asked for content that is not there yet; it gets all weights at once", flush=True)
+        model.load_weights = plain_load
+        rotations.clear()
+        runpy.run_module("onnxruntime_genai.models.builder", run_name="__main__", alter_sys=True)
 
 
 def _own_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -113,23 +126,73 @@ def _note_rotations(model_class: Any) -> list[Rotation]:
     return made
 
 
-def _carry_first(model_class: Any, gguf: Path, precision: str, rotations: list[Rotation]) -> None:
-    """Have the builder's models take the file's blocks before they round what is left, and compute their rotary tables."""
-    plain = model_class.to_nbits
+def _defer_weights(model_class: Any) -> list[str]:
+    """Have the builder's models read weights when they are written; returns a list that gets the folders where that was done."""
+    plain_load, plain_initializer = model_class.load_weights, model_class.make_initializer
+    done: list[str] = []
 
-    def to_nbits(self: Any) -> Any:
-        how = Carrying(precision, self.quant_attrs["accuracy_level"], whole_blocks=self.ep == "cuda")
-        carried, matrices = carry_blocks(self.model.graph, gguf, Path(self.model_name_or_path), how)
-        print(f"{CARRIED}{carried} of {matrices}")
+    def load_weights(self: Any, input_path: str) -> Any:
+        plainly = self.quant_type is not None or "adapter_path" in self.extra_options
+        folder = Path(self.model_name_or_path)
+        checkpoint = None if plainly else open_checkpoint(ModelFolder(folder, folder.name))
+        if checkpoint is None:
+            return plain_load(self, input_path)
+        done.append(str(folder))
+        return defer(checkpoint)
+
+    def make_initializer(self: Any, tensor: Any, /, name: str, *, to: Any = None, raw: bool = False) -> None:
+        if not isinstance(tensor, Deferred) or raw:
+            plain_initializer(self, tensor, name, to=to, raw=raw)
+            return
+        stored = DeferredTensor(tensor, to or ir.DataType.FLOAT, name)
+        value = self.make_value(name, stored.dtype, stored.shape)
+        value.const_value = stored
+        self.model.graph.register_initializer(value)
+
+    model_class.load_weights = load_weights
+    model_class.make_initializer = make_initializer
+    return done
+
+
+def _write_streamed(model_class: Any, gguf: Path | None, precision: str, rotations: list[Rotation]) -> None:
+    """Have the builder's models write weights one after the other, quantised ones as they are quantised."""
+
+    def save_model(self: Any, out_dir: str) -> None:
+        path = Path(out_dir) / self.filename
+        graph = self.model.graph
+        graph.sort()
+        with (path.parent / f"{path.name}.data").open("wb") as file:
+            data = DataFile(Path(file.name), file)
+            if precision in ("int4", "int8"):
+                _quantise(self, data, gguf, precision, rotations)
+                graph.sort()
+            print("Saving ONNX model", flush=True)
+            for value in graph.initializers.values():
+                data.keep(value)
+        ir.save(self.model, path)
+
+    model_class.save_model = save_model
+
+
+def _quantise(
+    builder: Any, data: DataFile, gguf: Path | None, precision: str, rotations: list[Rotation]
+) -> None:
+    graph, settings = builder.model.graph, builder.quant_attrs
+    if gguf is not None:
+        how = Carrying(precision, settings["accuracy_level"], whole_blocks=builder.ep == "cuda")
+        carried, matrices = carry_blocks(graph, data, gguf, Path(builder.model_name_or_path), how)
+        print(f"{CARRIED}{carried} of {matrices}", flush=True)
         for rotation in rotations:
-            compute_tables(self.model.graph, rotation)
-        left = any(
-            node.op_type == "MatMul" and node.inputs[1] is not None and node.inputs[1].const_value is not None
-            for node in self.model.graph
-        )
-        return plain(self) if left else self.model
-
-    model_class.to_nbits = to_nbits
+            compute_tables(graph, rotation)
+    rounding = Rounding(
+        algorithm=builder.quantization_algo,
+        bits=settings["bits"],
+        bits_of={name: config["bits"] for name, config in builder.int4_customized_weight_config.items()},
+        size=settings["matmul_block_size"],
+        accuracy_level=settings["accuracy_level"],
+        excluded=frozenset(settings["nodes_to_exclude"]),
+    )
+    round_matrices(graph, data, rounding, lambda name: print(f"Rounding {name}", flush=True))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ room for: 17 for codes of 4 bits, so that the offset is rounded to d/34 at most.
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,25 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from reft_edge.export.gguf_blocks import KINDS, Blocks, Bytes, Floats, Kind, Stored, read_matrices, read_rows
+from reft_edge.export.data_file import DataFile
+from reft_edge.export.gguf_blocks import KINDS, Blocks, Kind, Stored, read_matrices, read_rows
+from reft_edge.export.nbits import (
+    Bytes,
+    Floats,
+    Form,
+    Rows,
+    replace_lookup,
+    replace_product,
+    stored_blocks,
+    write_matrices,
+)
+from reft_edge.export.rounding import HEAD
 from reft_edge.files import read_text
 
 CARRIED = "Carried blocks: "
 """What the builder's process says before the two counts of `carry_blocks`."""
 
 _PRODUCT = re.compile(r"(/model/layers\.(\d+)/\w+/)(\w+)/MatMul")
-_HEAD = "/lm_head/MatMul"
 _EMBEDDING = re.compile(r"/model/embed_tokens/Gather\w*")
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
 _NAMES = {
@@ -61,21 +72,6 @@ class Carrying:
 
 
 @dataclass(frozen=True)
-class _Form:
-    """How the blocks of a matrix are stored."""
-
-    bits: int
-    size: int
-    """Weights that share a scale."""
-    zeros: bool = False
-    """Whether zero points are stored; without them they are the middle."""
-    means: int = 0
-    """Further columns, for the means of the blocks of activations and what fills them up."""
-    finer: int = 1
-    """The step is divided by this."""
-
-
-@dataclass(frozen=True)
 class _Matrix:
     """A quantised tensor of the file, its rows in PyTorch's order, and how it is stored in the graph."""
 
@@ -83,7 +79,7 @@ class _Matrix:
     """[rows, bytes]"""
     kind: Kind
     order: NDArray[np.int64] | None
-    form: _Form
+    form: Form
 
     @property
     def rows(self) -> int:
@@ -93,11 +89,6 @@ class _Matrix:
     def columns(self) -> int:
         return int(self.data.shape[1]) // self.kind.stored * self.kind.weights
 
-    @property
-    def stored_blocks(self) -> int:
-        """In a row, those of the further columns included."""
-        return -(-(self.columns + self.form.means) // self.form.size)
-
     def chunks(self) -> Iterator[tuple[slice, Blocks]]:
         """The blocks of some rows at a time."""
         step = max(1, _AT_ONCE // self.columns)
@@ -105,14 +96,10 @@ class _Matrix:
             rows = slice(start, min(start + step, self.rows))
             yield rows, read_rows(self.data, self.kind, rows if self.order is None else self.order[rows])
 
-
-@dataclass(frozen=True)
-class _Rows:
-    """Rows as MatMulNBits has them, all `[rows, blocks, ...]`."""
-
-    codes: Bytes
-    scales: Floats
-    zeros: Bytes
+    def stored(self) -> Iterator[Rows]:
+        """All rows as the graph has them, some at a time."""
+        for _, blocks in self.chunks():
+            yield _store(blocks, self)
 
 
 def can_carry(gguf: Path) -> bool:
@@ -130,17 +117,17 @@ def _matrix_kinds(gguf: Path) -> list[str]:
     return [matrix.kind for matrix in read_matrices(gguf).values()]
 
 
-def carry_blocks(graph: ir.Graph, gguf: Path, model: Path, how: Carrying) -> tuple[int, int]:
+def carry_blocks(graph: ir.Graph, data: DataFile, gguf: Path, model: Path, how: Carrying) -> tuple[int, int]:
     """Put the file's blocks in place of a graph's matrices; returns how many were, and of how many.
 
     `graph` is what onnxruntime-genai's builder made before it quantises. `model` is the Hugging Face folder that `gguf`
     was converted to. A matrix is only carried if its blocks give that folder's weights, so a file whose rows are in
-    another order than expected is quantised anew, never wrong. The blocks are read when the graph is saved.
+    another order than expected is quantised anew, never wrong. The blocks are written to `data`.
     """
     file = _File(read_matrices(gguf), _Weights(model), how)
     table = file.find(*_TABLE, gathered=True)
     widened: dict[tuple[ir.Value, int], ir.Value] = {}
-    head: tuple[ir.Value, ...] | None = None
+    head: list[ir.Value] = []
     carried = of = 0
     for node in list(graph):
         if node.op_type != "MatMul" or node.inputs[1] is None or node.inputs[1].const_value is None:
@@ -149,15 +136,17 @@ def carry_blocks(graph: ir.Graph, gguf: Path, model: Path, how: Carrying) -> tup
         parts = file.parts(node, table)
         if not parts:
             continue
-        products = _replace_product(graph, node, parts, widened, how)
+        products = replace_product(graph, data, node, parts, widened, how.accuracy_level)
         carried += 1
-        if node.name == _HEAD and parts[0][1] is table:
-            head = tuple(value for value in products[0].inputs[1:] if value is not None)
+        if node.name == HEAD and parts[0][1] is table:
+            head = [value for value in products[0].inputs[1:] if value is not None]
     lookup = next((node for node in graph if _EMBEDDING.fullmatch(node.name or "")), None)
     if lookup is not None:
         of += 1
         if table is not None:
-            _replace_lookup(graph, lookup, table, head)
+            floats = lookup.outputs[0].dtype or ir.DataType.FLOAT
+            stored = head or write_matrices(graph, data, "model.embed_tokens", [table], floats)
+            replace_lookup(graph, lookup, table.form, (table.rows, table.columns), stored)
             carried += 1
     return carried, of
 
@@ -172,7 +161,7 @@ class _File:
         """The matrices that are stacked in a product, with the names of the products that they are; none if not all
         can be carried."""
         name = node.name or ""
-        if name == _HEAD:
+        if name == HEAD:
             untied = "output.weight" in self._tensors
             matrix = self.find("output.weight", "lm_head.weight") if untied else table
             return [] if matrix is None else [(name, matrix)]
@@ -196,7 +185,7 @@ class _File:
         if tensor is None or tensor.kind not in KINDS:
             return None
         kind = KINDS[tensor.kind]
-        plain = _Matrix(tensor.data, kind, None, _Form(8, kind.size))
+        plain = _Matrix(tensor.data, kind, None, Form(8, kind.size))
         for order in (None, *_rotary_orders(plain.rows, self._weights.heads)):
             matrix = replace(plain, order=order)
             if self._weights.equal(expected, matrix):
@@ -214,22 +203,22 @@ def _rotary_orders(rows: int, heads: Sequence[int]) -> list[NDArray[np.int64]]:
     ]
 
 
-def _choose_form(matrix: _Matrix, how: Carrying, gathered: bool) -> _Form | None:
+def _choose_form(matrix: _Matrix, how: Carrying, gathered: bool) -> Form | None:
     kind = matrix.kind
     bits = 4 if how.precision == "int4" and kind.levels <= 16 else 8
     if not kind.has_offsets:
-        return _Form(bits, kind.size)
+        return Form(bits, kind.size)
     if gathered:
         room = 255 // (kind.levels - 1)
-        finer = (_Form(8, kind.size, zeros=True, finer=room >> shift) for shift in range(room.bit_length()))
+        finer = (Form(8, kind.size, zeros=True, finer=room >> shift) for shift in range(room.bit_length()))
         return next((form for form in finer if _whole_zeros_fit(matrix, form)), None)
     means = matrix.columns // kind.size
     filled = -(-means // _FILLED_TO) * _FILLED_TO if how.whole_blocks else means
-    form = _Form(bits, kind.size, zeros=True, means=filled)
+    form = Form(bits, kind.size, zeros=True, means=filled)
     return form if bits == 8 or _whole_zeros_fit(matrix, form) else replace(form, bits=8)
 
 
-def _whole_zeros_fit(matrix: _Matrix, form: _Form) -> bool:
+def _whole_zeros_fit(matrix: _Matrix, form: Form) -> bool:
     """Whether zero points leave no more than half a step of each offset."""
     for _, blocks in matrix.chunks():
         step, _, _, left = _split_offsets(blocks, matrix.kind.levels, form)
@@ -238,7 +227,7 @@ def _whole_zeros_fit(matrix: _Matrix, form: _Form) -> bool:
     return True
 
 
-def _split_offsets(blocks: Blocks, levels: int, form: _Form) -> tuple[Floats, Bytes, Bytes, Floats]:
+def _split_offsets(blocks: Blocks, levels: int, form: Form) -> tuple[Floats, Bytes, Bytes, Floats]:
     """Of blocks with offsets: the step, what is added to codes, the zero point, and what is left, `[rows, blocks]` each:
 
     d·q + m = step · (finer·q + added − zero) + left.
@@ -254,23 +243,23 @@ def _split_offsets(blocks: Blocks, levels: int, form: _Form) -> tuple[Floats, By
     return step, added.astype(np.uint8), zero.astype(np.uint8), left
 
 
-def _store(blocks: Blocks, matrix: _Matrix) -> _Rows:
+def _store(blocks: Blocks, matrix: _Matrix) -> Rows:
     form = matrix.form
     middle = 1 << (form.bits - 1)
     if blocks.offsets is None:
         zeros = np.full(blocks.scales.shape, middle, np.uint8)
-        return _Rows(blocks.codes + np.uint8(middle - blocks.middle), blocks.scales, zeros)
+        return Rows(blocks.codes + np.uint8(middle - blocks.middle), blocks.scales, zeros)
     step, added, zero, left = _split_offsets(blocks, matrix.kind.levels, form)
     codes = np.where(blocks.scales[..., None] == 0, 0, blocks.codes * np.uint8(form.finer))
     codes = codes.astype(np.uint8) + added[..., None]
     if not form.means:
-        return _Rows(codes, step, zero)
+        return Rows(codes, step, zero)
     rows, count = left.shape
-    further = matrix.stored_blocks - count
+    further = stored_blocks(matrix) - count
     columns = np.zeros((rows, further * form.size), np.float32)
     columns[:, :count] = form.size * left
     q, scales = _round(columns.reshape(rows, further, form.size), middle)
-    return _Rows(
+    return Rows(
         np.concatenate([codes, q], axis=1),
         np.concatenate([step, scales], axis=1),
         np.concatenate([zero, np.full((rows, further), middle, np.uint8)], axis=1),
@@ -290,215 +279,6 @@ def _round(values: Floats, middle: int) -> tuple[Bytes, Floats]:
         best_q = np.where(better, q.astype(np.uint8), best_q)
         best_scale, best_error = np.where(better, scale, best_scale), np.where(better, error, best_error)
     return best_q, best_scale[..., 0].astype(np.float32)
-
-
-def _pack(codes: Bytes, bits: int) -> Bytes:
-    """4-bit numbers two a byte along the last axis, the first in the lower half; 8-bit ones as they are."""
-    if bits == 8:
-        return codes
-    if codes.shape[-1] % 2:
-        codes = np.concatenate([codes, np.zeros_like(codes[..., :1])], axis=-1)
-    packed: Bytes = codes[..., 0::2] | (codes[..., 1::2] << np.uint8(4))
-    return packed
-
-
-def _weight_values(
-    graph: ir.Graph, name: str, matrices: Sequence[_Matrix], floats: ir.DataType
-) -> list[ir.Value]:
-    """Initializers for the codes, the scales and, if there are any, the zero points of stacked matrices of one form."""
-    first = matrices[0]
-    rows, blocks = sum(matrix.rows for matrix in matrices), first.stored_blocks
-
-    def add(suffix: str, shape: list[int], dtype: ir.DataType, part: Callable[[_Rows], Any]) -> ir.Value:
-        def read() -> ir.TensorProtocol:
-            content, start = np.empty(shape, dtype.numpy()), 0
-            for matrix in matrices:
-                for chunk, loaded in matrix.chunks():
-                    content[start + chunk.start : start + chunk.stop] = part(_store(loaded, matrix))
-                start += matrix.rows
-            return ir.tensor(content, dtype=dtype)
-
-        tensor = ir.LazyTensor(read, dtype, ir.Shape(shape), name=f"{name}.{suffix}")
-        value = ir.Value(
-            name=tensor.name, const_value=tensor, type=ir.TensorType(dtype), shape=ir.Shape(shape)
-        )
-        graph.register_initializer(value)
-        return value
-
-    bits = first.form.bits
-    codes = [rows, blocks, first.form.size * bits // 8]
-    values = [
-        add(f"weight_Q{bits}", codes, ir.DataType.UINT8, lambda stored: _pack(stored.codes, bits)),
-        add("weight_scale", [rows, blocks], floats, lambda stored: stored.scales),
-    ]
-    if first.form.zeros:
-        zeros = [rows, -(-blocks * bits // 8)]
-        values.append(add("weight_zp", zeros, ir.DataType.UINT8, lambda stored: _pack(stored.zeros, bits)))
-    return values
-
-
-def _replace_product(
-    graph: ir.Graph,
-    node: ir.Node,
-    parts: Sequence[tuple[str, _Matrix]],
-    widened: dict[tuple[ir.Value, int], ir.Value],
-    how: Carrying,
-) -> list[ir.Node]:
-    """Quantised products in place of a MatMul: one if its parts have one form, else one for each part, which are joined.
-    Returns the products."""
-    x, weight = node.inputs
-    assert x is not None and weight is not None and weight.dtype is not None  # noqa: PT018
-    alike = len({matrix.form for _, matrix in parts}) == 1
-    groups = [(node.name or "", [matrix for _, matrix in parts])]
-    if not alike:
-        groups = [(name, [matrix]) for name, matrix in parts]
-    products: list[ir.Node] = []
-    helpers: list[ir.Node] = []
-    for name, matrices in groups:
-        form, columns = matrices[0].form, matrices[0].columns
-        source = x
-        if form.means:
-            if (x, form.size) not in widened:
-                new = _append_means(node, x, form.size, form.means - columns // form.size)
-                helpers += new
-                widened[x, form.size] = new[-1].outputs[0]
-            source = widened[x, form.size]
-        attributes = {
-            "K": columns + form.means,
-            "N": sum(matrix.rows for matrix in matrices),
-            "bits": form.bits,
-            "block_size": form.size,
-            "accuracy_level": how.accuracy_level,
-        }
-        values = _weight_values(graph, name[1:].replace("/", "."), matrices, weight.dtype)
-        products.append(
-            ir.node(
-                "MatMulNBits",
-                [source, *values],
-                attributes,
-                domain="com.microsoft",
-                outputs=[ir.Value(name=f"{name}/output_0", type=x.type)],
-                name=f"{name}_Q{form.bits}",
-            )
-        )
-    last = products
-    if not alike:
-        joined = [product.outputs[0] for product in products]
-        last = [*products, ir.node("Concat", joined, {"axis": -1}, name=f"{node.name}/joined")]
-    _swap(graph, node, [*helpers, *last])
-    return products
-
-
-def _replace_lookup(
-    graph: ir.Graph, node: ir.Node, table: _Matrix, head: tuple[ir.Value, ...] | None
-) -> None:
-    """A lookup in the table's blocks in place of the builder's; they are the head's own where it is the same matrix."""
-    ids, found = node.inputs[1], node.outputs[0]
-    name = "/model/embed_tokens/rows"
-    codes, *others = head or _weight_values(
-        graph, "model.embed_tokens", [table], found.dtype or ir.DataType.FLOAT
-    )
-    shape = _constant(f"{name}/shape", [table.rows, table.columns * table.form.bits // 8])
-    reshape = ir.node("Reshape", [codes, shape.outputs[0]], name=f"{name}/Reshape")
-    reshape.outputs[0].name = f"{name}/Reshape/output_0"
-    attributes = {
-        "bits": table.form.bits,
-        "block_size": table.form.size,
-        "gather_axis": 0,
-        "quantize_axis": 1,
-    }
-    lookup = ir.node(
-        "GatherBlockQuantized",
-        [reshape.outputs[0], ids, *others],
-        attributes,
-        domain="com.microsoft",
-        name=f"{name}/GatherBlockQuantized",
-    )
-    _swap(graph, node, [shape, reshape, lookup])
-
-
-def _swap(graph: ir.Graph, node: ir.Node, new: Sequence[ir.Node]) -> None:
-    """Put `new` in place of `node`; the last has its output."""
-    sources = [value for value in node.inputs if value is not None]
-    ir.convenience.replace_nodes_and_values(graph, node, [node], new, [node.outputs[0]], [new[-1].outputs[0]])
-    _forget(graph, sources)
-
-
-def _forget(graph: ir.Graph, values: Sequence[ir.Value]) -> None:
-    """Remove what nothing reads any longer: stored values, and nodes with what only they read."""
-    for value in values:
-        producer = value.producer()
-        if value.uses() or value.is_graph_input():
-            continue
-        if value.is_initializer():
-            del graph.initializers[str(value.name)]
-        elif producer is not None and not any(
-            output.uses() or output.is_graph_output() for output in producer.outputs
-        ):
-            sources = [source for source in producer.inputs if source is not None]
-            graph.remove(producer, safe=True)
-            _forget(graph, sources)
-
-
-def _append_means(node: ir.Node, x: ir.Value, size: int, filler: int) -> list[ir.Node]:
-    """Nodes that append to each token's activations the mean of each block, and then `filler` numbers of any kind."""
-    prefix = f"{node.name}/by_{size}"
-
-    def add(op: str, inputs: list[ir.Value], name: str, **attributes: Any) -> ir.Node:
-        output = ir.Value(name=f"{prefix}/{name}/output_0", type=x.type)
-        return ir.node(op, inputs, attributes, outputs=[output], name=f"{prefix}/{name}")
-
-    means = add("AveragePool", [x], "block_means", kernel_shape=[size], strides=[size])
-    new, parts = [means], [x, means.outputs[0]]
-    if filler:
-        bounds = [
-            _constant(f"{prefix}/{what}", [number])
-            for what, number in (("from", 0), ("to", filler), ("axis", 2))
-        ]
-        new += [*bounds, add("Slice", [x, *(bound.outputs[0] for bound in bounds)], "filler")]
-        parts.append(new[-1].outputs[0])
-    return [*new, add("Concat", parts, "with_means", axis=-1)]
-
-
-def _constant(name: str, content: list[int]) -> ir.Node:
-    """Whole numbers in a node: a stored value may lie in the data file, where shapes are not looked for."""
-    value = ir.Value(name=f"{name}/output_0", type=ir.TensorType(ir.DataType.INT64))
-    return ir.node(
-        "Constant", [], {"value": ir.tensor(np.array(content, np.int64))}, outputs=[value], name=name
-    )
-
-
-def share_external_data(model: ir.Model) -> None:
-    """Have a table that is a stored weight in another shape be that part of the data file, without a Reshape.
-
-    ONNX Runtime would hold the reshaped table in memory a second time.
-    """
-    for node in list(model.graph):
-        if node.op_type != "GatherBlockQuantized":
-            continue
-        table = node.inputs[0]
-        reshape = table.producer() if table is not None else None
-        if reshape is None or reshape.op_type != "Reshape":
-            continue
-        weight, shape = reshape.inputs
-        stored = None if weight is None else weight.const_value
-        wanted = None if shape is None else ir.convenience.get_const_tensor(shape)
-        if not isinstance(stored, ir.ExternalTensor) or wanted is None:
-            continue
-        dimensions = ir.Shape(wanted.numpy().tolist())
-        alias = ir.ExternalTensor(
-            stored.location,
-            stored.offset,
-            stored.length,
-            stored.dtype,
-            shape=dimensions,
-            name=f"{stored.name}_rows",
-            base_dir=stored.base_dir,
-        )
-        rows = ir.Value(name=alias.name, const_value=alias, type=ir.TensorType(alias.dtype), shape=dimensions)
-        model.graph.register_initializer(rows)
-        node.replace_input_with(0, rows)
-        _forget(model.graph, [reshape.outputs[0]])
 
 
 class _Weights:

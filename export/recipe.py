@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import onnx_ir as ir
 
 from reft_edge.errors import ReftEdgeError
-from reft_edge.export.carry import share_external_data
+from reft_edge.export.nbits import share_external_data
 from reft_edge.export.ports import insert_ports
 from reft_edge.export.residual import Site
 from reft_edge.folders import replace_folder

@@ -18,7 +18,7 @@ from reft_edge.model.checkpoint import Change, Reference
 from reft_edge.model.exported_weights import GraphWeights
 from reft_edge.model.manifest import Manifest
 from reft_edge.runtime.binding import PortInputs, port_inputs
-from reft_edge.runtime.onnx_runtime import open_graph, plain_failure, plain_feeds
+from reft_edge.runtime.onnx_runtime import open_graph
 from reft_edge.runtime.session import GraphSession, Logits
 from reft_edge.steering.hooks import steered
 from reft_edge.steering.interventions import Interventions
@@ -127,7 +127,9 @@ def run_graphs(
         _check_types(folder / manifest.graph)
         write_exact(plain_graph, exact_plain)
         plain_graph = exact_plain
-    plain = _plain_logits(plain_graph, manifest, rows)
+    (plain,) = _logits(
+        folder, replace(exact_manifest if in_16_bits else manifest, graph=plain_graph.name), rows, {}
+    )
     exact, steered = _logits(folder, exact_manifest, rows, {}, ports)
     alike = in_16_bits or manifest.precision == "fp32"
     shipped = exact if alike else _logits(folder, manifest, rows, {})[0]
@@ -194,20 +196,11 @@ def _check_types(graph: Path) -> None:
             raise
 
 
-def _plain_logits(graph: Path, manifest: Manifest, rows: Sequence[Sequence[int]]) -> list[Logits]:
-    session = open_graph(graph, device="cpu", prepack=False)
-    logits = []
-    for row in rows:
-        with plain_failure():
-            logits.append(session.run(["logits"], plain_feeds(session, row, manifest.head_size))[0][0])
-    return logits
-
-
 def _logits(
     folder: Path, manifest: Manifest, rows: Sequence[Sequence[int]], *bindings: PortInputs
 ) -> list[list[Logits]]:
     graph = GraphSession(folder, manifest, device="cpu", prepack=False)
-    return [[graph.score([row], ports)[0] for row in rows] for ports in bindings]
+    return [graph.score(rows, ports) for ports in bindings]
 
 
 def _likeliest(logits: Sequence[Logits]) -> list[NDArray[np.intp]]:

@@ -109,7 +109,7 @@ def open_model(folder: ModelFolder) -> Reference:
 def open_checkpoint(folder: ModelFolder) -> Checkpoint | None:
     """The folder's weights to be read one at a time; None where transformers has to compute the model's from them."""
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.models.auto import AutoConfig, AutoModelForCausalLM
 
     config = from_folder(AutoConfig, folder.path, folder.name)
     if getattr(config, "quantization_config", None) is not None:
