@@ -123,6 +123,8 @@ def build_graph(
                     progress(line.strip().lower())
                 elif match := re.fullmatch(rf"{CARRIED}(\d+) of (\d+)", line.strip()):
                     carried = {"carried": int(match[1]), "matrices": int(match[2])}
+                elif match := re.match(r"Rounding /model/layers\.(\d+)/", line):
+                    progress(f"rounding layer {match[1]}")
                 elif line.startswith("Saving ONNX model"):
                     progress("writing weights")
         except BaseException:
@@ -130,13 +132,8 @@ def build_graph(
             raise
     if process.returncode or not (output / "model.onnx").is_file():
         words = next((line for line in reversed(log) if line.strip()), "it said nothing")
-        hint = (
-            "; its quantiser does not take every width, so try another --block-size, or --algorithm rtn"
-            if target.quantised
-            else ""
-        )
         raise ReftEdgeError(
-            f"onnxruntime-genai's model builder could not build {model.name}: {words.rstrip('.')}{hint}"
+            f"onnxruntime-genai's model builder could not build {model.name}: {words.rstrip('.')}"
         )
     shutil.rmtree(work, ignore_errors=True)
     if target.device == "cpu":

@@ -30,7 +30,7 @@ class DataFile:
         start = -(-self._file.tell() // step) * step
         self._file.write(bytes(start - self._file.tell()))
         for piece in pieces:
-            self._file.write(memoryview(np.ascontiguousarray(piece)).cast("B"))
+            self._file.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
         length = self._file.tell() - start
         assert length == size, f"{name}: {length} bytes instead of {size}"
         return ir.ExternalTensor(

@@ -5,6 +5,7 @@ that remember what was done to them.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import onnx_ir as ir
@@ -41,7 +42,7 @@ class Deferred(Tensor):
     def __new__(cls, like: Tensor, compute: Callable[[], Tensor], moved: bool) -> "Deferred":
         """`like` has the shape and no content."""
         made: Deferred = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, like.shape, strides=like.stride(), dtype=like.dtype, device="cpu"
+            cls, like.shape, strides=like.stride(), dtype=like.dtype, device=torch.device("cpu")
         )
         made.compute, made.moved = compute, moved
         return made
@@ -58,7 +59,9 @@ class Deferred(Tensor):
         return f"Deferred({list(self.shape)})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """Note what is to be done."""
         given = (args, kwargs or {})
         if func._schema.is_mutable:
@@ -82,9 +85,14 @@ class Deferred(Tensor):
             return cls(shaped, run, moved)
         if isinstance(shaped, list | tuple):
             return type(shaped)(
-                cls(part, lambda number=number: run()[number], moved) for number, part in enumerate(shaped)
+                cls(part, partial(_one_of, run, number), moved) for number, part in enumerate(shaped)
             )
         return run()
+
+
+def _one_of(run: Callable[[], Any], number: int) -> Tensor:
+    found: Tensor = run()[number]
+    return found
 
 
 def _content(part: Deferred, moved: bool) -> Tensor:
@@ -106,7 +114,7 @@ def defer(checkpoint: Checkpoint) -> Any:
                 continue
             key = checkpoint.keys[f"{path}.{name}"]
             if key not in made:
-                leaf = Deferred(parameter.detach(), lambda key=key: checkpoint.read(key), True)
+                leaf = Deferred(parameter.detach(), partial(checkpoint.read, key), True)
                 made[key] = nn.Parameter(leaf, requires_grad=False)
             module._parameters[name] = made[key]
     return checkpoint.model

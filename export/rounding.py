@@ -113,8 +113,7 @@ def _round_table(
     if lookup is None or lookup.name in how.excluded:
         return
     if lookup.op_type == "GatherBlockQuantized":
-        if lookup.inputs[0] is not None and lookup.inputs[0].producer() is not None:
-            _use_head(lookup, stored)
+        _use_head(lookup, stored)
         return
     table = lookup.inputs[0]
     if table is None or table.const_value is None:
@@ -130,8 +129,11 @@ def _round_table(
 
 
 def _use_head(lookup: ir.Node, stored: list[ir.Value]) -> None:
-    """Have the builder's lookup in the head's blocks find them."""
+    """Have the builder's lookup in the head's blocks find them, unless it reads others already."""
     reshape = lookup.inputs[0].producer() if lookup.inputs[0] is not None else None
+    source = reshape.inputs[0] if reshape is not None else None
+    if source is None or source.const_value is not None:
+        return
     wanted = [(reshape, 0), *((lookup, index) for index in range(2, len(lookup.inputs)))]
     for (node, index), value in zip(wanted, stored, strict=True):
         assert node is not None

@@ -29,6 +29,8 @@ TEXTS = (
     "Water boils at one hundred degrees.",
 )
 TOLERANCE = 1e-3
+_MOST_ROUNDED = 0.5
+"""Of a matrix: rounding to 4 bits takes about a tenth of its RMS, another matrix in its place differs by more than all."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class Verification:
     """Share of tokens whose likeliest next token is that of the original PyTorch model, without an adapter."""
     rank0_bitwise: bool
     """Whether the graph with unused ports equals the graph before ports, bit for bit."""
+    rounding: float = 0.0
+    """RMS of what rounding took from a quantised matrix, of the matrix's RMS: the largest of all."""
 
     def failures(self) -> list[str]:
         """What is off, in words; empty if the export can be trusted."""
@@ -59,6 +63,8 @@ class Verification:
         error = max(self.base_error, self.steered_error)
         if not error <= TOLERANCE:
             found.append(f"logits differ from PyTorch's by {error:.2g}, more than {TOLERANCE:g}")
+        if not self.rounding <= _MOST_ROUNDED:
+            found.append(f"weights differ from the model's by {self.rounding:.2g} of their size")
         return found
 
 
@@ -149,6 +155,7 @@ def compare(
     """Hold what the graphs said against the PyTorch model, which is given the weights of `graph` in the process."""
     with reference.filled() as model:
         original = base = batch_logits(model, rows)
+    weights: GraphWeights | None = None
     change: Change = lambda name, values: None  # noqa: E731
     if manifest.precision != "fp32":
         weights = GraphWeights(reference.model, graph)
@@ -167,6 +174,7 @@ def compare(
             np.mean(np.concatenate(_likeliest(found.shipped)) == np.concatenate(_likeliest(original)))
         ),
         rank0_bitwise=all(np.array_equal(a, b) for a, b in zip(found.shipped, found.plain, strict=True)),
+        rounding=weights.largest_change if weights else 0.0,
     )
 
 

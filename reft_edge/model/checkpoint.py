@@ -141,7 +141,7 @@ def _keys(model: Any, stored: dict[str, tuple[Path, list[int]]]) -> dict[str, st
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, parameter in parameters.items():
         alike.setdefault(id(parameter), []).append(name)
-    keys = {}
+    keys: dict[str, str] = {}
     for names in alike.values():
         held = [name for name in names if name in stored]
         if not held or stored[held[0]][1] != list(parameters[held[0]].shape):

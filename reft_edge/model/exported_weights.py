@@ -87,6 +87,8 @@ class GraphWeights:
         self._modules = dict(model.named_modules())
         self._parts: dict[str, list[_Part]] = {}
         self._unties = self._find(model, graph)
+        self.largest_change = 0.0
+        """Of the quantised parameters that were changed: the RMS of what rounding took, of the RMS of the values."""
 
     def _find(self, model: Any, graph: ir.Graph) -> bool:
         """Note where each quantised matrix belongs; says whether the head is another matrix than the embedding."""
@@ -145,8 +147,14 @@ class GraphWeights:
 
     def change(self, name: str, values: Tensor) -> None:
         """Put the graph's numbers in place of a parameter's, which are float32."""
-        for part in self._parts.get(name, ()):
-            _copy(part, values)
+        if name in self._parts:
+            before = values.clone()
+            for part in self._parts[name]:
+                _copy(part, values)
+            size = float(before.norm())
+            self.largest_change = max(
+                self.largest_change, float(before.sub_(values).norm()) / size if size else 0.0
+            )
         if self._dtype is None or name in self._parts:
             return
         path, _, own = name.rpartition(".")

@@ -33,7 +33,7 @@ from reft_edge.runtime.onnx_runtime import _round_to_bfloat16, ort_value
 from reft_edge.runtime.session import GraphSession
 from reft_edge.steering.hooks import steered
 from reft_edge.steering.interventions import Interventions
-from tests.helpers.tiny import ARCHITECTURES, LAYERS, make_model
+from tests.helpers.tiny import ARCHITECTURES, LAYERS, VOCABULARY, make_model
 from tests.helpers.torch_reference import greedy, logits, random_adapter
 
 ROW = [5, 80, 33, 120, 7, 61, 19, 200, 44, 3, 99, 150, 12, 77, 23, 8]
@@ -234,11 +234,20 @@ def test_every_quantisation_is_verified_and_smaller(wide, tmp_path, algorithm, b
     assert (tmp_path / "int4/model.onnx.data").stat().st_size < original / 2.5
 
 
-def test_a_quantiser_that_fails_says_what_to_try(wide, tmp_path):
-    with pytest.raises(
-        ReftEdgeError, match=r"could not build hf: .* try another --block-size, or --algorithm rtn"
-    ):
-        export_model(wide, tmp_path / "export", "int4", quantisation=Quantisation("k_quant", 128))
+def test_blocks_may_be_wider_than_a_matrix(wide, tmp_path):
+    manifest = export_model(wide, tmp_path / "export", "int4", quantisation=Quantisation("k_quant", 256, 1))
+    assert manifest.verification["steered_error"] <= TOLERANCE < manifest.verification["effect"]
+    assert 0 < manifest.verification["rounding"] < 0.2
+
+
+def test_a_table_of_its_own_is_quantised(tmp_path):
+    untied = make_model(tmp_path / "hf", hidden_size=128, tie_word_embeddings=False)
+    for precision, bits in (("int4", 4), ("int8", 8)):
+        export_model(ModelFolder(untied, "tiny"), tmp_path / precision, precision)
+        graph = ir.load(tmp_path / precision / "model.onnx").graph
+        lookup = next(node for node in graph if node.op_type == "GatherBlockQuantized")
+        assert lookup.attributes["bits"].as_int() == bits
+        assert lookup.inputs[0].const_value.nbytes == VOCABULARY * 128 * bits // 8
 
 
 @pytest.mark.parametrize(
