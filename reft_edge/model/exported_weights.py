@@ -263,7 +263,7 @@ def _without_means(weight: NDArray[np.float32], columns: int, size: int) -> NDAr
     """`[out, columns]` of a matrix that also multiplies the mean of each `size` activations, with further columns
     (`reft_edge.export.carry`)."""
     means = columns // size
-    if weight.shape[1] not in (columns + means, columns + means + -means % 32):
+    if not means or weight.shape[1] not in (columns + means, columns + means + -means % 32):
         return weight
     of_means = weight[:, columns : columns + means]
     whole: NDArray[np.float32] = weight[:, :columns] + of_means.repeat(size, axis=1) / np.float32(size)
