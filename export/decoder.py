@@ -18,7 +18,6 @@ from reft_edge.export.structure import find_blocks
 from reft_edge.export.verify import TEXTS, GraphLogits, Verification, compare, run_graphs
 from reft_edge.files import read_text
 from reft_edge.model.checkpoint import Reference, open_model
-from reft_edge.model.fingerprint import fingerprint
 from reft_edge.model.manifest import Manifest, package_versions
 from reft_edge.model.places import parse_layers
 from reft_edge.model.prompts import load_prompts
@@ -82,7 +81,7 @@ class _Decoder:
     def load(self, report: Report) -> tuple[Reference, str]:
         report("loading the PyTorch model")
         model = open_model(self.model)
-        return model, fingerprint(model)
+        return model, model.base_fingerprint
 
     def compare(self, said: GraphLogits, folder: Path, manifest: Manifest, model: Reference) -> Verification:
         return compare(said, folder / GRAPH, manifest, model, self.rows)
