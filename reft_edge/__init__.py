@@ -68,7 +68,10 @@ def __dir__() -> list[str]:
 
 
 class _CallablePart(ModuleType):
-    """A part with the name of a function: `reft_edge.export(...)` is `reft_edge.api.export(...)`."""
+    """A part with the name of a function: `reft_edge.export(...)` is `reft_edge.api.export(...)`.
+
+    The part's name is the folder's, where people look for it; the function's is what people call.
+    """
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         function = getattr(import_module(f"{__package__}.api"), self.__name__.rpartition(".")[2])
