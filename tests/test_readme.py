@@ -52,6 +52,7 @@ def run(arguments: list[str], model: Path) -> None:
 
 def test_the_guides_run_as_written(device_folder, tiny_model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CI", "1")  # TRL tells its makers of every other run
     export_dynamo(tiny_model, Path("smol_onnx"), cached=True)
     shutil.copytree(device_folder / "encoder-hf", "minilm-hf")
     for name, rows in re.findall(

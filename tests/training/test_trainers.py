@@ -1,6 +1,5 @@
 """`base.trainable(...)` in the trainers that people already use: transformers' and TRL's, as they are installed."""
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,6 @@ from reft_edge.training.turns import encode_row
 from tests.helpers.tiny import make_model
 from tests.helpers.torch_reference import logits
 
-os.environ.setdefault("CI", "1")  # TRL tells nobody of a run in CI
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 transformers = pytest.importorskip("transformers")
@@ -43,6 +41,7 @@ def tokenizer(device_folder):
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
     monkeypatch.setenv("TQDM_DISABLE", "1")
+    monkeypatch.setenv("CI", "1")  # TRL tells its makers of every other run
 
 
 def settings(folder, **changes):
@@ -133,16 +132,20 @@ def test_rows_as_tokens_train_as_train_reads_them(base, tokenizer, tmp_path):
     assert module.interventions.config.prompt_format == "chat"
 
 
-def test_trl_dpo_starts_at_the_loss_of_train_and_falls(base, tokenizer, tmp_path):
+@pytest.mark.parametrize(
+    ("shared", "more"), [(True, {}), (True, {"precompute_ref_log_probs": True}), (False, {})]
+)
+def test_trl_dpo_starts_at_the_loss_of_train_and_falls(base, tokenizer, tmp_path, shared, more):
+    """The reference is the base that is there, or, as TRL's default, one that TRL loads."""
     module = base.trainable(positions="f3+l3", rank=2, raw=True)
     prompts = load_prompts(base.folder.path)
     pairs = [view_pair(pair, prompts, "raw")[0] for pair in PAIRS]
     with steered(base.model, (module.interventions, 1.0)) as steering:
         expected = PreferenceObjective(0.1).loss(base.model, steering, pairs, torch.device("cpu"), False) / 4
-    configuration = trl.DPOConfig(**settings(tmp_path, max_steps=6, bf16=False), beta=0.1)
+    configuration = trl.DPOConfig(**settings(tmp_path, max_steps=6, bf16=False, **more), beta=0.1)
     trainer = trl.DPOTrainer(
         module,
-        base.model,
+        base.model if shared else None,
         args=configuration,
         train_dataset=datasets.Dataset.from_list(PAIRS),
         processing_class=tokenizer,
