@@ -1,6 +1,8 @@
 """`base.trainable(...)` in the trainers that people already use: transformers' and TRL's, as they are installed."""
 
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -414,3 +416,48 @@ def test_what_cannot_be_trained_is_refused(base, device_folder, tmp_path):
     with pytest.raises(ReftEdgeError, match="no longer finite"):
         module.save_pretrained(tmp_path / "broken")
     assert not (tmp_path / "broken").exists()
+
+
+def test_pushing_to_the_hub_uploads_the_adapter(base, tmp_path, monkeypatch):
+    """All of transformers' own way there but the network."""
+    pushed = {}
+    made = SimpleNamespace(repo_id="me/captain")
+    hub = SimpleNamespace(create_repo=lambda repo_id, **_: pushed.update(repo=repo_id) or made)
+    card = SimpleNamespace(save=lambda path: Path(path).write_text("card"))
+    monkeypatch.setattr("transformers.utils.hub.hf_api", lambda: hub)
+    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *_, **__: card)
+    module = base.trainable()
+    monkeypatch.setattr(
+        type(module),
+        "_upload_modified_files",
+        lambda self, folder, *_, **__: pushed.update(files=sorted(os.listdir(folder))),
+        raising=False,
+    )
+    module.save_pretrained(tmp_path / "captain", push_to_hub=True)
+    assert pushed == {"repo": "captain", "files": ["README.md", "adapter.safetensors"]}
+
+
+@pytest.mark.parametrize("kind", ["RLOO", "KTO"])
+def test_other_trainers_of_trl_take_it_too(base, tokenizer, tmp_path, kind):
+    module = base.trainable(positions="f2+l2+gen", raw=True)
+    before = {name: tensor.clone() for name, tensor in module.interventions.state_dict().items()}
+    options = settings(tmp_path, max_steps=2, bf16=False)
+    if kind == "KTO":
+        rows = [{**row, "label": bool(i % 2)} for i, row in enumerate(ROWS)]
+        given = {"ref_model": base.model, "args": trl.KTOConfig(**options)}
+    else:
+        rows = [{"prompt": row["prompt"]} for row in ROWS]
+        lengths = {"num_generations": 4, "max_completion_length": 5}
+        given = {
+            "args": trl.RLOOConfig(**options, **lengths),
+            "reward_funcs": lambda completion_ids, **_: [
+                float(np.mean([token < 160 for token in ids])) for ids in completion_ids
+            ],
+        }
+    train_dataset = datasets.Dataset.from_list(rows)
+    trainer = getattr(trl, f"{kind}Trainer")(
+        module, train_dataset=train_dataset, processing_class=tokenizer, **given
+    )
+    trainer.train()
+    after = module.interventions.state_dict()
+    assert any(not torch.equal(after[name], tensor) for name, tensor in before.items())
