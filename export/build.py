@@ -42,6 +42,8 @@ class Target:
     precision: str = "fp32"
     device: str = "cpu"
     quantisation: Quantisation = Quantisation()
+    context: int | None = None
+    """Most tokens that the graph has rotary tables for; none: as many as the model."""
 
     def __post_init__(self) -> None:
         """Raises ReftEdgeError that says what can be chosen."""
@@ -107,6 +109,8 @@ def build_graph(
         raise ModuleNotFoundError("there is no onnxruntime-genai", name="onnxruntime-genai")
     command = [sys.executable, "-m", "reft_edge.export.builder_process", "-i", str(model), "-o", str(output)]
     command += ["-c", str(work), *target.builder_options()]
+    if target.context is not None:
+        command += ["--context", str(target.context)]
     if gguf is not None:
         command += ["--gguf", str(gguf.resolve())]
     work.mkdir()

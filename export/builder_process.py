@@ -1,6 +1,6 @@
 """onnxruntime-genai's model builder, with what it gets wrong about some architectures put right.
 
-    python -m reft_edge.export.builder_process [--gguf FILE] ARGUMENTS        the builder's own
+    python -m reft_edge.export.builder_process [--gguf FILE] [--context N] ARGUMENTS        the builder's own
 
 What is changed is what the builder is told of the model, and with `--gguf` that its matrices are that file's own blocks
 as far as they can be, and rounded only where they cannot: export's verification against PyTorch decides
@@ -52,6 +52,8 @@ def told(config: Any) -> Any:
 
 
 _AUTO_CONFIG = transformers.AutoConfig
+_SHORTER: list[int] = []
+"""The context that was asked for, if one was."""
 
 
 class _AutoConfig(_AUTO_CONFIG):  # type: ignore[misc,valid-type]
@@ -60,7 +62,10 @@ class _AutoConfig(_AUTO_CONFIG):  # type: ignore[misc,valid-type]
     @classmethod
     def from_pretrained(cls, *arguments: Any, **options: Any) -> Any:
         options.pop("trust_remote_code", None)
-        return told(_AUTO_CONFIG.from_pretrained(*arguments, trust_remote_code=False, **options))
+        config = told(_AUTO_CONFIG.from_pretrained(*arguments, trust_remote_code=False, **options))
+        for tokens in _SHORTER:
+            config.max_position_embeddings = tokens
+        return config
 
 
 def main() -> None:
@@ -84,6 +89,8 @@ def main() -> None:
 
     builders.OLMoModel.make_layernorm = layer_norm
     options, sys.argv[1:] = _own_arguments(sys.argv[1:])
+    if options.context is not None:
+        _SHORTER.append(options.context)
     model = builders.base.Model
     sys.modules["transformers"].AutoConfig = _AutoConfig  # type: ignore[attr-defined]  # the import above replaced the module
     plain_load, rotations = model.load_weights, _note_rotations(model)
@@ -104,6 +111,7 @@ def _own_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]
     """What is for this module, and what is for the builder."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--gguf", type=Path)
+    parser.add_argument("--context", type=int)
     parser.add_argument("-p", dest="precision")
     options, others = parser.parse_known_args(arguments)
     return options, [*others, "-p", options.precision]

@@ -23,6 +23,10 @@ from reft_edge.model.places import parse_layers
 from reft_edge.model.prompts import load_prompts
 from reft_edge.model.source import ModelFolder, class_name, load_config
 
+_LEAST_CONTEXT = 32
+_FIXED_ROPE = ("default", "linear", "llama3")
+"""Kinds of rotary tables that are the same, only shorter, for a shorter context."""
+
 
 def export_decoder(
     model: ModelFolder,
@@ -33,13 +37,16 @@ def export_decoder(
     components: tuple[str, ...],
     device: str,
     quantisation: Quantisation | None,
+    context: int | None = None,
 ) -> Manifest:
     """Export a decoder to the folder `output`, as `export_model` says; `components` are in the order of COMPONENTS.
 
     Raises ReftEdgeError if the model cannot be built, ported or verified.
     """
-    target = Target(precision, device, _quantisation(model, precision, quantisation))
+    target = Target(precision, device, _quantisation(model, precision, quantisation), context)
     config = load_config(model)
+    if context is not None:
+        _check_context(model, config, context)
     chosen = parse_layers(layers, int(config.num_hidden_layers))
 
     def build(folder: Path) -> _Decoder:
@@ -119,6 +126,22 @@ def _describe(model: ModelFolder, target: Target, config: Any, folder: Path) -> 
         ),
         device=target.device,
     )
+
+
+def _check_context(model: ModelFolder, config: Any, context: int) -> None:
+    """Raise ReftEdgeError for a context that the model does not have, or that would change what it computes."""
+    longest = int(getattr(config, "max_position_embeddings", None) or 0)
+    if not _LEAST_CONTEXT <= context <= longest:
+        raise ReftEdgeError(
+            f"--context is {context}; {model.name} has {longest}, so give {_LEAST_CONTEXT} to {longest}"
+        )
+    rope = getattr(config, "rope_parameters", None) or {}
+    sets = [part for part in rope.values() if isinstance(part, dict)] or [rope]
+    for kind in (part.get("rope_type", "default") for part in sets):
+        if kind not in _FIXED_ROPE:
+            raise ReftEdgeError(
+                f"the rotary tables of {model.name} ({kind}) depend on its context; leave --context out"
+            )
 
 
 def _quantisation(model: ModelFolder, precision: str, chosen: Quantisation | None) -> Quantisation:

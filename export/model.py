@@ -24,17 +24,23 @@ def export_model(
     components: Sequence[str] = ("block",),
     device: str = "cpu",
     quantisation: Quantisation | None = None,
+    context: int | None = None,
 ) -> Manifest:
     """Build the graph, insert ports after `layers`, verify against PyTorch, and write the folder `output`.
 
     `components` of each layer get a port: its `block`, its `attention`, its `mlp`. `device` is what the graph is for,
-    cpu or cuda; it is built and verified on the CPU either way. `report` is told each step. Nothing is left at `output`
+    cpu or cuda; it is built and verified on the CPU either way. `context`: the most tokens that the graph takes, by default
+    as many as the model. `report` is told each step. Nothing is left at `output`
     unless everything succeeded; an earlier export there is replaced only then.
     Raises ReftEdgeError if the model cannot be built, ported or verified.
     """
     components = _components(components)
     if not is_encoder(model):
-        return export_decoder(model, output, precision, layers, report, components, device, quantisation)
+        return export_decoder(
+            model, output, precision, layers, report, components, device, quantisation, context
+        )
+    if context is not None:
+        raise ReftEdgeError("an encoder has no rotary tables to shorten; leave --context out")
     if components != ("block",):
         raise ReftEdgeError("an encoder has ports on its blocks only; leave --components away")
     return export_encoder(model, output, precision, layers, report)

@@ -50,6 +50,14 @@ def export(
             help="Activations of int4 and int8 products on a CPU: 4 rounds them to int8, 1 does not (slower)."
         ),
     ] = 4,
+    context_length: Annotated[
+        int | None,
+        typer.Option(
+            "--context",
+            help="The most tokens that the graph takes; its rotary tables are that long.",
+            show_default="as many as the model",
+        ),
+    ] = None,
     layers: PortLayers = "all",
     exporter: Annotated[
         str,
@@ -106,6 +114,7 @@ def export(
                 components=[part.strip() for part in components.split(",")],
                 device=device,
                 quantisation=Quantisation(algorithm, block_size, accuracy_level),
+                context=context_length,
             )
     print_exported(manifest, output, time.perf_counter() - started, as_json)
 

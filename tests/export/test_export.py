@@ -240,6 +240,27 @@ def test_blocks_may_be_wider_than_a_matrix(wide, tmp_path):
     assert 0 < manifest.verification["rounding"] < 0.2
 
 
+def test_a_shorter_context_has_shorter_tables(wide, tmp_path):
+    manifest = export_model(wide, tmp_path / "e", context=64)
+    assert manifest.context_length == load_manifest(tmp_path / "e").context_length == 64
+    tables = [
+        value
+        for name, value in ir.load(tmp_path / "e/model.onnx").graph.initializers.items()
+        if "cache" in name
+    ]
+    assert {value.shape[0] for value in tables} == {64}
+    for context in (31, 257):
+        with pytest.raises(ReftEdgeError, match=f"--context is {context}; tiny has 256, so give 32 to 256"):
+            export_model(wide, tmp_path / "e", context=context)
+
+
+def test_tables_that_depend_on_the_context_are_refused(tmp_path):
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    source = ModelFolder(make_model(tmp_path / "hf", rope_parameters=rope), "tiny")
+    with pytest.raises(ReftEdgeError, match=r"the rotary tables of tiny \(dynamic\) depend on its context"):
+        export_model(source, tmp_path / "e", context=64)
+
+
 def test_a_table_of_its_own_is_quantised(tmp_path):
     untied = make_model(tmp_path / "hf", hidden_size=128, tie_word_embeddings=False)
     for precision, bits in (("int4", 4), ("int8", 8)):
