@@ -24,7 +24,7 @@ from reft_edge.adapter.file import save_adapter
 from reft_edge.convert.onnx_adapter import pack_adapter
 from reft_edge.errors import ReftEdgeError
 from reft_edge.export import PRECISIONS, export_model
-from reft_edge.export.verify import random_adapters
+from reft_edge.export.checks import random_adapters
 from reft_edge.model.source import ModelFolder
 from reft_edge.runtime import SteeredModel
 from tests.helpers.tiny import ARCHITECTURES, make_model

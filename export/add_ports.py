@@ -20,11 +20,11 @@ from reft_edge.export.check_ports import (
     run_graphs,
     tap,
 )
+from reft_edge.export.checks import TEXTS
 from reft_edge.export.foreign_graph import ForeignGraph, describe_graph, load_graph
 from reft_edge.export.recipe import FLOAT_TYPES, GRAPH, PLAIN, Places, Report, export_graph
 from reft_edge.export.residual import Site
 from reft_edge.export.structure import find_blocks
-from reft_edge.export.verify import TEXTS
 from reft_edge.files import read_text
 from reft_edge.model.fingerprint import fingerprint
 from reft_edge.model.loading import load_model

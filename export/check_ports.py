@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from reft_edge.adapter.algebra import apply
 from reft_edge.errors import ReftEdgeError
+from reft_edge.export.checks import TOLERANCE, all_at_once, largest_difference, random_adapters, torch_logits
 from reft_edge.export.exact import write_exact
 from reft_edge.export.residual import Site
-from reft_edge.export.verify import TOLERANCE, all_at_once, largest_difference, random_adapters, torch_logits
 from reft_edge.model.blocks import decoder_layers
 from reft_edge.model.manifest import Manifest
 from reft_edge.model.places import Place

@@ -11,11 +11,12 @@ import onnx_ir as ir
 from reft_edge.errors import ReftEdgeError
 from reft_edge.export.build import Quantisation, Target, build_graph, stop_at
 from reft_edge.export.carry import can_carry, kinds_that_cannot
+from reft_edge.export.check_decoder import GraphLogits, Verification, compare, run_graphs
+from reft_edge.export.checks import TEXTS
 from reft_edge.export.gguf_blocks import KINDS
 from reft_edge.export.recipe import GRAPH, PLAIN, Places, Report, export_graph
 from reft_edge.export.residual import find_part_sites, stream_type
 from reft_edge.export.structure import find_blocks
-from reft_edge.export.verify import TEXTS, GraphLogits, Verification, compare, run_graphs
 from reft_edge.files import read_text
 from reft_edge.model.checkpoint import Reference, open_model
 from reft_edge.model.manifest import Manifest, package_versions

@@ -9,16 +9,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from reft_edge.adapter.linear import fold
 from reft_edge.errors import ReftEdgeError
+from reft_edge.export.check_encoder import EncoderVerification, HiddenStates, compare, run_graphs
+from reft_edge.export.checks import TEXTS
 from reft_edge.export.recipe import GRAPH, PLAIN, Places, Report, export_graph
 from reft_edge.export.residual import Site, Use
-from reft_edge.export.verify import TEXTS, TOLERANCE, largest_difference, random_adapters
 from reft_edge.model.blocks import decoder_layers
 from reft_edge.model.encoders import context_length, has_token_types, load_encoder, read_config
 from reft_edge.model.fingerprint import fingerprint
@@ -27,56 +26,8 @@ from reft_edge.model.manifest import Manifest, package_versions
 from reft_edge.model.places import Place, parse_layers
 from reft_edge.model.source import ModelFolder
 from reft_edge.model.texts import TextTokens, Tokens
-from reft_edge.runtime.binding import port_inputs
-from reft_edge.runtime.encoder import EncoderSession, Floats
-from reft_edge.steering.hooks import steered
 
 _OUTPUT = "last_hidden_state"
-
-
-@dataclass(frozen=True)
-class EncoderVerification:
-    """Figures of one export; hidden states are compared at every token of a few texts."""
-
-    base_error: float
-    """max |ONNX Runtime − PyTorch| of the last block's output, without an adapter."""
-    steered_error: float
-    """The same with a random LoReFT adapter active at every port."""
-    effect: float
-    """max |with − without that adapter| in PyTorch: what the error is to be seen against."""
-    batch_error: float
-    """max |in a padded batch − alone| of the same rows with that adapter, in ONNX Runtime."""
-    rank0_bitwise: bool
-    """Whether the graph with unused ports equals the graph before ports, bit for bit, both run as they are written.
-
-    ONNX Runtime's fusions differ where there is a port; what that changes is within `base_error`.
-    """
-
-    def failures(self) -> list[str]:
-        """What is off, in words; empty if the export can be trusted."""
-        found = []
-        if not self.rank0_bitwise:
-            found.append("with no adapter bound, the graph with ports differs from the graph without")
-        if not max(self.base_error, self.steered_error) <= TOLERANCE:
-            error = max(self.base_error, self.steered_error)
-            found.append(f"hidden states differ from PyTorch's by {error:.2g}, more than {TOLERANCE:g}")
-        if not self.batch_error <= TOLERANCE:
-            found.append(f"rows in a batch differ from rows alone by {self.batch_error:.2g}")
-        return found
-
-
-@dataclass(frozen=True)
-class _HiddenStates:
-    """The last block's output for the same rows from the graphs of one export, `[tokens, d]` a row."""
-
-    shipped: list[Floats]
-    """The graph with ports, no adapter bound."""
-    alone: list[Floats]
-    """With a random adapter at every port."""
-    together: list[Floats]
-    """The same, of all rows in one padded batch."""
-    rank0_bitwise: bool
-    """Whether unused ports change no bit, each node run as it is written."""
 
 
 class _Blocks(nn.Module):
@@ -136,16 +87,16 @@ class _Encoder:
     def place(self, graph: ir.Graph) -> Places:
         return Places(block_sites(graph, self.blocks, self.manifest.layers), ir.DataType.FLOAT)
 
-    def run(self, folder: Path, manifest: Manifest) -> _HiddenStates:
-        return _run_graphs(folder, manifest, self.rows)
+    def run(self, folder: Path, manifest: Manifest) -> HiddenStates:
+        return run_graphs(folder, manifest, self.rows)
 
     def load(self, report: Report) -> tuple[Any, str]:
         return self.encoder, fingerprint(self.encoder)
 
     def compare(
-        self, said: _HiddenStates, folder: Path, manifest: Manifest, model: Any
+        self, said: HiddenStates, folder: Path, manifest: Manifest, model: Any
     ) -> EncoderVerification:
-        return _compare(said, manifest, model, self.rows)
+        return compare(said, manifest, model, self.rows)
 
 
 def _describe(model: ModelFolder, encoder: Any, length: int) -> Manifest:
@@ -231,46 +182,3 @@ def _origin(value: ir.Value) -> ir.Value:
         assert source is not None
         value = source
     return value
-
-
-def _run_graphs(folder: Path, manifest: Manifest, rows: Sequence[Tokens]) -> _HiddenStates:
-    (interventions,) = random_adapters(manifest)
-    ports = port_inputs(fold(interventions.to_adapter()), manifest, np.dtype(np.float32))
-    graph = EncoderSession(folder / GRAPH, "cpu")
-    written, without = (EncoderSession(folder / name, "cpu", fuse=False) for name in (GRAPH, PLAIN))
-    same = [
-        np.array_equal(written.hidden_states([row], {})[0], without.hidden_states([row], {})[0])
-        for row in rows
-    ]
-    return _HiddenStates(
-        shipped=[graph.hidden_states([row], {})[0] for row in rows],
-        alone=[graph.hidden_states([row], ports)[0] for row in rows],
-        together=graph.hidden_states(rows, ports),
-        rank0_bitwise=all(same),
-    )
-
-
-def _compare(
-    said: _HiddenStates, manifest: Manifest, encoder: Any, rows: Sequence[Tokens]
-) -> EncoderVerification:
-    (interventions,) = random_adapters(manifest)
-    base = [torch_hidden_states(encoder, row) for row in rows]
-    with steered(encoder, (interventions, 1.0)):
-        steered_base = [torch_hidden_states(encoder, row) for row in rows]
-    return EncoderVerification(
-        base_error=largest_difference(said.shipped, base),
-        steered_error=largest_difference(said.alone, steered_base),
-        effect=largest_difference(steered_base, base),
-        batch_error=largest_difference(said.together, said.alone),
-        rank0_bitwise=said.rank0_bitwise,
-    )
-
-
-@torch.no_grad()
-def torch_hidden_states(encoder: Any, row: Tokens) -> Floats:
-    """PyTorch's last hidden states for one row, `[tokens, d]`."""
-    ids = torch.tensor([row.ids])
-    types = {"token_type_ids": torch.tensor([row.types])} if has_token_types(encoder) else {}
-    output = encoder(input_ids=ids, attention_mask=torch.ones_like(ids), **types)
-    hidden: Floats = output.last_hidden_state[0].numpy()
-    return hidden

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from reft_edge.export import Quantisation
 from reft_edge.export.carry import can_carry
+from reft_edge.export.checks import all_at_once, random_adapters
 from reft_edge.export.model import export_model
 from reft_edge.export.recipe import Report
-from reft_edge.export.verify import all_at_once, random_adapters
 from reft_edge.model.manifest import Manifest
 from reft_edge.model.prompts import load_prompts
 from reft_edge.model.source import ModelFolder

@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from reft_edge.export.verify import TEXTS
+from reft_edge.export.checks import TEXTS
 from reft_edge.model.prompts import Prompts
 from reft_edge.runtime import SteeredModel
 from reft_edge.training.data import Dataset

@@ -15,7 +15,7 @@ from reft_edge.cli import app
 from reft_edge.convert.onnx_adapter import pack_adapter
 from reft_edge.errors import AdapterFileError, BaseMismatchError, ReftEdgeError
 from reft_edge.export import export_model
-from reft_edge.export.encoder import torch_hidden_states
+from reft_edge.export.check_encoder import torch_hidden_states
 from reft_edge.model.encoders import default_pooling, load_encoder, load_text_tokens
 from reft_edge.model.fingerprint import fingerprint
 from reft_edge.model.manifest import load_manifest

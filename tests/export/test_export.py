@@ -20,9 +20,9 @@ from reft_edge.adapter.config import INTERVENTIONS
 from reft_edge.adapter.linear import fold
 from reft_edge.errors import ReftEdgeError
 from reft_edge.export import ALGORITHMS, Quantisation, export_model
+from reft_edge.export.check_decoder import Verification
 from reft_edge.export.residual import find_sites
 from reft_edge.export.structure import find_blocks
-from reft_edge.export.verify import Verification
 from reft_edge.model.fingerprint import fingerprint
 from reft_edge.model.loading import load_model
 from reft_edge.model.manifest import load_manifest

@@ -8,8 +8,8 @@ import torch
 
 from reft_edge.errors import ReftEdgeError
 from reft_edge.export import Quantisation, export_model
+from reft_edge.export.checks import largest_difference, torch_logits
 from reft_edge.export.gguf_blocks import KINDS, read_rows
-from reft_edge.export.verify import largest_difference, torch_logits
 from reft_edge.model.exported_weights import use_exported_weights
 from reft_edge.model.loading import load_model
 from reft_edge.model.source import resolve_model

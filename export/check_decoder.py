@@ -1,18 +1,14 @@
-"""Checking an exported graph against the PyTorch model it was made from, before anybody runs it."""
+"""Checking an exported decoder against the PyTorch model it was made from, before anybody runs it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from reft_edge.adapter.algebra import Edit, concat
-from reft_edge.adapter.config import AdapterConfig
-from reft_edge.adapter.linear import fold
 from reft_edge.errors import ReftEdgeError
+from reft_edge.export.checks import TOLERANCE, all_at_once, batch_logits, largest_difference, random_adapters
 from reft_edge.export.exact import write_exact
 from reft_edge.model.checkpoint import Change, Reference
 from reft_edge.model.exported_weights import GraphWeights
@@ -21,14 +17,7 @@ from reft_edge.runtime.binding import PortInputs, port_inputs
 from reft_edge.runtime.onnx_runtime import open_graph
 from reft_edge.runtime.session import GraphSession, Logits
 from reft_edge.steering.hooks import steered
-from reft_edge.steering.interventions import Interventions
 
-TEXTS = (
-    "The capital of France is Paris, and the capital of Italy is",
-    "def fibonacci(n):\n    if n < 2:\n        return n\n    return",
-    "Water boils at one hundred degrees.",
-)
-TOLERANCE = 1e-3
 _MOST_ROUNDED = 0.5
 """Of a matrix: rounding to 4 bits takes about a tenth of its RMS, another matrix in its place differs by more than all."""
 
@@ -66,37 +55,6 @@ class Verification:
         if not self.rounding <= _MOST_ROUNDED:
             found.append(f"weights differ from the model's by {self.rounding:.2g} of their size")
         return found
-
-
-def random_adapters(manifest: Manifest, positions: str = "f7+l7", rank: int = 4) -> list[Interventions]:
-    """A LoReFT adapter for each component, with random weights at every port, strong enough to move logits by several
-    units."""
-    return [
-        _random_adapter(manifest, component, positions, rank, seed)
-        for seed, component in enumerate(manifest.components)
-    ]
-
-
-def all_at_once(interventions: Sequence[Interventions]) -> Edit:
-    """Several adapters as one edit."""
-    return concat([fold(part.to_adapter()) for part in interventions])
-
-
-def _random_adapter(
-    manifest: Manifest, component: str, positions: str, rank: int, seed: int
-) -> Interventions:
-    config = AdapterConfig(
-        "loreft",
-        manifest.base_name,
-        manifest.base_fingerprint,
-        manifest.hidden_size,
-        manifest.num_layers,
-        manifest.layers,
-        rank,
-        positions,
-        component=component,
-    )
-    return Interventions(config, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -178,23 +136,6 @@ def compare(
     )
 
 
-@torch.no_grad()
-def torch_logits(model: Any, row: Sequence[int]) -> Logits:
-    """PyTorch's logits for one row of tokens, `[tokens, vocabulary]`, float32."""
-    return batch_logits(model, [row])[0]
-
-
-@torch.no_grad()
-def batch_logits(model: Any, rows: Sequence[Sequence[int]]) -> list[Logits]:
-    """The same of several rows, in one pass over the model's weights."""
-    longest = max(len(row) for row in rows)
-    ids = torch.tensor([[*row, *[row[-1]] * (longest - len(row))] for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-    given = {} if mask.all() else {"attention_mask": mask}
-    logits = model(input_ids=ids, **given).logits.float().numpy()
-    return [logits[number, : len(row)] for number, row in enumerate(rows)]
-
-
 def _check_types(graph: Path) -> None:
     """Raise ReftEdgeError unless ONNX Runtime accepts the graph, lacking kernels for this machine's CPU apart."""
     try:
@@ -213,8 +154,3 @@ def _logits(
 
 def _likeliest(logits: Sequence[Logits]) -> list[NDArray[np.intp]]:
     return [row.argmax(axis=1) for row in logits]
-
-
-def largest_difference(left: Sequence[Logits], right: Sequence[Logits]) -> float:
-    """max |left − right| over all rows, each `[tokens, n]`."""
-    return float(np.max([np.abs(a - b).max() for a, b in zip(left, right, strict=True)]))
