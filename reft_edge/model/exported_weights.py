@@ -147,14 +147,10 @@ class GraphWeights:
 
     def change(self, name: str, values: Tensor) -> None:
         """Put the graph's numbers in place of a parameter's, which are float32."""
-        if name in self._parts:
-            before = values.clone()
-            for part in self._parts[name]:
-                _copy(part, values)
-            size = float(before.norm())
-            self.largest_change = max(
-                self.largest_change, float(before.sub_(values).norm()) / size if size else 0.0
-            )
+        changes = [_copy(part, values) for part in self._parts.get(name, ())]
+        if size := sum(before for _, before in changes):
+            share = (sum(taken for taken, _ in changes) / size) ** 0.5
+            self.largest_change = max(self.largest_change, share)
         if self._dtype is None or name in self._parts:
             return
         path, _, own = name.rpartition(".")
@@ -249,14 +245,22 @@ def _targets(block: nn.Module, name: str) -> list[tuple[Any, int, int]]:
     )
 
 
-def _copy(part: _Part, values: Tensor) -> None:
-    """Write a matrix's rows over a parameter's, some at a time: it may be larger than what memory has left."""
+def _copy(part: _Part, values: Tensor) -> tuple[float, float]:
+    """Write a matrix's rows over a parameter's, some at a time: it may be larger than what memory has left.
+
+    Returns the sums of the squares of what that changed, and of what was there.
+    """
     weight, target = part.weight, values[part.rows]
     step = max(1, _AT_ONCE // weight.columns)
+    taken = before = 0.0
     for start in range(0, len(target), step):
         stop = min(start + step, len(target))
-        rows = weight.dequantised(part.first + start, part.first + stop)
-        target[start:stop] = torch.from_numpy(_without_means(rows, target.shape[1], weight.size))
+        found = weight.dequantised(part.first + start, part.first + stop)
+        rows = torch.from_numpy(_without_means(found, target.shape[1], weight.size))
+        taken += float((target[start:stop] - rows).square().sum())
+        before += float(target[start:stop].square().sum())
+        target[start:stop] = rows
+    return taken, before
 
 
 def _without_means(weight: NDArray[np.float32], columns: int, size: int) -> NDArray[np.float32]:
