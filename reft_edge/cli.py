@@ -19,6 +19,7 @@ from reft_edge.commands.compare import compare
 from reft_edge.commands.console import fail, say
 from reft_edge.commands.convert import convert
 from reft_edge.commands.demo import demo
+from reft_edge.commands.devices import devices
 from reft_edge.commands.evaluate import evaluate_task
 from reft_edge.commands.export import export
 from reft_edge.commands.inspect import inspect
@@ -120,6 +121,7 @@ _COMMANDS: tuple[tuple[str, str, Callable[..., None], str], ...] = (
     ("Use", "serve", serve, "serve smol/ --adapters tasks/"),
     ("Use", "chat", chat, "chat smol/ --adapters tasks/"),
     ("Use", "bench", bench, "bench smol/ --json"),
+    ("Use", "devices", devices, "devices"),
     ("Use", "pack", pack, "pack emoji.safetensors --for smol/ -o emoji.onnx_adapter"),
     ("Use", "shrink", shrink, "shrink task.safetensors -o small.safetensors --precision fp16"),
     ("Trust", "keygen", keygen, "keygen fleet.key --expires 730d"),

@@ -86,7 +86,7 @@ class SteeredEncoder:
         threads: int | None = None,
         trusted: TrustedKeys | None = None,
     ) -> None:
-        """`device`: auto, cpu or cuda. `trusted`: only adapters that one of these keys signed are loaded, and run while
+        """`device`: auto (cuda or cpu) or a name that `reft-edge devices` lists. `trusted`: only adapters that one of these keys signed are loaded, and run while
         the signature is in time. Raises ReftEdgeError if the folder is not an encoder's export."""
         path = Path(folder)
         self.manifest: Manifest = load_manifest(path)

@@ -86,7 +86,7 @@ class Mixes:
                 )
             edit = concat(list(edits.values()))
             inputs = port_inputs(edit, self._manifest, self._graph.dtype)
-            loaded = edits.values() if self._graph.device == "cpu" else ()
+            loaded = edits.values() if self._graph.memory == "cpu" else ()
             own = _own_bytes(inputs.values(), loaded)
             self._joined[key] = _Joined(edit, self._graph.to_device(inputs)), own
         self._joined.move_to_end(key)

@@ -115,8 +115,8 @@ class SteeredModel:
         provider_options: Mapping[str, str] | None = None,
         mix_budget: int = BUDGET,
     ) -> None:
-        """`device`: auto, cpu or cuda. `trusted`: only adapters that one of these keys signed are loaded, and run while
-        the signature is in time. `provider_options`: of ONNX Runtime's CUDA provider. `mix_budget`: bytes of one mix of
+        """`device`: auto (cuda or cpu) or a name that `reft-edge devices` lists. `trusted`: only adapters that one of these keys signed are loaded, and run while
+        the signature is in time. `provider_options`: of the device's execution provider. `mix_budget`: bytes of one mix of
         adapters at most, and of all mixes that are kept. Raises ReftEdgeError if the folder is not an export or cannot
         be loaded."""
         path = Path(folder)

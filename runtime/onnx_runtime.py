@@ -12,10 +12,9 @@ from numpy.typing import NDArray
 
 from reft_edge.errors import ReftEdgeError
 from reft_edge.model.manifest import Manifest
+from reft_edge.runtime.devices import CPU, CUDA, Choice, choose
 from reft_edge.runtime.memory import NoMemoryError
 
-DEVICES = ("auto", "cpu", "cuda")
-CUDA = "CUDAExecutionProvider"
 HOST_TYPES: dict[str, np.dtype[np.generic]] = {
     "fp32": np.dtype(np.float32),
     "fp16": np.dtype(np.float16),
@@ -46,23 +45,6 @@ def import_onnxruntime() -> ModuleType:
     return onnxruntime  # type: ignore[no-any-return]
 
 
-def choose_device(device: str, available: Sequence[str]) -> str:
-    """`cpu` or `cuda`; `auto` takes CUDA where ONNX Runtime offers it.
-
-    Raises ReftEdgeError for an unknown device, or for CUDA where ONNX Runtime has no CUDA provider.
-    """
-    if device not in DEVICES:
-        raise ReftEdgeError(f"unknown device {device!r}; choose one of {', '.join(DEVICES)}")
-    if device == "cuda" and CUDA not in available:
-        raise ReftEdgeError(
-            f"this ONNX Runtime has no CUDA provider (it has {', '.join(available)}); "
-            "install reft-edge[cuda] in place of reft-edge[cpu], or use --device cpu"
-        )
-    if device == "auto":
-        return "cuda" if CUDA in available else "cpu"
-    return device
-
-
 def check_cpu(manifest: Manifest) -> None:
     """Raise ReftEdgeError if the folder's graph can only run on a GPU."""
     if manifest.precision == "bf16":
@@ -83,22 +65,34 @@ def open_graph(
     """An InferenceSession. `threads`: intra-op threads, by default one a core this process may use. They wait for work by
     spinning, but not where there are more of them than cores, since spinning threads would then keep others from their work.
 
-    `provider_options`: of ONNX Runtime's CUDA provider, beside or in place of what is chosen here (TF32 off, an arena that
-    grows as asked).
+    `provider_options`: of the device's execution provider, beside or in place of what is chosen here (CUDA: TF32 off, an
+    arena that grows as asked).
     `prepack`: keep weights in the layout that is fastest to multiply with, at the cost of memory for a second copy.
     `fuse`: let ONNX Runtime merge neighbouring nodes into one that may round otherwise.
 
-    Raises ReftEdgeError if the graph cannot be loaded, if CUDA was asked for and did not start, for fewer than 1 thread, or
-    for options of a provider that is not used.
+    Raises ReftEdgeError if the graph cannot be loaded, if a device was asked for and did not start, for fewer than 1 thread,
+    or for options of a provider that is not used.
     """
     if threads is not None and threads < 1:
         raise ReftEdgeError(f"threads is {threads}; expected 1 or more, or none for one a core")
     ort = import_onnxruntime()
-    chosen = choose_device(device, ort.get_available_providers())
-    if provider_options and chosen != "cuda":
+    chosen = choose(device, ort)
+    if provider_options and chosen.accelerator.provider == CPU:
         raise ReftEdgeError(
-            f"provider options ({', '.join(provider_options)}) are for CUDA, and this runs on the CPU; leave them away"
+            f"provider options ({', '.join(provider_options)}) are for CUDA and other accelerators, and this runs on the "
+            "CPU; leave them out"
         )
+    options = _session_options(ort, threads, prepack, fuse)
+    with plain_failure():
+        session = ort.InferenceSession(
+            str(path), options, **_providers(chosen, options, provider_options or {})
+        )
+    if device != "auto" and chosen.accelerator.provider not in session.get_providers():
+        raise _not_started(chosen)
+    return session
+
+
+def _session_options(ort: Any, threads: int | None, prepack: bool, fuse: bool) -> Any:
     options = ort.SessionOptions()
     options.log_severity_level = (
         4  # else a warning for every overridable initializer; errors come as exceptions
@@ -111,18 +105,31 @@ def open_graph(
         options.add_session_config_entry("session.disable_prepacking", "1")
     if not fuse:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    providers: list[Any] = ["CPUExecutionProvider"]
-    if chosen == "cuda":
-        chosen_options = {"arena_extend_strategy": "kSameAsRequested", "use_tf32": "0"}
-        providers.insert(0, (CUDA, {**chosen_options, **(provider_options or {})}))
-    with plain_failure():
-        session = ort.InferenceSession(str(path), options, providers=providers)
-    if device == "cuda" and CUDA not in session.get_providers():
-        raise ReftEdgeError(
+    return options
+
+
+def _providers(chosen: Choice, options: Any, given: Mapping[str, str]) -> dict[str, Any]:
+    """What InferenceSession is told of a provider that is built in; one from a wheel is told to `options`."""
+    provider = chosen.accelerator.provider
+    if chosen.hardware:
+        options.add_provider_for_devices(chosen.hardware[:1], dict(given))
+        return {}
+    if provider == CPU:
+        return {"providers": [CPU]}
+    own = {"arena_extend_strategy": "kSameAsRequested", "use_tf32": "0"} if provider == CUDA else {}
+    return {"providers": [(provider, {**own, **given}), CPU]}
+
+
+def _not_started(chosen: Choice) -> ReftEdgeError:
+    name, provider = chosen.accelerator.name, chosen.accelerator.provider
+    if provider == CUDA:
+        return ReftEdgeError(
             "CUDA was asked for, but ONNX Runtime could not start its CUDA provider; "
             "check the driver and the CUDA libraries, or use --device cpu"
         )
-    return session
+    return ReftEdgeError(
+        f"{name} was asked for, but ONNX Runtime could not start its {provider}; check its driver, or use --device cpu"
+    )
 
 
 def ort_value(array: NDArray[np.generic], bf16: bool = False, device: str = "cpu") -> Any:

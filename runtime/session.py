@@ -11,14 +11,13 @@ from numpy.typing import NDArray
 
 from reft_edge.errors import ReftEdgeError
 from reft_edge.model.manifest import Manifest
+from reft_edge.runtime.devices import choose
 from reft_edge.runtime.onnx_runtime import (
-    CUDA,
     ELEMENT_TYPES,
     HOST_TYPES,
     ONNX_BFLOAT16,
     OWN_KEEP,
     check_cpu,
-    choose_device,
     import_onnxruntime,
     open_graph,
     ort_value,
@@ -63,12 +62,17 @@ class GraphSession:
         provider_options: Mapping[str, str] | None = None,
     ) -> None:
         self._ort = import_onnxruntime()
-        if choose_device(device, self._ort.get_available_providers()) == "cpu":
+        accelerator = choose(device, self._ort).accelerator
+        if accelerator.name == "cpu":
             check_cpu(manifest)
         self.session = open_graph(
             folder / manifest.graph, device, threads, prepack, provider_options=provider_options
         )
-        self.device = "cuda" if CUDA in self.session.get_providers() else "cpu"
+        started = accelerator.provider in self.session.get_providers()
+        self.device = accelerator.name if started else "cpu"
+        """What computes, by its name for `--device`."""
+        self.memory = "cuda" if self.device == "cuda" else "cpu"
+        """Where the cache and the ports lie; other accelerators take them from the CPU's memory."""
         self.shares_cache = manifest.cache == "shared"
         """Whether past and present of a layer are one buffer."""
         inputs = {value.name: value for value in self.session.get_inputs()}
@@ -132,9 +136,9 @@ class GraphSession:
                 cache.length = 0
                 return cache
         if not self.shares_cache:
-            return KVCache(self._empty_pasts(batch, 0, self.device), batch, tokens)
+            return KVCache(self._empty_pasts(batch, 0, self.memory), batch, tokens)
         capacity = -(-tokens // _CACHE_STEP) * _CACHE_STEP
-        return KVCache(self._empty_pasts(batch, capacity, self.device), batch, capacity)
+        return KVCache(self._empty_pasts(batch, capacity, self.memory), batch, capacity)
 
     def return_cache(self, cache: KVCache) -> None:
         """Keep a shared cache's buffers for the next request."""
@@ -208,7 +212,7 @@ class GraphSession:
             }
 
     def _to_device(self, array: NDArray[np.generic]) -> Any:
-        return ort_value(array, self._bf16, self.device)
+        return ort_value(array, self._bf16, self.memory)
 
 
 class BoundSession:
@@ -249,7 +253,7 @@ class BoundSession:
         self._binding.clear_binding_outputs()
         for name, value in self._cache.values.items():
             self._binding.bind_ortvalue_input(name, value)
-            self._binding.bind_output(present_name(name), self._graph.device)
+            self._binding.bind_output(present_name(name), self._graph.memory)
         self._binding.bind_output("logits", "cpu")
 
     def prefill(self, ids: Ids, chunk: int = PREFILL_CHUNK) -> Logits:

@@ -25,7 +25,7 @@ OTHERS = ("examples/README.md", "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md"
 PAGES = [*GUIDES, *(ROOT / name for name in OTHERS)]
 COMMANDS = {
     *("train", "export", "add-ports", "run", "eval", "compare", "inspect", "pack"),
-    *("shrink", "keygen", "sign", "verify", "push", "pull", "list"),
+    *("shrink", "keygen", "sign", "verify", "push", "pull", "list", "devices"),
     *("convert", "merge"),
 }
 

@@ -92,7 +92,11 @@ def evaluate_task(
     seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of the bootstrap.")] = 0,
     require_signed: RequireSigned = None,
     device: Annotated[
-        str | None, typer.Option(help="cpu or cuda.", show_default="cuda if there is one")
+        str | None,
+        typer.Option(
+            help="cpu or cuda; for an exported folder also others that `reft-edge devices` lists.",
+            show_default="cuda if there is one",
+        ),
     ] = None,
     dtype: Annotated[
         str, typer.Option(help="A PyTorch model's arithmetic: fp32, bf16, or auto (bf16 where there is).")

@@ -23,7 +23,12 @@ Adapters = Annotated[
         show_default=False,
     ),
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Device = Annotated[
+    str,
+    typer.Option(
+        help="cpu, cuda, openvino, webgpu, ... (`reft-edge devices` lists them); auto is cuda or cpu."
+    ),
+]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
 TopK = Annotated[int, typer.Option(min=0, help="Keep the k likeliest tokens; 0 keeps all.")]
 TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability.")]
@@ -37,7 +42,7 @@ ProviderOptions = Annotated[
     typer.Option(
         "--provider-option",
         metavar="NAME=VALUE",
-        help="An option of ONNX Runtime's CUDA provider, such as gpu_mem_limit=2147483648; repeatable.",
+        help="An option of the device's ONNX Runtime provider, such as CUDA's gpu_mem_limit=2147483648; repeatable.",
         show_default=False,
     ),
 ]

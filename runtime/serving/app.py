@@ -33,8 +33,8 @@ def create_app(
     threads: int | None = None,
     provider_options: Mapping[str, str] | None = None,
 ) -> FastAPI:
-    """The server for an exported folder. `adapters`: a folder of adapter files; `provider_options`: of ONNX Runtime's CUDA
-    provider, for a decoder. Raises ReftEdgeError if the model cannot be loaded."""
+    """The server for an exported folder. `adapters`: a folder of adapter files; `provider_options`: of the device's
+    execution provider, for a decoder. Raises ReftEdgeError if the model cannot be loaded."""
     manifest = load_manifest(folder)
     served: Decoder | Encoder
     if manifest.kind == "encoder":

@@ -24,6 +24,7 @@ COMMANDS = (
     "chat",
     "serve",
     "bench",
+    "devices",
     "eval",
     "compare",
     "inspect",
