@@ -1,6 +1,7 @@
 """What a device runs: an exported model in ONNX Runtime, with adapters swapped per request. Needs no torch."""
 
 from reft_edge.runtime.batch import Piece, Request, TokenScore
+from reft_edge.runtime.constraints import Constraint
 from reft_edge.runtime.encoder import Classification, SteeredEncoder
 from reft_edge.runtime.engine import Engine, QueueFullError, Ticket
 from reft_edge.runtime.model import Generation, SteeredModel
@@ -8,6 +9,7 @@ from reft_edge.runtime.sampling import Sampling
 
 __all__ = [
     "Classification",
+    "Constraint",
     "Engine",
     "Generation",
     "Piece",

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from reft_edge.errors import ReftEdgeError
 from reft_edge.runtime.binding import Bound
+from reft_edge.runtime.constraints import Constraint, Progress
 from reft_edge.runtime.memory import NoMemoryError
 from reft_edge.runtime.prefix import Prefix, PrefixCache
 from reft_edge.runtime.rows import (
@@ -48,6 +49,8 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     logprobs: int | None = None
     """None for none; else each token's log-probability, and those of this many likeliest tokens."""
+    constraint: Constraint | None = None
+    """The form that the answer must have; its end, where nothing can follow, ends the answer."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Piece:
     tokens: tuple[TokenScore, ...] = ()
     """Where log-probabilities were asked for."""
     finish_reason: str | None = None
-    """`stop` (end of sequence or a stop string), `length`, `cancelled` or `error`."""
+    """`stop` (end of sequence, a stop string or the end of the constraint), `length`, `cancelled` or `error`."""
     error: ReftEdgeError | None = None
     """Why it ended, where the finish_reason is `error`: a NoMemoryError for what may work later."""
 
@@ -82,12 +85,13 @@ class Row:
         context: int,
         tokenizer: Tokenizer,
         deliver: Callable[[Piece], None],
+        progress: Progress | None = None,
     ) -> None:
-        """`context`: the model's, in tokens. Raises ReftEdgeError for an empty prompt, or one that fills the context."""
+        """`context`: the model's, in tokens. `progress`: of the answer under the request's constraint. Raises ReftEdgeError for an empty prompt, or one that fills the context."""
         if not request.ids:
             raise ReftEdgeError("the prompt is empty; give at least one token")
         self.request, self.deliver = request, deliver
-        self.bound = bound
+        self.bound, self.progress = bound, progress
         self.limit = answer_limit(len(request.ids), request.max_tokens, context)
         self.sampler = Sampler(request.sampling, request.ids)
         self.text = TextStream(tokenizer, request.stop)
@@ -295,7 +299,8 @@ class Batch:
         return True
 
     def _next_piece(self, row: Row, logits: Logits) -> Piece:
-        token = row.sampler.choose(logits)
+        allowed = None if row.progress is None else row.progress.allowed(len(logits))
+        token = row.sampler.choose(logits, allowed)
         if token in self._eos:
             return Piece(row.text.flush(), finish_reason="stop")
         scored = () if row.request.logprobs is None else (score(logits, token, row.request.logprobs),)
@@ -303,6 +308,8 @@ class Batch:
         text = row.text.push(token)
         if row.text.stopped:
             return Piece(text, scored, "stop")
+        if row.progress is not None and row.progress.take(token):
+            return Piece(text + row.text.flush(), scored, "stop")
         if len(row.tokens) == row.limit:
             return Piece(text + row.text.flush(), scored, "stop" if row.text.stopped else "length")
         return Piece(text, scored)

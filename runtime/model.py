@@ -19,6 +19,7 @@ from reft_edge.model.manifest import load_manifest
 from reft_edge.model.prompts import Message, Prompts, choose_format, load_prompts
 from reft_edge.runtime.batch import Batch, Piece, Request, Row
 from reft_edge.runtime.binding import Bound, PortInputs, port_inputs
+from reft_edge.runtime.constraints import Constraint, Constraints
 from reft_edge.runtime.mixes import BUDGET, Mixes
 from reft_edge.runtime.sampling import Sampling
 from reft_edge.runtime.session import GraphSession, Logits
@@ -58,7 +59,7 @@ class Generation(Iterator[str]):
 
     @property
     def finish_reason(self) -> str | None:
-        """`stop` (end of sequence or a stop string), `length` or `error`; None while it runs."""
+        """`stop` (end of sequence, a stop string or the end of the constraint), `length` or `error`; None while it runs."""
         return self._row.finish_reason
 
     def __next__(self) -> str:
@@ -128,6 +129,7 @@ class SteeredModel:
         self._lock = threading.Lock()
         self._adapters: dict[str, _Loaded] = {}
         self._mixes = Mixes(self.graph, self.manifest, mix_budget)
+        self._constraints = Constraints(self.prompts.tokenizer, self.manifest.eos_token_ids)
 
     @property
     def adapters(self) -> dict[str, AdapterConfig]:
@@ -185,23 +187,27 @@ class SteeredModel:
         max_tokens: int = 256,
         stop: Sequence[str] = (),
         sampling: Sampling | None = None,
+        schema: Mapping[str, Any] | None = None,
+        constraint: Constraint | None = None,
     ) -> Generation:
         """The answer piece by piece.
 
         `prompt`: a user message or a list of {"role", "content"}. `raw`: True takes the prompt as it stands, False
         puts it through the chat template, None does what the adapters were trained with (without an adapter: the
         template, if there is one). `max_tokens`: at most that many new tokens. `stop`: strings that end the answer
-        and are left out of it.
+        and are left out of it. `schema`: a JSON schema that the answer is valid under; `constraint`: any form that it
+        must have. Both need the extra `structured`. An answer that `max_tokens` cuts has the finish_reason `length`.
 
         Raises ReftEdgeError for an unknown adapter, a prompt that leaves no room in the context, or bad options.
         """
+        form = _form(schema, constraint)
         chosen = self._chosen(adapter)
         ids = tuple(self.encode(prompt, chosen, raw))
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         return Generation(
             self.batch(1),
             lambda deliver: self.row(
-                Request(ids, chosen, max_tokens, stops, sampling or Sampling()), deliver
+                Request(ids, chosen, max_tokens, stops, sampling or Sampling(), constraint=form), deliver
             ),
         )
 
@@ -214,26 +220,34 @@ class SteeredModel:
         max_tokens: int = 256,
         stop: Sequence[str] = (),
         sampling: Sampling | None = None,
+        constraints: Sequence[Constraint | None] | None = None,
         batch_size: int = 8,
     ) -> list[str]:
         """Whole answers to several prompts, up to `batch_size` of them run together, each with its own adapters.
 
-        `adapters`: one choice a prompt, or None for no adapter; other options as for `stream`. Every answer is what
+        `adapters`: one choice a prompt, or None for no adapter; `constraints`: one a prompt, or None for none; other options
+        as for `stream`. Every answer is what
         `generate` gives for its prompt alone. Rows run as one batch on the CPU where the graph shares its KV caches (what
         `reft-edge export` makes does), else in turn. Raises ReftEdgeError as `stream` does, and for different numbers of
-        prompts and choices.
+        prompts and choices or constraints.
         """
         choices = [None] * len(prompts) if adapters is None else list(adapters)
         if len(choices) != len(prompts):
             raise ReftEdgeError(
                 f"there are {len(prompts)} prompts and {len(choices)} adapter choices; give one each"
             )
+        forms = [None] * len(prompts) if constraints is None else list(constraints)
+        if len(forms) != len(prompts):
+            raise ReftEdgeError(
+                f"there are {len(prompts)} prompts and {len(forms)} constraints; give one each"
+            )
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         requests = []
-        for prompt, choice in zip(prompts, choices, strict=True):
+        for prompt, choice, form in zip(prompts, choices, forms, strict=True):
             chosen = self._chosen(choice)
             ids = tuple(self.encode(prompt, chosen, raw))
-            requests.append(Request(ids, chosen, max_tokens, stops, sampling or Sampling()))
+            request = Request(ids, chosen, max_tokens, stops, sampling or Sampling(), constraint=form)
+            requests.append(request)
         return [text for _, text in self._run_together(requests, batch_size)]
 
     def prepare(self, adapter: AdapterChoice) -> Bound:
@@ -248,13 +262,15 @@ class SteeredModel:
 
     def row(self, request: Request, deliver: Callable[[Piece], None]) -> Row:
         """A request made ready for a batch; adapters are taken as they are now. Raises ReftEdgeError as `Row` does, and
-        for unknown adapters."""
+        for unknown adapters and constraints that are not valid."""
+        form = request.constraint
         return Row(
             request,
             self.prepare(request.adapters),
             self.manifest.context_length,
             self.prompts.tokenizer,
             deliver,
+            None if form is None else self._constraints.begin(form),
         )
 
     def logits(
@@ -359,3 +375,11 @@ class SteeredModel:
 
     def _edit(self, chosen: Mapping[str, float]) -> Edit:
         return concat([scale(self._adapters[name].edit, factor) for name, factor in chosen.items()])
+
+
+def _form(schema: Mapping[str, Any] | None, constraint: Constraint | None) -> Constraint | None:
+    if schema is None:
+        return constraint
+    if constraint is not None:
+        raise ReftEdgeError("schema and constraint were both given; give one")
+    return Constraint.json_schema(schema)

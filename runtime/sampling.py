@@ -54,9 +54,9 @@ class Sampler:
         self._random = np.random.default_rng(sampling.seed)
         self._seen = set(seen)
 
-    def choose(self, logits: NDArray[np.float32]) -> int:
-        """The next token from `logits [vocabulary]`. Raises ReftEdgeError if they are not finite; a token may be impossible
-        (minus infinity), but not all of them."""
+    def choose(self, logits: NDArray[np.float32], allowed: NDArray[np.int64] | None = None) -> int:
+        """The next token from `logits [vocabulary]`; of the tokens in `allowed`, where it is given. Raises ReftEdgeError if
+        the logits are not finite; a token may be impossible (minus infinity), but not all of them."""
         s = self._sampling
         if s.repetition_penalty != 1:
             logits = _penalise(logits, np.fromiter(self._seen, np.int64), s.repetition_penalty)
@@ -65,10 +65,21 @@ class Sampler:
             raise ReftEdgeError(
                 "the model's logits are not finite with these adapters and scales; choose smaller scales"
             )
-        if np.float32(min(s.temperature, _LARGEST)) > 0:
+        if allowed is not None:
+            token = self._choose_of(logits[allowed], allowed)
+        elif np.float32(min(s.temperature, _LARGEST)) > 0:
             token = self._draw(logits)
         self._seen.add(token)
         return token
+
+    def _choose_of(self, logits: NDArray[np.float32], tokens: NDArray[np.int64]) -> int:
+        """One of `tokens`, which have these logits."""
+        place = int(logits.argmax())
+        if not isfinite(logits[place]):
+            raise ReftEdgeError("the model gives no chance to any token that the answer's form allows here")
+        if np.float32(min(self._sampling.temperature, _LARGEST)) > 0:
+            place = self._draw(logits)
+        return int(tokens[place])
 
     def _draw(self, logits: NDArray[np.float32]) -> int:
         tokens, p = distribution(logits, self._sampling)

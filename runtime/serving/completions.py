@@ -31,7 +31,7 @@ from reft_edge.runtime.serving.errors import (
 from reft_edge.runtime.serving.guard import Metrics
 from reft_edge.runtime.serving.logprobs import ChatScores, CompletionScores, Scores
 from reft_edge.runtime.serving.served import Decoder
-from reft_edge.runtime.serving.token_bytes import TokenBytes
+from reft_edge.runtime.token_bytes import TokenBytes
 
 _FIRST_LOOK = 8
 """Characters for each token of the context; a text that is longer is looked at from its beginning."""

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from reft_edge.errors import ReftEdgeError
 from reft_edge.runtime.batch import TokenScore
-from reft_edge.runtime.serving.token_bytes import TokenBytes
+from reft_edge.runtime.token_bytes import TokenBytes
 
 _LEAST = -9999.0
 """OpenAI's number for what cannot come."""

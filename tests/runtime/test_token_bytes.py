@@ -7,7 +7,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from reft_edge.runtime.batch import TokenScore
 from reft_edge.runtime.serving.logprobs import ChatScores, CompletionScores
-from reft_edge.runtime.serving.token_bytes import TokenBytes
+from reft_edge.runtime.token_bytes import TokenBytes
 
 TEXTS = ["Hello, wörld", " two  spaces", "emoji 😀🎉 and Ω", "line\nend\t", "漢字", "x"]
 

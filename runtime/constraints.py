@@ -1,0 +1,243 @@
+"""Answers of a given form: the tokens that a JSON schema, a regular expression, a list of choices or a grammar allows next.
+
+The work is done by `llguidance`, of the extra `structured`.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from threading import Lock
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from reft_edge.errors import ReftEdgeError
+from reft_edge.extras import extra
+from reft_edge.model.prompts import encode
+from reft_edge.runtime.schema_places import inside
+from reft_edge.runtime.token_bytes import TokenBytes
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+LONGEST = 1 << 16
+"""Characters of one constraint, at most."""
+_MOST_STATES = 20_000
+"""Of a grammar's lexer; each takes one or two kilobytes."""
+_FUEL = 100_000
+"""For the first look at a grammar's patterns: with more, a nested repetition takes a second and 200 MB."""
+_SPACES = r"\n {0,12}| "
+"""Between the parts of JSON: without a bound, a model can write spaces until its answer is cut."""
+_LONGEST_LINE = 200
+_NAMES = {
+    "json_schema": "the JSON schema",
+    "regex": "the regular expression",
+    "choices": "the choices",
+    "grammar": "the grammar",
+}
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """The form that an answer must have. Make one with `json_schema`, `json_object`, `regex`, `choices` or `grammar`.
+
+    >>> from reft_edge.runtime import Constraint
+    >>> colours = Constraint.choices(["red", "green", "blue"])
+    """
+
+    kind: Literal["json_schema", "regex", "choices", "grammar"]
+    text: str
+    """The schema or the list of choices as JSON; the regular expression; the grammar."""
+
+    def __post_init__(self) -> None:
+        if len(self.text) > LONGEST:
+            raise ReftEdgeError(
+                f"{self.name} has {len(self.text):,} characters; at most {LONGEST:,} are allowed"
+            )
+        if not self.text.strip():
+            raise ReftEdgeError(f"{self.name} is empty")
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return _NAMES[self.kind]
+
+    @classmethod
+    def json_schema(cls, schema: Mapping[str, Any]) -> "Constraint":
+        """JSON that is valid under a schema. Raises ReftEdgeError for what JSON does not have."""
+        try:
+            return cls("json_schema", json.dumps(dict(schema), allow_nan=False))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ReftEdgeError(f"the JSON schema cannot be written as JSON: {error}") from error
+
+    @classmethod
+    def json_object(cls) -> "Constraint":
+        """Any JSON object."""
+        return cls("json_schema", '{"type": "object"}')
+
+    @classmethod
+    def regex(cls, pattern: str) -> "Constraint":
+        """A text that a regular expression matches from its first character to its last. Look-around is not supported."""
+        return cls("regex", pattern)
+
+    @classmethod
+    def choices(cls, texts: Sequence[str]) -> "Constraint":
+        """One of these texts. Raises ReftEdgeError for none, or an empty one."""
+        if isinstance(texts, str) or not texts or not all(isinstance(text, str) and text for text in texts):
+            raise ReftEdgeError("the choices are not a list of texts, at least one and none empty")
+        return cls("choices", json.dumps(list(texts)))
+
+    @classmethod
+    def grammar(cls, text: str) -> "Constraint":
+        """A text of a grammar, in llguidance's Lark syntax (its first rule is `start`) or in llama.cpp's GBNF."""
+        return cls("grammar", text)
+
+
+class Progress:
+    """How far one answer has come under its constraint. The tokens that may follow are looked up in a thread of their own
+    while the graph runs."""
+
+    def __init__(self, matcher: "LLMatcher", constraint: Constraint, thread: ThreadPoolExecutor) -> None:
+        self._matcher, self._constraint, self._thread = matcher, constraint, thread
+        self._mask = thread.submit(matcher.compute_bitmask)
+
+    def allowed(self, vocabulary: int) -> NDArray[np.int64]:
+        """Tokens below `vocabulary` that may come next, ascending, at least one. Raises ReftEdgeError if there is none."""
+        mask = self._mask.result()
+        self._check()
+        tokens = np.flatnonzero(np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little"))
+        tokens = tokens[: int(np.searchsorted(tokens, vocabulary))]
+        if not len(tokens):
+            raise ReftEdgeError(
+                f"no token of this model can continue the answer under {self._constraint.name}; change it"
+            )
+        return tokens
+
+    def take(self, token: int) -> bool:
+        """Go on with one of the allowed tokens; whether the answer is complete, so that nothing can follow."""
+        self._matcher.consume_token(token)
+        self._check()
+        if self._matcher.is_stopped():
+            return True
+        self._mask = self._thread.submit(self._matcher.compute_bitmask)
+        return False
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise ReftEdgeError(
+                f"{self._constraint.name} cannot be followed further: {_plain(self._matcher.get_error())}"
+            )
+
+
+class Constraints:
+    """Compiles constraints for one model's tokens. Threads may share it.
+
+    Each answer's is compiled anew, which takes a millisecond or two: llguidance's copies share a lexer, so that an answer
+    which brings it to its limit would end all that follow.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, eos_token_ids: Sequence[int]) -> None:
+        self._tokenizer, self._eos = tokenizer, eos_token_ids
+        self._lock = Lock()
+        self._vocabulary: LLTokenizer | None = None
+        self._thread = ThreadPoolExecutor(1, "reft-edge constraints")
+
+    def begin(self, constraint: Constraint) -> Progress:
+        """An answer's beginning. Raises ReftEdgeError for a constraint that is not valid, which says where, and where
+        llguidance is not installed."""
+        with extra("structured"):
+            import llguidance  # noqa: F401
+        with self._lock:
+            if self._vocabulary is None:
+                self._vocabulary = _vocabulary(self._tokenizer, self._eos)
+        return Progress(_compile(constraint, self._vocabulary), constraint, self._thread)
+
+
+def _vocabulary(tokenizer: Tokenizer, eos_token_ids: Sequence[int]) -> "LLTokenizer":
+    """The model's tokens by their bytes, whatever the tokenizer's decoder is made of."""
+    from llguidance import LLTokenizer, TokenizerWrapper
+
+    names = TokenBytes(tokenizer)
+    size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
+    ends = [token for token in eos_token_ids if 0 <= token < size]
+    if not ends:
+        raise ReftEdgeError("this model has no token that ends an answer; answers of a given form need one")
+
+    class Tokens:
+        eos_token_id = ends[0]
+        bos_token_id = None
+        tokens = [names.of(token) for token in range(size)]  # noqa: RUF012
+        special_token_ids = sorted({*names.special, *ends})
+
+        def __call__(self, text: str) -> list[int]:
+            return list(encode(tokenizer, text, special_tokens=False).ids)
+
+    return LLTokenizer(TokenizerWrapper(Tokens()), eos_token=ends)
+
+
+def _compile(constraint: Constraint, vocabulary: "LLTokenizer") -> "LLMatcher":
+    from llguidance import LLMatcher
+
+    grammar = _written_out(constraint)
+    matcher = LLMatcher(vocabulary, grammar, log_level=0, limits=_limits())
+    if matcher.is_error():
+        message = _plain(matcher.get_error())
+        place = ""
+        if constraint.kind == "json_schema":
+            place = inside(json.loads(constraint.text), message, lambda part: _fault(part, vocabulary))
+            message += _hint(message)
+        raise ReftEdgeError(f"{constraint.name} is not usable{place}: {message}")
+    return matcher
+
+
+def _written_out(constraint: Constraint) -> str:
+    """As llguidance reads it."""
+    from llguidance import LLMatcher
+    from llguidance.gbnf_to_lark import any_to_lark
+
+    if constraint.kind == "json_schema":
+        try:
+            spaces = {"whitespace_pattern": _SPACES}
+            return str(LLMatcher.grammar_from_json_schema(constraint.text, defaults=spaces))
+        except ValueError as error:
+            raise ReftEdgeError(f"{constraint.name} is not usable: {_plain(str(error))}") from error
+    if constraint.kind == "regex":
+        return str(LLMatcher.grammar_from_regex(constraint.text))
+    if constraint.kind == "choices":
+        options = " | ".join(json.dumps(text, ensure_ascii=False) for text in json.loads(constraint.text))
+        return str(LLMatcher.grammar_from_lark(f"start: {options}"))
+    try:
+        return str(LLMatcher.grammar_from_lark(any_to_lark(constraint.text)))
+    except Exception as error:  # the converter raises whatever it meets
+        raise ReftEdgeError(f"{constraint.name} is not usable: {_plain(str(error))}") from error
+
+
+def _fault(schema: Any, vocabulary: "LLTokenizer") -> str:
+    """Why llguidance refuses a schema; "" if it takes it."""
+    from llguidance import LLMatcher
+
+    grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema))
+    return _plain(LLMatcher.validate_grammar(grammar, vocabulary, limits=_limits()))
+
+
+def _limits() -> "LLParserLimits":
+    from llguidance import LLParserLimits
+
+    return LLParserLimits(initial_lexer_fuel=_FUEL, max_lexer_states=_MOST_STATES, verbose_errors=False)
+
+
+def _hint(message: str) -> str:
+    if not message.startswith("Unimplemented keys"):
+        return ""
+    return '; leave them out, or add "x-guidance": {"lenient": true} to the schema to have them ignored'
+
+
+def _plain(message: str) -> str:
+    """In one line of bounded length, without the marks below a place."""
+    lines = [line.strip() for line in message.splitlines()]
+    return " ".join(
+        line[:_LONGEST_LINE] for line in lines if line.strip("^|~ ").removesuffix("<non-verbose/>")
+    )
