@@ -44,6 +44,7 @@ _GENERATION = (
     "repetition_penalty",
     "seed",
     "stop",
+    "json_schema",
     "stats",
     "provider_option",
 )
@@ -80,6 +81,10 @@ def run(
     stop: Annotated[
         list[str] | None, typer.Option(help="Text that ends the answer; repeatable.", show_default=False)
     ] = None,
+    json_schema: Annotated[
+        Path | None,
+        typer.Option(help="File with a JSON schema; the answer is valid under it.", show_default=False),
+    ] = None,
     text2: Annotated[
         str | None, typer.Option(help="The second text of a pair to classify.", show_default=False)
     ] = None,
@@ -103,8 +108,10 @@ def run(
             return
         if text2 is not None:
             raise ReftEdgeError("--text2 is for encoders; this model continues text")
+        from reft_edge.json_files import read_object
         from reft_edge.runtime import Sampling, SteeredModel
 
+        schema = None if json_schema is None else read_object(json_schema)
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
         model = SteeredModel(folder, device, threads, trusted, provider_options(provider_option))
         scales: dict[str, float] = {}
@@ -114,7 +121,7 @@ def run(
         if prompt == "-":
             prompt = _without_last_line_end(read_input())
         generation = model.stream(
-            prompt, scales, raw=raw, max_tokens=max_tokens, stop=stop or (), sampling=sampling
+            prompt, scales, raw=raw, max_tokens=max_tokens, stop=stop or (), sampling=sampling, schema=schema
         )
         pieces = []
         for piece in generation:
@@ -135,6 +142,8 @@ def run(
         )
         return
     say()
+    if json_schema is not None and generation.finish_reason == "length":
+        say(f"the answer was cut after {len(generation.tokens)} tokens: raise --max-tokens", err=True)
     if stats:
         say(
             f"{generation.prompt_tokens} prompt tokens, first token after {generation.prefill_seconds * 1000:.0f} ms; "

@@ -159,6 +159,7 @@ async def _answer(
                 tuple(body.stop),
                 body.sampling(choice),
                 logprobs,
+                body.constraint,
             )
             for ids in prompts
             for choice in range(body.n)

@@ -8,9 +8,20 @@ import uuid
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
+from reft_edge.runtime.constraints import Constraint
 from reft_edge.runtime.sampling import Sampling
+from reft_edge.runtime.serving.answer_forms import constraint_of
 from reft_edge.runtime.serving.errors import ApiError
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -22,7 +33,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"),
     "parallel_tool_calls": (True, False),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
@@ -89,6 +99,12 @@ class Generate(Body):
     repetition_penalty: float = Field(1.0, gt=0)
     seed: int | None = Field(None, ge=0, lt=1 << 64)
     stop: list[str] = Field(default_factory=list)
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    """vLLM's."""
+    grammar: str | None = None
+    """llama.cpp's."""
+    _constraint: Constraint | None = PrivateAttr(None)
     adapters: dict[str, float] | None = None
     """Not in OpenAI's API: adapters and their scales, in place of the one that `model` names."""
 
@@ -111,6 +127,16 @@ class Generate(Body):
             if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) < _HUGE:
                 raise ValueError(f"the scale of {name[:100]!r} is not a finite number")
         return value
+
+    @model_validator(mode="after")
+    def _one_form(self) -> "Generate":
+        self._constraint = constraint_of(self.response_format, self.structured_outputs, self.grammar)
+        return self
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """The form that answers must have."""
+        return self._constraint
 
     def sampling(self, index: int) -> Sampling:
         """Of the answer's `index`-th choice: every choice has a seed of its own."""

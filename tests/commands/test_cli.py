@@ -161,6 +161,28 @@ def test_prompt_from_standard_input_stop_and_stats(device_folder):
     assert sampled[0] == sampled[1]
 
 
+def test_run_holds_an_answer_to_a_json_schema(device_folder, tmp_path):
+    pytest.importorskip("llguidance")
+    schema = tmp_path / "schema.json"
+    schema.write_text(
+        '{"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"],'
+        ' "additionalProperties": false}'
+    )
+    ask = ("run", device_folder / "export", "Who are you?", "--json-schema", schema)
+    assert json.loads(call(*ask).stdout)["a"] in (1, 2)
+    whole = json.loads(call(*ask, "--json").stdout)
+    assert whole["finish_reason"] == "stop"
+    assert json.loads(whole["text"])["a"] in (1, 2)
+    assert "the answer was cut after 2 tokens: raise --max-tokens" in call(*ask, "--max-tokens", 2).stderr
+    for text, message in (
+        ('{"properties": {"a": {"type": "int"}}}', "not usable at properties.a: Invalid type: int"),
+        ("[1]", "is not a JSON object"),
+        ("{", "is not valid JSON"),
+    ):
+        schema.write_text(text)
+        assert message in call(*ask, ok=False).stderr.replace("\n", "")
+
+
 def test_chat_reads_lines_and_switches(device_folder):
     lines = "Who are you?\n/adapter everywhere\nWho are you?\n"
     options = ["--max-tokens", 8, "--adapters", device_folder, "--system", "Be brief."]

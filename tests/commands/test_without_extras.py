@@ -51,12 +51,15 @@ def test_no_onnxruntime_names_the_two_extras(device_folder):
         ("torch", ["convert", "{hf}", "-o", "x.safetensors"], "reft-edge[train]"),
         ("onnx_ir", ["export", "{hf}", "-o", "x"], "reft-edge[export]"),
         ("onnxruntime_genai", ["export", "{hf}", "-o", "x"], "reft-edge[export]"),
+        ("llguidance", ["run", "{export}", "Hi", "--json-schema", "{schema}"], "reft-edge[structured]"),
         ("optimum", ["export", "{hf}", "-o", "x", "--exporter", "optimum"], "reft-edge[optimum]"),
         ("onnx_ir", ["add-ports", "{hf}/x.onnx", "-o", "x", "--model", "{hf}"], "reft-edge[export]"),
     ],
 )
 def test_a_missing_extra_is_named(device_folder, tmp_path, missing, arguments, extra):
-    done = run([missing], *(argument.format(hf=device_folder / "hf") for argument in arguments))
+    (schema := tmp_path / "schema.json").write_text('{"type": "object"}')
+    names = {"hf": device_folder / "hf", "export": device_folder / "export", "schema": schema}
+    done = run([missing], *(argument.format(**names) for argument in arguments))
     assert done.returncode == 1
     assert extra in done.stderr.replace("\n", "")
     assert "Traceback" not in done.stderr

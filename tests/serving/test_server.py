@@ -202,7 +202,7 @@ def test_prompts_in_a_list_and_as_tokens(client, model):
         ({"temperature": -1}, 400, "temperature: "),
         ({"n": 7}, 400, "at most 6 are allowed"),
         ({"tools": [{"type": "function"}]}, 400, "tools is not supported"),
-        ({"response_format": {"type": "json_object"}}, 400, "response_format is not supported"),
+        ({"response_format": {"type": "xml"}}, 400, "response_format.type: expected text, json_object"),
         ({"presence_penalty": 1}, 400, "presence_penalty is not supported"),
         ({"max_tokens": 0}, 400, "max_tokens: "),
         ({"top_logprobs": 2}, 400, "top_logprobs needs logprobs"),
