@@ -6,7 +6,6 @@ from typing import Any
 
 from reft_edge.errors import ReftEdgeError
 from reft_edge.runtime.constraints import Constraint
-from reft_edge.runtime.serving.errors import ApiError
 
 Fields = Mapping[str, Any]
 
@@ -14,7 +13,7 @@ Fields = Mapping[str, Any]
 def constraint_of(
     response_format: Fields | None, structured_outputs: Fields | None, grammar: str | None
 ) -> Constraint | None:
-    """What three fields of a request ask for together. Raises ApiError that names the field that is wrong."""
+    """What three fields of a request ask for together. Raises ValueError that begins with the place of what is wrong."""
     asked: dict[str, Constraint] = {}
     if response_format is not None and (form := _response_format(response_format)) is not None:
         asked["response_format"] = form
@@ -95,5 +94,5 @@ def _check_names(place: str, given: Fields, *known: str) -> None:
         raise _wrong(place, f"{unknown[0][:100]!r}: there is no such field")
 
 
-def _wrong(place: str, why: str) -> ApiError:
-    return ApiError(400, f"{place}: {why}", param=place)
+def _wrong(place: str, why: str) -> ValueError:
+    return ValueError(f"{place}: {why}")
