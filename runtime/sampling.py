@@ -1,7 +1,8 @@
 """Choosing the next token."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from math import isfinite
 
 import numpy as np
@@ -25,6 +26,12 @@ class Sampling:
     repetition_penalty: float = 1.0
     """Divides positive and multiplies negative logits of tokens seen before (Keskar et al. 2019, arXiv 1909.05858)."""
     seed: int | None = None
+    frequency_penalty: float = 0.0
+    """Taken from a token's logit for each time that the answer has it."""
+    presence_penalty: float = 0.0
+    """Taken once from the logit of each token that the answer has."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Tokens and what is added to their logits, before the penalties."""
 
     def __post_init__(self) -> None:
         limits = {
@@ -37,6 +44,12 @@ class Sampling:
                 "above 0",
             ),
             "seed": (self.seed is None or self.seed >= 0, "0 or more"),
+            "frequency_penalty": (isfinite(self.frequency_penalty), "a finite number"),
+            "presence_penalty": (isfinite(self.presence_penalty), "a finite number"),
+            "logit_bias": (
+                all(token >= 0 and isfinite(added) for token, added in self.logit_bias.items()),
+                "tokens, 0 or more, each with a finite number",
+            ),
         }
         for name, (ok, expected) in limits.items():
             if not ok:
@@ -53,13 +66,17 @@ class Sampler:
         self._sampling = sampling
         self._random = np.random.default_rng(sampling.seed)
         self._seen = set(seen)
+        self._said: Counter[int] = Counter()
+        self._changes = sampling.repetition_penalty != 1 or bool(
+            sampling.frequency_penalty or sampling.presence_penalty or sampling.logit_bias
+        )
 
     def choose(self, logits: NDArray[np.float32], allowed: NDArray[np.int64] | None = None) -> int:
         """The next token from `logits [vocabulary]`; of the tokens in `allowed`, where it is given. Raises ReftEdgeError if
         the logits are not finite; a token may be impossible (minus infinity), but not all of them."""
         s = self._sampling
-        if s.repetition_penalty != 1:
-            logits = _penalise(logits, np.fromiter(self._seen, np.int64), s.repetition_penalty)
+        if self._changes:
+            logits = self._changed(logits)
         token = int(logits.argmax())
         if not isfinite(logits[token]):
             raise ReftEdgeError(
@@ -69,8 +86,28 @@ class Sampler:
             token = self._choose_of(logits[allowed], allowed)
         elif np.float32(min(s.temperature, _LARGEST)) > 0:
             token = self._draw(logits)
-        self._seen.add(token)
+        if self._changes:
+            self._seen.add(token)
+            self._said[token] += 1
         return token
+
+    def _changed(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """With the bias and the penalties."""
+        s = self._sampling
+        if s.logit_bias:
+            tokens = np.fromiter(s.logit_bias, np.int64)
+            if tokens.max() >= len(logits):
+                raise ReftEdgeError(
+                    f"logit_bias names token {tokens.max()}; this model's tokens are from 0 to {len(logits) - 1}"
+                )
+            logits = _shift(logits, tokens, np.fromiter(s.logit_bias.values(), np.float64))
+        if s.repetition_penalty != 1:
+            logits = _penalise(logits, np.fromiter(self._seen, np.int64), s.repetition_penalty)
+        if self._said and (s.frequency_penalty or s.presence_penalty):
+            counts = np.fromiter(self._said.values(), np.float64)
+            tokens = np.fromiter(self._said, np.int64)
+            logits = _shift(logits, tokens, -(s.presence_penalty + s.frequency_penalty * counts))
+        return logits
 
     def _choose_of(self, logits: NDArray[np.float32], tokens: NDArray[np.int64]) -> int:
         """One of `tokens`, which have these logits."""
@@ -131,4 +168,14 @@ def _penalise(logits: NDArray[np.float32], seen: NDArray[np.int64], penalty: flo
         changed = np.where(chosen > 0, chosen / penalty, chosen * penalty)
     numbers = np.isfinite(chosen)
     logits[seen[numbers]] = changed[numbers].clip(-_LARGEST, _LARGEST)
+    return logits
+
+
+def _shift(
+    logits: NDArray[np.float32], tokens: NDArray[np.int64], added: NDArray[np.float64]
+) -> NDArray[np.float32]:
+    logits = logits.copy()
+    chosen = logits[tokens].astype(np.float64)
+    numbers = np.isfinite(chosen)
+    logits[tokens[numbers]] = (chosen + added)[numbers].clip(-_LARGEST, _LARGEST)
     return logits

@@ -129,6 +129,12 @@ def _mix(served: Decoder, body: api.Generate) -> dict[str, float]:
     return {named: 1.0} if named is not None else dict(body.adapters or {})
 
 
+def _check_bias(body: api.Generate, model: SteeredModel) -> None:
+    limit = model.prompts.token_limit
+    if body.logit_bias and max(body.logit_bias) >= limit:
+        raise ApiError(400, f"logit_bias: a token id is not from 0 to {limit - 1}", param="logit_bias")
+
+
 def _too_many(count: int, most: int) -> ApiError:
     return ApiError(400, f"{count} choices were asked for; at most {most} are allowed")
 
@@ -150,6 +156,7 @@ async def _answer(
     async with AsyncExitStack() as stack:
         adapters = await stack.enter_async_context(served.holding(_mix(served, body)))
         prompts = await served.work(encode)
+        _check_bias(body, served.model)
         context = served.model.manifest.context_length
         requests = [
             EngineRequest(

@@ -25,9 +25,6 @@ from reft_edge.runtime.serving.answer_forms import constraint_of
 from reft_edge.runtime.serving.errors import ApiError
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
     "tools": ([],),
     "functions": ([],),
     "tool_choice": ("none", "auto"),
@@ -55,7 +52,9 @@ _IGNORED = (
 """Parameters that do not change an answer."""
 
 
-_MOST_STOPS, _MOST_ADAPTERS = 16, 64
+_MOST_STOPS, _MOST_ADAPTERS, _MOST_BIASES = 16, 64, 1024
+_DIGITS = 9
+"""Of a token id."""
 _HUGE = 1e38
 """Scales below it are finite in float32."""
 Tokens = list[int]
@@ -97,6 +96,9 @@ class Generate(Body):
     top_k: int = Field(0, ge=0)
     min_p: float = Field(0.0, ge=0, le=1)
     repetition_penalty: float = Field(1.0, gt=0)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    logit_bias: dict[int, float] = Field(default_factory=dict)
     seed: int | None = Field(None, ge=0, lt=1 << 64)
     stop: list[str] = Field(default_factory=list)
     response_format: dict[str, Any] | None = None
@@ -115,6 +117,18 @@ class Generate(Body):
         if not _is_list_of(str, stops) or len(stops) > _MOST_STOPS:
             raise ValueError(f"expected a text, or a list of at most {_MOST_STOPS} texts")
         return stops
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _few_biases(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or len(value) > _MOST_BIASES:
+            raise ValueError(f"expected an object of at most {_MOST_BIASES} token ids and what each gets")
+        for token, added in value.items():
+            if not (token.isdecimal() and token.isascii()) or len(token) > _DIGITS:
+                raise ValueError(f"{token[:100]!r} is not a token id")
+            if isinstance(added, bool) or not isinstance(added, int | float) or not -100 <= added <= 100:
+                raise ValueError(f"what token {token} gets is not a number from -100 to 100")
+        return value
 
     @field_validator("adapters", mode="before")
     @classmethod
@@ -141,7 +155,17 @@ class Generate(Body):
     def sampling(self, index: int) -> Sampling:
         """Of the answer's `index`-th choice: every choice has a seed of its own."""
         seed = None if self.seed is None else self.seed + index
-        return Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, seed)
+        return Sampling(
+            self.temperature,
+            self.top_k,
+            self.top_p,
+            self.min_p,
+            self.repetition_penalty,
+            seed,
+            self.frequency_penalty,
+            self.presence_penalty,
+            self.logit_bias,
+        )
 
 
 class ChatMessage(Body):

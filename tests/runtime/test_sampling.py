@@ -180,3 +180,28 @@ def test_no_setting_breaks_a_draw(logits, temperature, top_k, top_p, min_p, pena
 def test_numbers_without_end_are_refused(name, value):
     with pytest.raises(ReftEdgeError, match=name):
         Sampling(**{name: value})
+
+
+def test_bias_and_penalties_change_what_is_chosen():
+    def greedy(count=1, **options):
+        sampler = Sampler(Sampling(**options), [0])
+        return [sampler.choose(LOGITS) for _ in range(count)]
+
+    assert greedy(logit_bias={3: 3.5}) == [3]
+    assert greedy(logit_bias={0: -100.0, 4: -100.0}) == [1]
+    # 2.0 and 1.5 take turns as each mention costs 0.3; the prompt's tokens cost nothing.
+    assert greedy(5, frequency_penalty=0.3) == [0, 0, 4, 0, 4]
+    assert greedy(4, presence_penalty=0.6) == [0, 4, 0, 0]
+    assert greedy(3, presence_penalty=-1.0) == [0, 0, 0]
+    allowed = np.array([2, 3])
+    assert Sampler(Sampling(logit_bias={3: 1.5}), []).choose(LOGITS, allowed) == 3
+    impossible = np.array([-np.inf, 1.0], np.float32)
+    assert Sampler(Sampling(logit_bias={0: 100.0}), []).choose(impossible) == 1
+
+
+def test_bias_and_penalties_that_are_wrong_are_refused():
+    with pytest.raises(ReftEdgeError, match="logit_bias names token 5; this model's tokens are from 0 to 4"):
+        Sampler(Sampling(logit_bias={5: 1.0}), []).choose(LOGITS)
+    for options in ({"logit_bias": {1: float("inf")}}, {"frequency_penalty": float("nan")}):
+        with pytest.raises(ReftEdgeError, match="expected"):
+            Sampling(**options)

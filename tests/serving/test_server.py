@@ -203,7 +203,10 @@ def test_prompts_in_a_list_and_as_tokens(client, model):
         ({"n": 7}, 400, "at most 6 are allowed"),
         ({"tools": [{"type": "function"}]}, 400, "tools is not supported"),
         ({"response_format": {"type": "xml"}}, 400, "response_format.type: expected text, json_object"),
-        ({"presence_penalty": 1}, 400, "presence_penalty is not supported"),
+        ({"presence_penalty": 3}, 400, "presence_penalty: "),
+        ({"logit_bias": {"x": 1}}, 400, "logit_bias: 'x' is not a token id"),
+        ({"logit_bias": {"3": 101}}, 400, "logit_bias: what token 3 gets is not a number from -100 to 100"),
+        ({"logit_bias": {"99999": 1}}, 400, "logit_bias: a token id is not from 0 to 319"),
         ({"max_tokens": 0}, 400, "max_tokens: "),
         ({"top_logprobs": 2}, 400, "top_logprobs needs logprobs"),
         ({"beam_width": 2}, 400, "beam_width: "),
@@ -251,6 +254,17 @@ def test_what_cannot_be_done_is_refused_in_openais_form(client, fields, status, 
 def test_neutral_parameters_are_taken(client):
     neutral = {"frequency_penalty": 0, "tools": [], "user": "me", "logit_bias": None, "metadata": {"a": "b"}}
     assert ask(client, **neutral).json()["choices"] == ask(client).json()["choices"]
+
+
+def test_bias_and_penalties(client, model):
+    ids = model.prompts.encode_raw("ice")
+    fields = {"frequency_penalty": 1.5, "presence_penalty": -0.5, "logit_bias": {"70": 3, "71": -2.5}}
+    sampling = Sampling(frequency_penalty=1.5, presence_penalty=-0.5, logit_bias={70: 3, 71: -2.5})
+    expected = model.generate("ice", raw=True, max_tokens=12, sampling=sampling)
+    answer = ask(client, "/v1/completions", prompt=ids, **fields).json()["choices"][0]["text"]
+    assert answer == expected != ask(client, "/v1/completions", prompt=ids).json()["choices"][0]["text"]
+    always = ask(client, "/v1/completions", prompt=ids, logit_bias={"70": 100}, max_tokens=3).json()
+    assert always["choices"][0]["text"] == model.prompts.decode([70]) * 3
 
 
 def test_bodies_keys_hosts_and_other_paths(client, served):
