@@ -62,6 +62,11 @@ class Choice:
     hardware: tuple[Any, ...] = ()
     """ONNX Runtime's devices of a provider that came as a wheel; empty for one that is built in."""
 
+    @property
+    def needs_all_inputs(self) -> bool:
+        """Whether a run must bring every input, since the provider may take one with a default for a constant."""
+        return self.accelerator.provider not in (CPU, CUDA)
+
 
 @dataclass(frozen=True)
 class DeviceState:
@@ -86,11 +91,10 @@ def choose(device: str, ort: Any) -> Choice:
     """
     if device not in NAMES:
         raise ReftEdgeError(f"unknown device {device!r}; choose one of {', '.join(NAMES)}")
-    available = ort.get_available_providers()
     if device == "auto":
-        device = "cuda" if CUDA in available else "cpu"
+        device = "cuda" if CUDA in ort.get_available_providers() else "cpu"
     known = _BY_NAME[device]
-    if known.provider in available:
+    if _built_in(known, ort):
         return Choice(known)
     if known.module is None or not _installed(known.module):
         raise _missing(known, ort)
@@ -109,7 +113,7 @@ def _state(known: Accelerator, ort: Any) -> DeviceState:
     def state(usable: bool, **found: Any) -> DeviceState:
         return DeviceState(known.name, known.provider, known.runs_on, usable, **found)
 
-    if known.provider in ort.get_available_providers():
+    if _built_in(known, ort):
         return state(True)
     if known.module is None or not _installed(known.module):
         return state(False, problem="not installed", install=known.install)
@@ -131,6 +135,12 @@ def _missing(known: Accelerator, ort: Any) -> ReftEdgeError:
         f"--device {known.name} ({known.runs_on}) is not installed; it comes with: {known.install}; "
         f"or use one that works here: {usable} (`reft-edge devices` lists them all)"
     )
+
+
+def _built_in(known: Accelerator, ort: Any) -> bool:
+    """Whether this build of ONNX Runtime has the provider; one that was loaded from a wheel is listed like its own."""
+    loaded = known.module is not None and hasattr(ort, "get_ep_devices") and _devices_of(known.provider, ort)
+    return known.provider in ort.get_available_providers() and not loaded
 
 
 def _installed(module: str) -> bool:

@@ -16,7 +16,9 @@ from reft_edge.model.manifest import Manifest, load_manifest
 from reft_edge.model.prompts import load_prompts
 from reft_edge.model.texts import Text, TextTokens, Tokens
 from reft_edge.runtime.binding import PortInputs, port_inputs
-from reft_edge.runtime.onnx_runtime import open_graph, plain_failure
+from reft_edge.runtime.devices import choose
+from reft_edge.runtime.onnx_runtime import import_onnxruntime, open_graph, plain_failure
+from reft_edge.runtime.required_ports import require_ports
 from reft_edge.signing.keys import TrustedKeys
 from reft_edge.signing.signatures import Signature, load_verified
 
@@ -43,6 +45,8 @@ class EncoderSession:
         self, graph: Path, device: str = "auto", threads: int | None = None, fuse: bool = True
     ) -> None:
         self.session = open_graph(graph, device, threads, fuse=fuse)
+        chosen = choose(device, import_onnxruntime())
+        self._defaults = require_ports(graph)[1] if chosen.needs_all_inputs else {}
         self._types = any(value.name == "token_type_ids" for value in self.session.get_inputs())
 
     def hidden_states(self, rows: Sequence[Tokens], ports: PortInputs) -> list[Floats]:
@@ -52,7 +56,7 @@ class EncoderSession:
         for i, row in enumerate(rows):
             count = len(row.ids)
             ids[i, :count], types[i, :count], mask[i, :count] = row.ids, row.types, 1
-        feeds = {"input_ids": ids, "attention_mask": mask, **ports}
+        feeds = {"input_ids": ids, "attention_mask": mask, **self._defaults, **ports}
         if self._types:
             feeds["token_type_ids"] = types
         with plain_failure():

@@ -1,5 +1,6 @@
 """ONNX Runtime itself: opening a graph, devices, values in the graph's number types, and failures in plain words."""
 
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from reft_edge.errors import ReftEdgeError
 from reft_edge.model.manifest import Manifest
 from reft_edge.runtime.devices import CPU, CUDA, Choice, choose
 from reft_edge.runtime.memory import NoMemoryError
+from reft_edge.runtime.required_ports import require_ports
 
 HOST_TYPES: dict[str, np.dtype[np.generic]] = {
     "fp32": np.dtype(np.float32),
@@ -29,6 +31,8 @@ ELEMENT_TYPES: dict[str, Any] = {
 }
 OWN_KEEP = "num_logits_to_keep"
 """An input of some graphs from elsewhere: how many of the last tokens get logits, 0 for all."""
+_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
+"""Where a graph that is given as bytes has its weights."""
 _NO_MEMORY = ("bad_alloc", "bad allocation", "Failed to allocate memory", "out of memory")
 """How ONNX Runtime says so, of which it has no exception."""
 
@@ -66,7 +70,7 @@ def open_graph(
     spinning, but not where there are more of them than cores, since spinning threads would then keep others from their work.
 
     `provider_options`: of the device's execution provider, beside or in place of what is chosen here (CUDA: TF32 off, an
-    arena that grows as asked).
+    arena that grows as asked; OpenVINO: its accuracy mode).
     `prepack`: keep weights in the layout that is fastest to multiply with, at the cost of memory for a second copy.
     `fuse`: let ONNX Runtime merge neighbouring nodes into one that may round otherwise.
 
@@ -83,10 +87,12 @@ def open_graph(
             "CPU; leave them out"
         )
     options = _session_options(ort, threads, prepack, fuse)
+    model: str | bytes = str(path)
+    if chosen.needs_all_inputs:
+        model = require_ports(path)[0]
+        options.add_session_config_entry(_DATA_FOLDER, str(path.parent))
     with plain_failure():
-        session = ort.InferenceSession(
-            str(path), options, **_providers(chosen, options, provider_options or {})
-        )
+        session = ort.InferenceSession(model, options, **_providers(chosen, options, provider_options or {}))
     if device != "auto" and chosen.accelerator.provider not in session.get_providers():
         raise _not_started(chosen)
     return session
@@ -111,13 +117,24 @@ def _session_options(ort: Any, threads: int | None, prepack: bool, fuse: bool) -
 def _providers(chosen: Choice, options: Any, given: Mapping[str, str]) -> dict[str, Any]:
     """What InferenceSession is told of a provider that is built in; one from a wheel is told to `options`."""
     provider = chosen.accelerator.provider
-    if chosen.hardware:
-        options.add_provider_for_devices(chosen.hardware[:1], dict(given))
-        return {}
     if provider == CPU:
         return {"providers": [CPU]}
-    own = {"arena_extend_strategy": "kSameAsRequested", "use_tf32": "0"} if provider == CUDA else {}
-    return {"providers": [(provider, {**own, **given}), CPU]}
+    settings = {**_exact(chosen), **given}
+    if chosen.hardware:
+        options.add_provider_for_devices(list(chosen.hardware[:1]), settings)
+        return {"enable_fallback": False}
+    asked = {"providers": [(provider, settings), CPU]}
+    return asked if provider == CUDA else {**asked, "enable_fallback": False}
+
+
+def _exact(chosen: Choice) -> dict[str, str]:
+    """Options that keep a provider from computing in fewer bits than the graph says."""
+    if chosen.accelerator.provider == CUDA:
+        return {"arena_extend_strategy": "kSameAsRequested", "use_tf32": "0"}
+    if chosen.accelerator.name == "openvino":
+        kind = chosen.hardware[0].device.type.name if chosen.hardware else "CPU"
+        return {"load_config": json.dumps({kind: {"EXECUTION_MODE_HINT": "ACCURACY"}})}
+    return {}
 
 
 def _not_started(chosen: Choice) -> ReftEdgeError:

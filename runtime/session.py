@@ -23,12 +23,15 @@ from reft_edge.runtime.onnx_runtime import (
     ort_value,
     plain_failure,
 )
+from reft_edge.runtime.required_ports import require_ports
 
 PREFILL_CHUNK = 512
 _CACHE_STEP = 256
 _MOST_TOKENS = 1 << 31
 """ONNX Runtime counts the tokens of a cache in 32 bits."""
 _MOST_HEAD = 1 << 16
+_STEPS_AGREE = 0.1
+"""Of the largest logit; arithmetic in bfloat16 stays below a tenth of this."""
 
 Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
@@ -62,7 +65,8 @@ class GraphSession:
         provider_options: Mapping[str, str] | None = None,
     ) -> None:
         self._ort = import_onnxruntime()
-        accelerator = choose(device, self._ort).accelerator
+        chosen = choose(device, self._ort)
+        accelerator = chosen.accelerator
         if accelerator.name == "cpu":
             check_cpu(manifest)
         self.session = open_graph(
@@ -73,6 +77,8 @@ class GraphSession:
         """What computes, by its name for `--device`."""
         self.memory = "cuda" if self.device == "cuda" else "cpu"
         """Where the cache and the ports lie; other accelerators take them from the CPU's memory."""
+        self._defaults = require_ports(folder / manifest.graph)[1] if chosen.needs_all_inputs else {}
+        """Of ports, for providers that need every input."""
         self.shares_cache = manifest.cache == "shared"
         """Whether past and present of a layer are one buffer."""
         inputs = {value.name: value for value in self.session.get_inputs()}
@@ -98,7 +104,10 @@ class GraphSession:
         self._logits_dtype = ELEMENT_TYPES[logits.type]
         self._vocabulary = logits.shape[2]
         self._keep_last = self._to_device(np.array(1, np.int64))
+        self._default_values = self.to_device(self._defaults)
         self._spare: list[KVCache] = []
+        if chosen.needs_all_inputs:
+            self._check_steps()
 
     def to_device(self, arrays: Mapping[str, NDArray[np.generic]]) -> dict[str, Any]:
         """Arrays as values that can be bound again and again without a copy."""
@@ -128,6 +137,25 @@ class GraphSession:
             found.append([bound.step(np.full((rows, 1), token))[0].tobytes() for token in (0, 1)])
         return found[0] == found[1]
 
+    def _check_steps(self) -> None:
+        """Raise ReftEdgeError if tokens get other logits after a cached prompt than together with it.
+
+        That tells a provider that does not carry the KV cache on as ONNX Runtime's own do.
+        """
+        if not self.cache_shapes or self.context_length < 8:
+            return
+        ids = np.array([[0, 1, 0, 1, 1]])
+        at_once = self.bind(self.take_cache(1, 8), {}).step(ids)
+        bound = self.bind(self.take_cache(1, 8), {})
+        bound.step(ids[:, :3])
+        in_steps = [bound.step(ids[:, at : at + 1]) for at in (3, 4)][-1]
+        error, most = float(np.abs(at_once - in_steps).max()), float(np.abs(at_once).max())
+        if not error <= _STEPS_AGREE * most:
+            raise ReftEdgeError(
+                f"{self.device} gives wrong answers with this model: five tokens get other logits at once than one by one "
+                f"({error:.2g} apart, the largest is {most:.2g}); use --device cpu"
+            )
+
     def take_cache(self, batch: int, tokens: int) -> KVCache:
         """An empty cache for at least `tokens` tokens; give it back with `return_cache` when done."""
         while self._spare:
@@ -155,6 +183,7 @@ class GraphSession:
         ONNX Runtime reads arrays where they lie: whoever keeps the binding keeps `ports`, too.
         """
         binding = self.session.io_binding()
+        ports = {**self._default_values, **ports}
         for name, value in ports.items():
             binding.bind_ortvalue_input(name, value)
         if self._keeps_logits:
@@ -190,7 +219,12 @@ class GraphSession:
         ids, mask = np.zeros((2, len(rows), length), np.int64)
         for i, row in enumerate(rows):
             ids[i, : len(row)], mask[i, : len(row)] = row, 1
-        feeds: dict[str, NDArray[np.generic]] = {"input_ids": ids, "attention_mask": mask, **ports}
+        feeds: dict[str, NDArray[np.generic]] = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            **self._defaults,
+            **ports,
+        }
         if self._has_positions:
             feeds["position_ids"] = np.tile(np.arange(length), (len(rows), 1))
         if self._own_keep is not None:
