@@ -82,7 +82,7 @@ class State:
 
 
 class DeviceStore:
-    """The folder that the runtime's AdapterStore reads, which never sees what this keeps beside the files."""
+    """The folder that the runtime's AdapterFolder reads, which never sees what this keeps beside the files."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

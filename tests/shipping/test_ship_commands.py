@@ -11,7 +11,7 @@ import pytest
 
 from reft_edge.adapter.file import load_adapter, save_adapter
 from reft_edge.runtime import SteeredModel
-from reft_edge.runtime.adapter_folder import AdapterStore
+from reft_edge.runtime.adapter_folder import AdapterFolder
 from reft_edge.signing.keys import generate_key, load_private_key
 from reft_edge.signing.signatures import sign
 from tests.adapter.test_algebra import make_adapter
@@ -135,7 +135,7 @@ def test_the_runtime_s_store_sees_adapters_only_and_what_pull_and_rollback_chang
         shutil.copy(device_folder / f"{name}.safetensors", file)
         call("push", file, repository)
         call("pull", repository, "--store", folder, "--for", device_folder / "export")
-        store = AdapterStore(model, folder)
+        store = AdapterFolder(model, folder)
         assert store.names() == ["task"]
         store.use(["task"])
         told.append(model.generate("ice", "task", max_tokens=8))

@@ -11,7 +11,7 @@ import pytest
 
 from reft_edge.adapter.file import load_adapter, save_adapter
 from reft_edge.errors import ReftEdgeError
-from reft_edge.runtime.adapter_folder import AdapterStore
+from reft_edge.runtime.adapter_folder import AdapterFolder
 from reft_edge.shipping.folder import FolderRepository
 from reft_edge.shipping.listing import list_store
 from reft_edge.shipping.parts import Parts
@@ -446,7 +446,7 @@ def test_names_that_the_runtime_leaves_out_are_not_listed(store, contents, name)
     store.folder.mkdir()
     for given in ("task", name):
         store.path(given).write_bytes(contents[0])
-    assert store.names() == ["task"] == AdapterStore(None, store.folder).names()
+    assert store.names() == ["task"] == AdapterFolder(None, store.folder).names()
 
 
 def test_folders_in_the_way_are_named_or_left_alone(repository, store, contents):
