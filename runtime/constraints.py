@@ -6,6 +6,7 @@ The work is done by `llguidance`, of the extra `structured`.
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal
@@ -32,6 +33,8 @@ _FUEL = 100_000
 _SPACES = r"\n {0,12}| "
 """Between the parts of JSON: without a bound, a model can write spaces until its answer is cut."""
 _LONGEST_LINE = 200
+_LONGEST_TOKEN = 32
+"""Bytes."""
 _NAMES = {
     "json_schema": "the JSON schema",
     "regex": "the regular expression",
@@ -111,9 +114,7 @@ class Progress:
         tokens = np.flatnonzero(np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little"))
         tokens = tokens[: int(np.searchsorted(tokens, vocabulary))]
         if not len(tokens):
-            raise ReftEdgeError(
-                f"no token of this model can continue the answer under {self._constraint.name}; change it"
-            )
+            raise self._no_token()
         return tokens
 
     def take(self, token: int) -> bool:
@@ -126,10 +127,17 @@ class Progress:
         return False
 
     def _check(self) -> None:
-        if self._matcher.is_error():
-            raise ReftEdgeError(
-                f"{self._constraint.name} cannot be followed further: {_plain(self._matcher.get_error())}"
-            )
+        if not self._matcher.is_error():
+            return
+        why = _plain(self._matcher.get_error())
+        if why.startswith("NoExtension"):
+            raise self._no_token()
+        raise ReftEdgeError(f"{self._constraint.name} cannot be followed further: {why}")
+
+    def _no_token(self) -> ReftEdgeError:
+        return ReftEdgeError(
+            f"no token of this model can continue the answer under {self._constraint.name}; change it"
+        )
 
 
 class Constraints:
@@ -166,16 +174,38 @@ def _vocabulary(tokenizer: Tokenizer, eos_token_ids: Sequence[int]) -> "LLTokeni
     if not ends:
         raise ReftEdgeError("this model has no token that ends an answer; answers of a given form need one")
 
+    content = [names.of(token) for token in range(size)]
+    special = sorted({*names.special, *ends})
+    by_content = {piece: token for token, piece in enumerate(content) if piece and token not in special}
+
     class Tokens:
         eos_token_id = ends[0]
         bos_token_id = None
-        tokens = [names.of(token) for token in range(size)]  # noqa: RUF012
-        special_token_ids = sorted({*names.special, *ends})
+        tokens = content
+        special_token_ids = special
 
         def __call__(self, text: str) -> list[int]:
-            return list(encode(tokenizer, text, special_tokens=False).ids)
+            """Of a text behind others. Tokenizers that write a space before every text do not know those."""
+            with suppress(ReftEdgeError):
+                found = list(encode(tokenizer, text, special_tokens=False).ids)
+                if b"".join(content[token] for token in found) == text.encode():
+                    return found
+            return _longest_first(text.encode(), by_content)
 
     return LLTokenizer(TokenizerWrapper(Tokens()), eos_token=ends)
+
+
+def _longest_first(text: bytes, tokens: Mapping[bytes, int]) -> list[int]:
+    """A text's tokens, each the longest that fits; up to where none fits."""
+    found, at = [], 0
+    while at < len(text):
+        ends = range(min(len(text), at + _LONGEST_TOKEN), at, -1)
+        end = next((end for end in ends if text[at:end] in tokens), None)
+        if end is None:
+            break
+        found.append(tokens[text[at:end]])
+        at = end
+    return found
 
 
 def _compile(constraint: Constraint, vocabulary: "LLTokenizer") -> "LLMatcher":

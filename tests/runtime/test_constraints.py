@@ -2,12 +2,14 @@
 
 import json
 import re
+import shutil
 from contextlib import suppress
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from reft_edge.errors import ReftEdgeError
 from reft_edge.runtime import Constraint, Engine, Request, Sampling, SteeredModel
@@ -239,3 +241,60 @@ def test_a_token_that_is_not_allowed_is_never_chosen():
         Sampler(Sampling(), []).choose(logits, np.array([2]))
     with pytest.raises(ReftEdgeError, match="not finite"):
         Sampler(Sampling(), []).choose(np.array([1.0, np.nan], np.float32), np.array([0]))
+
+
+def sentencepiece_like():
+    """Bytes, characters and a few pieces that begin with a space, as Llama 2's tokenizer has them."""
+    pieces = [
+        ("<unk>", 0.0),
+        *((f"<0x{i:02X}>", -9.0) for i in range(256)),
+        *((piece, -3.0) for piece in '▁0123456789{}":,abcdefghijk'),
+        *((piece, -2.0) for piece in ("▁{", '▁"', '":', "▁two")),
+    ]
+    tokenizer = Tokenizer(models.Unigram(pieces, 0, byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return tokenizer
+
+
+def with_gaps():
+    """Whole words with numbers that are far apart, and no decoder, so that spaces join them."""
+    tokenizer = Tokenizer(models.WordLevel({f"w{number}": 3 * number for number in range(100)}))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return tokenizer
+
+
+def with_tokenizer(device_folder, folder, tokenizer):
+    shutil.copytree(device_folder / "export", folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return SteeredModel(folder, device="cpu")
+
+
+def test_a_tokenizer_with_bytes_and_spaces_of_its_own(device_folder, tmp_path):
+    model = with_tokenizer(device_folder, tmp_path / "m", sentencepiece_like())
+    whole = 0
+    for seed in range(6):
+        options = {"sampling": Sampling(1.0, seed=seed), "max_tokens": 200, "raw": True}
+        answer = model.stream("two", schema=PERSON, **options)
+        text = answer.text()
+        if answer.finish_reason == "stop":
+            jsonschema.validate(json.loads(text), PERSON)
+            whole += 1
+        assert model.generate("two", constraint=Constraint.choices(["é 😀", "two"]), **options) in (
+            "é 😀",
+            "two",
+        )
+    assert whole
+
+
+def test_a_form_that_no_token_can_begin_is_an_error(device_folder, tmp_path):
+    model = with_tokenizer(device_folder, tmp_path / "m", with_gaps())
+    with pytest.raises(
+        ReftEdgeError, match="no token of this model can continue the answer under the JSON schema"
+    ):
+        model.generate("w1", schema=PERSON, raw=True)
+    free = model.stream("w1", raw=True, max_tokens=3)
+    free.text()
+    assert free.finish_reason in ("stop", "length")
