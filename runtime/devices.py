@@ -30,16 +30,21 @@ CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 
 
-def _plugin(name: str, provider: str, runs_on: str, wheel: str) -> Accelerator:
-    return Accelerator(
-        name, provider, runs_on, f"pip install 'reft-edge[cpu]' {wheel}", wheel.replace("-", "_"), wheel
-    )
+def _plugin(name: str, provider: str, runs_on: str, wheel: str, install: str = "") -> Accelerator:
+    install = install or f"pip install 'reft-edge[cpu]' {wheel}"
+    return Accelerator(name, provider, runs_on, install, wheel.replace("-", "_"), wheel)
 
 
 ACCELERATORS: tuple[Accelerator, ...] = (
     Accelerator("cpu", CPU, "any CPU", "pip install 'reft-edge[cpu]'"),
     Accelerator("cuda", CUDA, "NVIDIA GPUs", "pip install 'reft-edge[cuda]'"),
-    _plugin("openvino", "OpenVINOExecutionProvider", "Intel CPUs, GPUs and NPUs", "onnxruntime-ep-openvino"),
+    _plugin(
+        "openvino",
+        "OpenVINOExecutionProvider",
+        "Intel CPUs, GPUs and NPUs",
+        "onnxruntime-ep-openvino",
+        "pip install 'reft-edge[openvino]'",
+    ),
     _plugin("webgpu", "WebGpuExecutionProvider", "GPUs with Vulkan, Metal or D3D12", "onnxruntime-ep-webgpu"),
     _plugin("mlx", "MLXExecutionProvider", "Apple Silicon", "onnxruntime-ep-mlx"),
     _plugin(
@@ -85,23 +90,35 @@ class DeviceState:
 
 
 def choose(device: str, ort: Any) -> Choice:
-    """The accelerator of that name, ready to be used; `auto` takes CUDA where ONNX Runtime has it, else the CPU.
+    """The accelerator of that name, ready to be used; `auto` takes CUDA where ONNX Runtime has it, else the CPU. A name such
+    as `openvino:npu` says which kind of processor is meant, where a provider that came as a wheel finds several.
 
     Raises ReftEdgeError for an unknown name, and for one that is not installed or finds nothing to compute with here.
     """
+    device, colon, kind = device.partition(":")
     if device not in NAMES:
         raise ReftEdgeError(f"unknown device {device!r}; choose one of {', '.join(NAMES)}")
     if device == "auto":
         device = "cuda" if CUDA in ort.get_available_providers() else "cpu"
     known = _BY_NAME[device]
     if _built_in(known, ort):
+        if colon:
+            raise ReftEdgeError(
+                f"--device {known.name}:{kind} is for a provider from a package of its own, and {known.provider} is built "
+                f"into this ONNX Runtime; write --device {known.name}, and --provider-option for its options"
+            )
         return Choice(known)
     if known.module is None or not _installed(known.module):
         raise _missing(known, ort)
     try:
-        return Choice(known, tuple(_hardware(known, ort)))
+        found = _hardware(known, ort)
     except ReftEdgeError as error:
         raise ReftEdgeError(f"{error}; use --device cpu") from error
+    wanted = [item for item in found if not colon or item.device.type.name == kind.upper()]
+    if not wanted:
+        kinds = ", ".join(f"{known.name}:{item.device.type.name.lower()}" for item in found)
+        raise ReftEdgeError(f"{known.wheel} finds no {kind!r} here; choose one of {kinds}")
+    return Choice(known, tuple(wanted))
 
 
 def list_devices(ort: Any) -> list[DeviceState]:

@@ -113,6 +113,18 @@ def test_a_provider_of_the_build_itself_is_used_by_its_name(graph, monkeypatch):
         onnx_runtime.open_graph(graph, "coreml")
 
 
+def test_a_kind_of_processor_can_be_named(wheels):
+    fake = FakeRuntime([hardware(OPENVINO, "GPU"), hardware(OPENVINO, "NPU")])
+    assert [item.device.type.name for item in devices.choose("openvino:npu", fake).hardware] == ["NPU"]
+    for kind in ("cpu", ""):
+        with pytest.raises(ReftEdgeError, match=rf"finds no '{kind}' here; .* openvino:gpu, openvino:npu"):
+            devices.choose(f"openvino:{kind}", fake)
+    with pytest.raises(
+        ReftEdgeError, match=r"cpu:0 is for .* built into this ONNX Runtime; write --device cpu"
+    ):
+        devices.choose("cpu:0", fake)
+
+
 @pytest.mark.parametrize(
     ("device", "fake", "message"),
     [
