@@ -95,15 +95,20 @@ class Engine:
         Raises QueueFullError, or ReftEdgeError for a request that cannot run or an engine that is closing.
         """
         pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
+        with self._changed:
+            self._check_room()  # before the work that a row is
         row = self._model.row(request, deliver or pieces.put)
         with self._changed:
-            if self._closing is not None:
-                raise ClosingError("the engine is closing and takes no more requests")
-            if self.waiting >= self._queue_limit:
-                raise QueueFullError(f"{self.waiting} requests are waiting already; try again later")
+            self._check_room()
             self._arrived.append(row)
             self._changed.notify()
         return Ticket(self, row, pieces)
+
+    def _check_room(self) -> None:
+        if self._closing is not None:
+            raise ClosingError("the engine is closing and takes no more requests")
+        if self.waiting >= self._queue_limit:
+            raise QueueFullError(f"{self.waiting} requests are waiting already; try again later")
 
     def wake(self) -> None:
         """Look at cancelled requests now."""

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from reft_edge.errors import ReftEdgeError
-from reft_edge.runtime import Constraint, Engine, Request, Sampling, SteeredModel
+from reft_edge.runtime import Constraint, Engine, QueueFullError, Request, Sampling, SteeredModel
 from reft_edge.runtime.sampling import Sampler
 
 jsonschema = pytest.importorskip("jsonschema")
@@ -152,6 +152,14 @@ def test_a_constraint_that_is_wrong_leaves_the_engine_as_it_was(model):
     text = "".join(piece.text for piece in good)
     assert text.startswith(("a", "b"))
     assert list(other)[-1].finish_reason in ("stop", "length")
+    engine.close()
+
+
+def test_nothing_is_compiled_for_a_request_that_no_queue_takes(model, monkeypatch):
+    engine = Engine(model, slots=1, queue_limit=0)
+    monkeypatch.setattr("reft_edge.runtime.constraints._compile", lambda *_: pytest.fail("compiled"))
+    with pytest.raises(QueueFullError):
+        engine.submit(Request((1, 2), constraint=Constraint.regex("a")))
     engine.close()
 
 
