@@ -26,6 +26,8 @@ class Accelerator:
     """That wheel's name."""
 
 
+_FIRST_WITH_WHEELS = (1, 24)
+"""1.23 loads them, and then hands OpenVINO's inputs without their shapes."""
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 
@@ -169,9 +171,10 @@ def _hardware(known: Accelerator, ort: Any) -> list[Any]:
 
     Raises ReftEdgeError if its library cannot be loaded or it finds nothing to compute with.
     """
-    if not hasattr(ort, "register_execution_provider_library"):
+    release = tuple(int(part) for part in ort.__version__.split(".")[:2])
+    if release < _FIRST_WITH_WHEELS:
         raise ReftEdgeError(
-            f"onnxruntime {ort.__version__} cannot load {known.wheel}; install onnxruntime 1.23 or newer"
+            f"onnxruntime {ort.__version__} cannot run {known.wheel}; install onnxruntime 1.24 or newer"
         )
     if not (found := _devices_of(known.provider, ort)):
         _register(known, ort)

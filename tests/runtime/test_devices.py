@@ -149,7 +149,7 @@ def test_a_device_that_cannot_be_used_says_why(wheels, device, fake, message):
 
 def test_an_old_onnxruntime_is_named(wheels):
     old = SimpleNamespace(__version__="1.20.0", get_available_providers=lambda: [CPU])
-    with pytest.raises(ReftEdgeError, match=r"onnxruntime 1.20.0 cannot load .* install onnxruntime 1.23"):
+    with pytest.raises(ReftEdgeError, match=r"onnxruntime 1.20.0 cannot run .* install onnxruntime 1.24"):
         devices.choose("openvino", old)
     assert [state.name for state in devices.list_devices(old) if state.usable] == ["cpu"]
 
