@@ -42,6 +42,17 @@ FAULTS = [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES]
 
 
 @pytest.fixture(autouse=True)
+def heard():
+    """Signals are heard, also where the tests run as a shell's background job, which ignores Ctrl-C."""
+    ignored = [number for number in SIGNALS if signal.getsignal(number) == signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@pytest.fixture(autouse=True)
 def no_other_folder(monkeypatch, tmp_path_factory):
     """What finds no place is not left in the home or the working folder of whoever runs the tests."""
     folder = tmp_path_factory.mktemp("none")
