@@ -7,11 +7,15 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-# On tiny models more threads wait for each other: three times the work.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 settings.register_profile("steady", deadline=None)
 settings.load_profile("steady")
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """On tiny models several threads wait for each other: three times the work. The real model has them all."""
+    if "not real" in config.getoption("markexpr"):
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
