@@ -149,7 +149,7 @@ def test_chunked_prefill_equals_whole_prefill(model):
         whole = model.logits(ids.tolist(), name)[0][-1]
         graph = model.graph
         ports = {
-            **model._bind(model._chosen(name)).prompt,
+            **model.prepare(name).prompt,
             **graph.to_device({"reft.prompt_len": np.array([ids.shape[1]])}),
         }
         chunked = graph.bind(graph.take_cache(1, ids.shape[1]), ports).prefill(ids, 20)[0]
