@@ -8,7 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reft_edge.errors import ReftEdgeError
-from reft_edge.export.checks import TOLERANCE, all_at_once, batch_logits, largest_difference, random_adapters
+from reft_edge.export.checks import (
+    all_at_once,
+    batch_logits,
+    largest_difference,
+    off_ports,
+    off_pytorch,
+    random_adapters,
+)
 from reft_edge.export.exact import write_exact
 from reft_edge.model.checkpoint import Change, Reference
 from reft_edge.model.exported_weights import GraphWeights
@@ -46,12 +53,9 @@ class Verification:
 
     def failures(self) -> list[str]:
         """What is off, in words; empty if the export can be trusted."""
-        found = []
-        if not self.rank0_bitwise:
-            found.append("with no adapter bound, the graph with ports differs from the graph without")
-        error = max(self.base_error, self.steered_error)
-        if not error <= TOLERANCE:
-            found.append(f"logits differ from PyTorch's by {error:.2g}, more than {TOLERANCE:g}")
+        found = off_ports(self.rank0_bitwise) + off_pytorch(
+            "logits", max(self.base_error, self.steered_error)
+        )
         if not self.rounding <= _MOST_ROUNDED:
             found.append(f"weights differ from the model's by {self.rounding:.2g} of their size")
         return found

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from reft_edge.adapter.linear import fold
-from reft_edge.export.checks import TOLERANCE, largest_difference, random_adapters
+from reft_edge.export.checks import TOLERANCE, largest_difference, off_ports, off_pytorch, random_adapters
 from reft_edge.export.recipe import GRAPH, PLAIN
 from reft_edge.model.encoders import has_token_types
 from reft_edge.model.manifest import Manifest
@@ -39,12 +39,8 @@ class EncoderVerification:
 
     def failures(self) -> list[str]:
         """What is off, in words; empty if the export can be trusted."""
-        found = []
-        if not self.rank0_bitwise:
-            found.append("with no adapter bound, the graph with ports differs from the graph without")
-        if not max(self.base_error, self.steered_error) <= TOLERANCE:
-            error = max(self.base_error, self.steered_error)
-            found.append(f"hidden states differ from PyTorch's by {error:.2g}, more than {TOLERANCE:g}")
+        found = off_ports(self.rank0_bitwise)
+        found += off_pytorch("hidden states", max(self.base_error, self.steered_error))
         if not self.batch_error <= TOLERANCE:
             found.append(f"rows in a batch differ from rows alone by {self.batch_error:.2g}")
         return found

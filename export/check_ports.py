@@ -18,7 +18,14 @@ from numpy.typing import NDArray
 
 from reft_edge.adapter.algebra import apply
 from reft_edge.errors import ReftEdgeError
-from reft_edge.export.checks import TOLERANCE, all_at_once, largest_difference, random_adapters, torch_logits
+from reft_edge.export.checks import (
+    TOLERANCE,
+    all_at_once,
+    largest_difference,
+    off_ports,
+    random_adapters,
+    torch_logits,
+)
 from reft_edge.export.exact import write_exact
 from reft_edge.export.residual import Site
 from reft_edge.model.blocks import decoder_layers
@@ -189,9 +196,7 @@ class PortVerification:
 
     def failures(self) -> list[str]:
         """What is off, in words; empty if the ports can be trusted."""
-        found = []
-        if not self.rank0_bitwise:
-            found.append("with no adapter bound, the graph with ports differs from the graph without")
+        found = off_ports(self.rank0_bitwise)
         if not self.port_error <= PORT_TOLERANCE:
             found.append(f"a port's edit differs from numpy's by {self.port_error:.2g} of its size")
         if self.misplaced:

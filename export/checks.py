@@ -72,3 +72,21 @@ def batch_logits(model: Any, rows: Sequence[Sequence[int]]) -> list[Logits]:
 def largest_difference(left: Sequence[Logits], right: Sequence[Logits]) -> float:
     """max |left − right| over all rows, each `[tokens, n]`."""
     return float(np.max([np.abs(a - b).max() for a, b in zip(left, right, strict=True)]))
+
+
+def off_ports(rank0_bitwise: bool) -> list[str]:
+    """What is off with unused ports, in words; empty if nothing is."""
+    return (
+        []
+        if rank0_bitwise
+        else ["with no adapter bound, the graph with ports differs from the graph without"]
+    )
+
+
+def off_pytorch(what: str, error: float) -> list[str]:
+    """What is off with numbers that are `error` from PyTorch's, in words; empty if nothing is. NaN is off."""
+    return (
+        []
+        if error <= TOLERANCE
+        else [f"{what} differ from PyTorch's by {error:.2g}, more than {TOLERANCE:g}"]
+    )

@@ -194,6 +194,6 @@ def _check_names(described: Described, files: Sequence[PyreftFile], folder: Path
         which = (
             "lacks {}, which its config.json names"
             if name in described.files
-            else "has {}, of which its config.json does not speak"
+            else "has {}, which its config.json does not name"
         )
         raise ReftEdgeError(f"{folder} {which.format(name)}")

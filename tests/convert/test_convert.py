@@ -339,7 +339,7 @@ BAD_PYREFT = {
     "a file gone": (lambda f: first(f).unlink(), "which its config.json names"),
     "a file too many": (
         lambda f: shutil.copy(first(f), f / f"intkey_{key(3, 0)}.bin"),
-        "of which its config.json does not speak",
+        "which its config.json does not name",
     ),
     "a hole": (
         lambda f: (first(f).rename(f / f"intkey_{key(0, 1)}.bin"), (f / "config.json").unlink()),
