@@ -51,6 +51,8 @@ class Request:
     """None for none; else each token's log-probability, and those of this many likeliest tokens."""
     constraint: Constraint | None = None
     """The form that the answer must have; its end, where nothing can follow, ends the answer."""
+    shown: tuple[str, ...] = ()
+    """Special tokens whose text the answer has; that of others is left out."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class Row:
         self.bound, self.progress = bound, progress
         self.limit = answer_limit(len(request.ids), request.max_tokens, context)
         self.sampler = Sampler(request.sampling, request.ids)
-        self.text = TextStream(tokenizer, request.stop)
+        self.text = TextStream(tokenizer, request.stop, request.shown)
         self.length = 0
         """Tokens in the KV cache."""
         self.tokens: list[int] = []

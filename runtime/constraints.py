@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from reft_edge.errors import ReftEdgeError
 from reft_edge.extras import extra
 from reft_edge.model.prompts import encode
-from reft_edge.runtime.schema_places import inside
+from reft_edge.runtime.schema_places import SPACES, inside
 from reft_edge.runtime.token_bytes import TokenBytes
 
 if TYPE_CHECKING:
@@ -30,8 +30,7 @@ _MOST_STATES = 20_000
 """Of a grammar's lexer; each takes one or two kilobytes."""
 _FUEL = 100_000
 """For the first look at a grammar's patterns: with more, a nested repetition takes a second and 200 MB."""
-_SPACES = r"\n {0,12}| "
-"""Between the parts of JSON: without a bound, a model can write spaces until its answer is cut."""
+
 _LONGEST_LINE = 200
 _LONGEST_TOKEN = 32
 """Bytes."""
@@ -40,6 +39,7 @@ _NAMES = {
     "regex": "the regular expression",
     "choices": "the choices",
     "grammar": "the grammar",
+    "tool_calls": "the tools' schemas together",
 }
 
 
@@ -51,9 +51,9 @@ class Constraint:
     >>> colours = Constraint.choices(["red", "green", "blue"])
     """
 
-    kind: Literal["json_schema", "regex", "choices", "grammar"]
+    kind: Literal["json_schema", "regex", "choices", "grammar", "tool_calls"]
     text: str
-    """The schema or the list of choices as JSON; the regular expression; the grammar."""
+    """The schema or the list of choices as JSON; the regular expression; the grammar, which for calls of tools is in Lark."""
 
     def __post_init__(self) -> None:
         if len(self.text) > LONGEST:
@@ -230,7 +230,7 @@ def _written_out(constraint: Constraint) -> str:
 
     if constraint.kind == "json_schema":
         try:
-            spaces = {"whitespace_pattern": _SPACES}
+            spaces = {"whitespace_pattern": SPACES}
             return str(LLMatcher.grammar_from_json_schema(constraint.text, defaults=spaces))
         except ValueError as error:
             raise ReftEdgeError(f"{constraint.name} is not usable: {_plain(str(error))}") from error
@@ -239,6 +239,8 @@ def _written_out(constraint: Constraint) -> str:
     if constraint.kind == "choices":
         options = " | ".join(json.dumps(text, ensure_ascii=False) for text in json.loads(constraint.text))
         return str(LLMatcher.grammar_from_lark(f"start: {options}"))
+    if constraint.kind == "tool_calls":
+        return str(LLMatcher.grammar_from_lark(constraint.text))
     try:
         return str(LLMatcher.grammar_from_lark(any_to_lark(constraint.text)))
     except Exception as error:  # the converter raises whatever it meets

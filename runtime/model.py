@@ -273,6 +273,10 @@ class SteeredModel:
             None if form is None else self._constraints.begin(form),
         )
 
+    def check_constraint(self, form: Constraint) -> None:
+        """Raise ReftEdgeError for a constraint that is not valid, or where llguidance is not installed."""
+        self._constraints.begin(form)
+
     def logits(
         self,
         rows: Sequence[Sequence[int]],

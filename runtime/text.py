@@ -24,13 +24,16 @@ _FIRST_MARK, _LAST_MARK = 0xD800, 0xDFFF
 class TextStream:
     """Turns tokens into text pieces; holds back what may become a stop string.
 
-    Special tokens are left out of the text. A stop string that has their text, alone or among other text, is found all
+    Special tokens are left out of the text, but for those that are to be shown. A stop string that has their text, alone or among other text, is found all
     the same.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), shown: Sequence[str] = ()) -> None:
+        """`shown`: special tokens whose text is wanted."""
         self._decoder = _Decoder(tokenizer)
         special = _special_tokens(tokenizer)
+        if shown:
+            special = {token: text for token, text in special.items() if text not in shown}
         self._special = frozenset(special)
         self._marks: dict[int, str] = {}
         patterns = dict.fromkeys(text for text in stop if text)

@@ -3,15 +3,13 @@
 What this server cannot do is refused where a request asks for it, rather than passed over.
 """
 
-import time
-import uuid
+import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
     ConfigDict,
-    FailFast,
     Field,
     PrivateAttr,
     ValidationError,
@@ -25,17 +23,13 @@ from reft_edge.runtime.serving.answer_forms import constraint_of
 from reft_edge.runtime.serving.errors import ApiError
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "tools": ([],),
     "functions": ([],),
-    "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
     "suffix": ("",),
     "best_of": (1,),
-    "echo": (False,),
     "reasoning_effort": (),
     "web_search_options": (),
 }
@@ -168,90 +162,6 @@ class Generate(Body):
         )
 
 
-class ChatMessage(Body):
-    role: str
-    content: str
-    name: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_tools(cls, fields: Any) -> Any:
-        if not isinstance(fields, dict):
-            return fields
-        unused = {name for name in _MESSAGE_EXTRAS if not fields.get(name)}
-        for name in _MESSAGE_EXTRAS.keys() - unused:
-            if name in fields:
-                raise ValueError(f"{name}: {_MESSAGE_EXTRAS[name]} are not supported by this server")
-        if fields.get("role") in ("tool", "function"):
-            raise ValueError("role: results of tools are not supported by this server")
-        return {name: value for name, value in fields.items() if name not in unused}
-
-    @field_validator("content", mode="before")
-    @classmethod
-    def _only_text(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return value
-        if not isinstance(value, list):
-            raise ValueError("expected a text, or a list of parts of type `text`")
-        return "".join(map(_part_text, value))
-
-    def plain(self) -> dict[str, str]:
-        """For the chat template."""
-        return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
-
-
-_MESSAGE_EXTRAS = {
-    "tool_calls": "tool calls",
-    "function_call": "function calls",
-    "tool_call_id": "results of tools",
-    "audio": "audio answers",
-    "refusal": "refusals",
-    "annotations": "annotations",
-}
-"""What messages hold beside their text, as clients send it back; empty, it asks for nothing."""
-_PARTS = {
-    "image_url": "images",
-    "input_image": "images",
-    "input_audio": "audio",
-    "file": "files",
-    "refusal": "refusals",
-}
-
-
-def _part_text(part: Any) -> str:
-    if not isinstance(part, dict):
-        raise ValueError("expected a list of parts, each an object with a `type`")
-    kind = part.get("type")
-    if kind != "text":
-        name = _PARTS.get(kind) if isinstance(kind, str) else None
-        raise ValueError(
-            f"{name} are not supported by this server; send parts of type `text`"
-            if name
-            else "only parts of type `text` are supported by this server"
-        )
-    if not isinstance(text := part.get("text"), str):
-        raise ValueError("a part of type `text` has no text")
-    if unknown := [name for name in part if name not in ("type", "text", "cache_control")]:
-        raise ValueError(f"a part of type `text` has no field {unknown[0][:100]!r}")
-    return text
-
-
-class ChatRequest(Generate):
-    """POST /v1/chat/completions."""
-
-    messages: Annotated[list[ChatMessage], FailFast()] = Field(min_length=1)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    logprobs: bool = False
-    top_logprobs: int = Field(0, ge=0, le=20)
-
-    @model_validator(mode="after")
-    def _check_logprobs(self) -> "ChatRequest":
-        if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs to be true")
-        return self
-
-
 class CompletionRequest(Generate):
     """POST /v1/completions."""
 
@@ -334,58 +244,6 @@ def read_body(kind: type[B], fields: Mapping[str, Any]) -> B:
         found = error.errors(include_url=False, include_context=False, include_input=False)[0]
     place = ".".join(str(part)[:100] for part in found["loc"])
     message = str(found["msg"]).removeprefix("Value error, ")
+    if place and (named := re.match(r"([a-z_.0-9]+): ", message)):
+        place, message = f"{place}.{named[1]}", message[named.end() :]
     raise ApiError(400, f"{place}: {message}" if place else message, param=place or None)
-
-
-class Answer:
-    """Names one response and makes its objects."""
-
-    def __init__(self, chat: bool, model: str) -> None:
-        self.chat, self.model = chat, model
-        self._id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
-        self._created = int(time.time())
-
-    def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            "id": self._id,
-            "object": kind,
-            "created": self._created,
-            "model": self.model,
-            "choices": choices,
-        }
-
-    def whole(self, choices: list[dict[str, Any]], usage: dict[str, int]) -> dict[str, Any]:
-        """The answer to a request that does not stream."""
-        kind = "chat.completion" if self.chat else "text_completion"
-        return {**self._object(kind, choices), "usage": usage}
-
-    def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        """One event of a stream."""
-        return self._object("chat.completion.chunk" if self.chat else "text_completion", choices)
-
-    def choice(self, index: int, text: str, reason: str | None, logprobs: Any) -> dict[str, Any]:
-        """One choice of a whole answer."""
-        body: dict[str, Any] = (
-            {"message": {"role": "assistant", "content": text, "refusal": None}}
-            if self.chat
-            else {"text": text}
-        )
-        return {"index": index, **body, "logprobs": logprobs, "finish_reason": reason}
-
-    def delta(self, index: int, text: str, reason: str | None, logprobs: Any, first: bool) -> dict[str, Any]:
-        """What one choice gained."""
-        if not self.chat:
-            return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
-        delta: dict[str, Any] = {"role": "assistant"} if first else {}
-        if text or first:
-            delta["content"] = text
-        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-
-
-def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    """Token counts as the API names them."""
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-    }

@@ -28,7 +28,7 @@ from reft_edge.errors import ReftEdgeError
 from reft_edge.runtime import Sampling, SteeredModel
 from reft_edge.runtime.batch import Piece
 from reft_edge.runtime.memory import NoMemoryError
-from reft_edge.runtime.serving import completions
+from reft_edge.runtime.serving import prompt_tokens
 from reft_edge.runtime.serving.app import create_app
 from reft_edge.runtime.serving.errors import ApiError
 from reft_edge.runtime.serving.guard import check_host
@@ -201,7 +201,7 @@ def test_prompts_in_a_list_and_as_tokens(client, model):
         ({"messages": [{"role": "user", "content": "a " * 600}]}, 400, "maximum context length is 256"),
         ({"temperature": -1}, 400, "temperature: "),
         ({"n": 7}, 400, "at most 6 are allowed"),
-        ({"tools": [{"type": "function"}]}, 400, "tools is not supported"),
+        ({"tools": [{"type": "function"}]}, 400, "tools.0.function: Field required"),
         ({"response_format": {"type": "xml"}}, 400, "response_format.type: expected text, json_object"),
         ({"presence_penalty": 3}, 400, "presence_penalty: "),
         ({"logit_bias": {"x": 1}}, 400, "logit_bias: 'x' is not a token id"),
@@ -225,10 +225,10 @@ def test_prompts_in_a_list_and_as_tokens(client, model):
         (
             {"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]},
             400,
-            "tool calls are not supported",
+            "messages.0.tool_calls.0.id: Field required",
         ),
-        ({"messages": [{"role": "tool", "content": "4"}]}, 400, "results of tools are not supported"),
-        ({"messages": [{"role": "user", "content": "a", "tool_call_id": "x"}]}, 400, "results of tools"),
+        ({"messages": [{"role": "tool", "content": "4"}]}, 400, "a tool's result names the call"),
+        ({"messages": [{"role": "user", "content": "a", "tool_call_id": "x"}]}, 400, "are results of tools"),
         ({"messages": [3]}, 400, "messages.0: expected an object"),
         ({"stop": ["a", 3]}, 400, "stop: expected a text, or a list of at most 16 texts"),
         ({"stop": ["a"] * 17}, 400, "stop: expected"),
@@ -508,11 +508,11 @@ def test_long_texts_are_not_tokenised_to_their_end(client, model, monkeypatch):
 
     for text in ("a " * 100_000, " " * 100_000 + "a" * 100_000):
         with pytest.raises(ApiError, match="resulted in at least"):
-            completions._tokens(Watched(), text, True, 256, "prompt")
+            prompt_tokens.tokens_of(Watched(), text, True, 256, "prompt")
         assert max(lengths) < len(text)
     for text in ("a " * 2000, "ice" * 200, "é" * 700):
         expected = model.prompts.tokenizer.encode(text).ids
-        assert completions._tokens(Watched(), text, True, len(expected), "prompt") == expected
+        assert prompt_tokens.tokens_of(Watched(), text, True, len(expected), "prompt") == expected
 
 
 def test_a_model_without_a_template_names_the_other_route(device_folder, tmp_path):
@@ -699,11 +699,11 @@ def test_no_memory_left_is_told_as_such(device_folder, failure):
 BLOCKED = [
     ("reft_edge.runtime.serving.served.parse", "/v1/completions", {"prompt": "ice"}),
     ("reft_edge.runtime.serving.served.read_body", "/v1/completions", {"prompt": "ice"}),
-    ("reft_edge.runtime.serving.completions._tokens", "/v1/completions", {"prompt": "ice"}),
+    ("reft_edge.runtime.serving.completions.encoded", "/v1/completions", {"prompt": "ice"}),
     ("reft_edge.model.prompts.Prompts.render", "/v1/chat/completions", {"messages": CHAT}),
     ("reft_edge.runtime.model.load_verified", "/v1/completions", {"prompt": "ice", "model": "tiny:first"}),
     ("reft_edge.runtime.model.SteeredModel.prepare", "/v1/completions", {"prompt": "ice"}),
-    ("reft_edge.runtime.serving.completions._whole", "/v1/completions", {"prompt": "ice"}),
+    ("reft_edge.runtime.serving.choices._written", "/v1/completions", {"prompt": "ice"}),
     ("reft_edge.runtime.adapter_folder.AdapterFolder.names", "/v1/models", None),
     ("reft_edge.runtime.adapter_folder.AdapterFolder.has", "/v1/models/tiny:first", None),
 ]

@@ -10,14 +10,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from reft_edge.runtime.serving import bodies, completions, openai_api
+from reft_edge.runtime.serving import bodies, chat_api, openai_api, prompt_tokens
 from reft_edge.runtime.serving.app import create_app
 from reft_edge.runtime.serving.errors import ApiError
 from reft_edge.runtime.serving.served import ServerSettings
 
 JSON = {"content-type": "application/json"}
 KINDS = {
-    "/v1/chat/completions": openai_api.ChatRequest,
+    "/v1/chat/completions": chat_api.ChatRequest,
     "/v1/completions": openai_api.CompletionRequest,
     "/v1/embeddings": openai_api.EmbeddingRequest,
     "/v1/classify": openai_api.ClassifyRequest,
@@ -32,7 +32,9 @@ VALID = {
     "/v1/embeddings": {"model": "tiny", "input": "ice"},
     "/v1/classify": {"model": "tiny:labels", "input": ["ice", ["a", "b"]]},
 }
-FIELDS = [(path, name) for path, kind in KINDS.items() for name in [*kind.model_fields, "tools", "unknown"]]
+FIELDS = [
+    (path, name) for path, kind in KINDS.items() for name in [*kind.model_fields, "functions", "unknown"]
+]
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +154,7 @@ def test_errors_are_few_whatever_a_field_holds(path, name):
 
 
 def test_prompts_are_counted_before_they_are_tokenised(clients, monkeypatch):
-    monkeypatch.setattr(completions, "_tokens", lambda *_: pytest.fail("it was tokenised"))
+    monkeypatch.setattr(prompt_tokens, "tokens_of", lambda *_: pytest.fail("it was tokenised"))
     content = json.dumps({"model": "tiny", "prompt": ["a"] * 200_000})
     answer = clients["/v1/completions"].post("/v1/completions", content=content, headers=JSON)
     assert (answer.status_code, "at most 2048 are allowed" in answer.text) == (400, True)
@@ -250,7 +252,7 @@ junk = st.recursive(
 @settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_body_is_an_error_of_the_server(clients, path, data):
-    names = st.sampled_from([*KINDS[path].model_fields, "tools", "logit_bias", "unknown"])
+    names = st.sampled_from([*KINDS[path].model_fields, "functions", "logit_bias", "unknown"])
     changes = data.draw(st.dictionaries(names, junk, max_size=3))
     limit = {} if "max_tokens" not in VALID[path] else {"max_tokens": 1}
     check(clients[path], path, json.dumps({**VALID[path], **changes, **limit}))
