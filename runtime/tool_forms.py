@@ -12,6 +12,8 @@ from reft_edge.runtime.answer_parts import Schemas
 from reft_edge.runtime.constraints import Constraint
 from reft_edge.runtime.schema_places import SPACES
 
+_OPEN = {"patternProperties", "allOf", "anyOf", "oneOf", "$ref", "unevaluatedProperties", "propertyNames"}
+"""Keywords that may name further properties."""
 MOST_CALLS = 16
 """That a grammar lets an answer have."""
 _HERMES = {"<tool_call>": ("json", "</tool_call>")}
@@ -172,11 +174,11 @@ def _embedded(schema: Mapping[str, Any]) -> str:
 
 
 def arguments_schema(parameters: Mapping[str, Any] | None, strict: bool) -> dict[str, Any]:
-    """The schema of a tool's arguments, which are an object. What llguidance does not know of it is passed over, unless the
-    tool is `strict`."""
-    schema = {"type": "object", **(parameters or {})}
-    if parameters is None or parameters == {}:
-        schema |= {"properties": {}, "additionalProperties": False}
+    """The schema of a tool's arguments, which are an object, and hold no names that the tool does not list unless it says
+    so. What llguidance does not know of it is passed over, unless the tool is `strict`."""
+    schema: dict[str, Any] = {"type": "object", **(parameters or {})}
+    if not schema.keys() & _OPEN:
+        schema = {"properties": {}, "additionalProperties": False, **schema}
     return schema if strict else {**schema, "x-guidance": {"lenient": True}}
 
 

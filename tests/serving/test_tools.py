@@ -78,7 +78,6 @@ def openai_client(client):
 
 
 def ask(client, **fields):
-    """Where the model thinks, thoughts are ended by a bias: a random model would think for ever."""
     body = {"model": "tiny", "messages": CHAT, "tools": TOOLS, "max_tokens": 150, "seed": 3, **fields}
     return client.post("/v1/chat/completions", json=body)
 
