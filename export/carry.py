@@ -75,26 +75,29 @@ class Carrying:
 class _Matrix:
     """A quantised tensor of the file, its rows in PyTorch's order, and how it is stored in the graph."""
 
-    data: Bytes
-    """[rows, bytes]"""
+    tensor: Stored
     kind: Kind
     order: NDArray[np.int64] | None
     form: Form
 
     @property
     def rows(self) -> int:
-        return len(self.data)
+        return self.tensor.rows
 
     @property
     def columns(self) -> int:
-        return int(self.data.shape[1]) // self.kind.stored * self.kind.weights
+        return self.tensor.columns
 
     def chunks(self) -> Iterator[tuple[slice, Blocks]]:
         """The blocks of some rows at a time."""
         step = max(1, _AT_ONCE // self.columns)
+        whole = None if self.order is None else self.tensor.read(slice(None))
         for start in range(0, self.rows, step):
             rows = slice(start, min(start + step, self.rows))
-            yield rows, read_rows(self.data, self.kind, rows if self.order is None else self.order[rows])
+            if whole is None or self.order is None:
+                yield rows, read_rows(self.tensor.read(rows), self.kind, slice(None))
+            else:
+                yield rows, read_rows(whole, self.kind, self.order[rows])
 
     def stored(self) -> Iterator[Rows]:
         """All rows as the graph has them, some at a time."""
@@ -185,7 +188,7 @@ class _File:
         if tensor is None or tensor.kind not in KINDS:
             return None
         kind = KINDS[tensor.kind]
-        plain = _Matrix(tensor.data, kind, None, Form(8, kind.size))
+        plain = _Matrix(tensor, kind, None, Form(8, kind.size))
         for order in (None, *_rotary_orders(plain.rows, self._weights.heads)):
             matrix = replace(plain, order=order)
             if self._weights.equal(expected, matrix):
@@ -288,23 +291,23 @@ class _Weights:
         config = json.loads(read_text(folder / "config.json"))
         heads = int(config["num_attention_heads"])
         self.heads = (heads, int(config.get("num_key_value_heads") or heads))
-        self._files: dict[str, Any] = {
-            name: file
-            for path in sorted(folder.glob("*.safetensors"))
-            for file in [_open(path)]
-            for name in file.keys()  # noqa: SIM118
-        }
+        self._files: dict[str, Path] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            with _open(path) as file:
+                self._files |= dict.fromkeys(file.keys(), path)
 
     def equal(self, name: str, matrix: _Matrix) -> bool:
         """Whether a tensor is `matrix`, a millionth of its largest weights apart."""
-        file = self._files.get(name)
-        if file is None:
+        path = self._files.get(name)
+        if path is None:
             return False
-        stored = file.get_slice(name)
-        if list(stored.get_shape()) != [matrix.rows, matrix.columns]:
-            return False
+        with _open(path) as file:
+            if list(file.get_slice(name).get_shape()) != [matrix.rows, matrix.columns]:
+                return False
         for rows, blocks in matrix.chunks():
-            expected = stored[rows.start : rows.stop].astype(np.float32, copy=False)
+            # Opened each time: what was read of a mapped file counts as this process's memory until it is closed.
+            with _open(path) as file:
+                expected = file.get_slice(name)[rows.start : rows.stop].astype(np.float32, copy=False)
             near = 1e-6 * np.abs(expected).max()
             if not np.allclose(blocks.dequantised(), expected, rtol=0, atol=near):
                 return False

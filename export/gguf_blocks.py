@@ -68,15 +68,27 @@ class Stored:
     kind: str
     """ggml's name for its type."""
     rows: int
-    data: Bytes
-    """`[rows, bytes]`, mapped: read as it is used."""
+    columns: int
+    file: Path
+    start: int
+    """Of the matrix in the file, in bytes."""
+    width: int
+    """Bytes of a row."""
+
+    def read(self, rows: slice) -> Bytes:
+        """Neighbouring rows, `[rows, bytes]`."""
+        first, last, _ = rows.indices(self.rows)
+        count = max(0, last - first) * self.width
+        with self.file.open("rb") as file:
+            file.seek(self.start + first * self.width)
+            found = np.frombuffer(file.read(count), np.uint8)
+        return found.reshape(-1, self.width)
 
 
 def read_matrices(gguf: Path) -> dict[str, Stored]:
     """The file's matrices by name. Raises ReftEdgeError for a malformed file."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    content = np.memmap(gguf, np.uint8, "r")
     found = {}
     for tensor in read_gguf_header(gguf, MAX_GGUF_HEADER).tensors:
         if len(tensor.shape) == 2:
@@ -84,8 +96,7 @@ def read_matrices(gguf: Path) -> dict[str, Stored]:
             columns, rows = tensor.shape
             weights, stored = GGML_QUANT_SIZES[kind]
             width = columns // weights * stored
-            data = content[tensor.start : tensor.start + rows * width].reshape(rows, width)
-            found[tensor.name] = Stored(kind.name, rows, data)
+            found[tensor.name] = Stored(kind.name, rows, columns, gguf, tensor.start, width)
     return found
 
 

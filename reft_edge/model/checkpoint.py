@@ -1,14 +1,18 @@
 """A model's weights read from its safetensors files one at a time: the whole of them never stands in memory."""
 
+import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.nn import functional
 
 from reft_edge.errors import ReftEdgeError
 from reft_edge.model.blocks import decoder_layers
@@ -17,8 +21,14 @@ from reft_edge.model.loading import load_model
 from reft_edge.model.pretrained import from_folder
 from reft_edge.model.source import ModelFolder
 
-Change = Callable[[str, Tensor], None]
-"""Told a parameter's name and its float32 values, which it may change in place."""
+Change = Callable[[str, Tensor, int], None]
+"""Told a parameter's name, some of its rows in float32, which it may change in place, and which row is the first of them."""
+
+_AT_ONCE = 1 << 23  # numbers of a table of embeddings or of a head that are in memory at a time
+
+
+def leave(name: str, values: Tensor, first: int) -> None:
+    """The change that is none."""
 
 
 @dataclass(frozen=True)
@@ -46,24 +56,63 @@ class Checkpoint:
         return fingerprint_of((name, self.read(name)) for name in sorted(self.names))
 
     @contextmanager
-    def filled(self, change: Change = lambda name, values: None) -> Iterator[Any]:
-        """The model, ready to run: each block gets its weights in float32 when it runs, and loses them after."""
-        units = _units(self.model)
-        try:
-            handles = [
-                handle
-                for prefix, unit in units.items()
+    def filled(self, change: Change = leave) -> Iterator[Any]:
+        """The model, ready to run: each block gets its weights in float32 when it runs, and loses them after.
+
+        Of the table of embeddings only rows that are looked up are kept, and the head multiplies some rows at a time.
+        """
+        table, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        with ExitStack() as undo:
+            for prefix, unit in _units(self.model).items():
+                if unit is head and type(unit) is nn.Linear:
+                    unit.forward = partial(self._multiply, prefix, unit, change)  # type: ignore[method-assign]
+                    undo.callback(delattr, unit, "forward")
+                    continue
+                looked_up = unit is table and isinstance(unit, nn.Embedding)
+                fill = self._look_up(prefix, change) if looked_up else self._fill(prefix, change)
+                undo.callback(_empty, unit)
                 for handle in (
-                    unit.register_forward_pre_hook(self._fill(prefix, change)),
+                    unit.register_forward_pre_hook(fill),
                     unit.register_forward_hook(_empty),
-                )
-            ]
+                ):
+                    undo.callback(handle.remove)
             yield self.model
-        finally:
-            for handle in handles:
-                handle.remove()
-            for unit in units.values():
-                _empty(unit)
+
+    def _rows(self, name: str, change: Change) -> Iterator[tuple[int, Tensor]]:
+        """All of a parameter's rows in float32, some at a time, each time with the number of the first."""
+        first = rows = 0
+        while first == 0 or first < rows:
+            # Opened each time: what was read of a mapped file counts as this process's memory until it is closed.
+            with safe_open(self.files[name], "pt") as file:
+                stored = file.get_slice(self.keys[name])
+                rows, *others = stored.get_shape()
+                step = max(1, _AT_ONCE // max(1, math.prod(others)))
+                values = stored[first : first + step].to(torch.float32)
+            change(name, values, first)
+            yield first, values
+            first += step
+
+    def _look_up(self, prefix: str, change: Change) -> Any:
+        def fill(unit: Any, arguments: tuple[Tensor, ...]) -> None:
+            wanted = torch.unique(arguments[0])
+            # Zeros that are never written take no memory.
+            table = torch.from_numpy(np.zeros(tuple(unit.weight.shape), np.float32))
+            for first, values in self._rows(f"{prefix}.weight", change):
+                here = wanted[(wanted >= first) & (wanted < first + len(values))]
+                table[here] = values[here - first]
+            unit.weight = nn.Parameter(table, requires_grad=False)
+
+        return fill
+
+    def _multiply(self, prefix: str, unit: nn.Linear, change: Change, x: Tensor) -> Tensor:
+        bias = None
+        if unit.bias is not None:
+            bias = torch.cat([values for _, values in self._rows(f"{prefix}.bias", change)])
+        product = x.new_empty(*x.shape[:-1], unit.out_features)
+        for first, values in self._rows(f"{prefix}.weight", change):
+            rows = slice(first, first + len(values))
+            product[..., rows] = functional.linear(x, values, None if bias is None else bias[rows])
+        return product
 
     def _fill(self, prefix: str, change: Change) -> Any:
         def fill(unit: nn.Module, arguments: Any) -> None:
@@ -72,7 +121,7 @@ class Checkpoint:
                     if parameter is not None:
                         full = f"{path}.{name}"
                         values = self.read(full).to(torch.float32)
-                        change(full, values)
+                        change(full, values, 0)
                         module._parameters[name] = nn.Parameter(values, requires_grad=False)
 
         return fill
@@ -90,10 +139,10 @@ class Whole:
         return fingerprint(self.model)
 
     @contextmanager
-    def filled(self, change: Change = lambda name, values: None) -> Iterator[Any]:
+    def filled(self, change: Change = leave) -> Iterator[Any]:
         """The model, its weights changed for good."""
         for name, parameter in self.model.named_parameters():
-            change(name, parameter.data)
+            change(name, parameter.data, 0)
         yield self.model
 
 

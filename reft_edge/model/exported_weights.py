@@ -1,5 +1,6 @@
 """What an exported graph really multiplies with: its 16-bit or quantised weights, read back into a PyTorch model."""
 
+import mmap
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ def use_graph_weights(model: Any, source: Path) -> None:
     weights = GraphWeights(model, source)
     weights.prepare(model)
     for name, parameter in model.named_parameters():
-        weights.change(name, parameter.data)
+        weights.change(name, parameter.data, 0)
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,11 @@ class GraphWeights:
         Raises ReftEdgeError if a quantised matrix has no counterpart in the model.
         """
         graph = ir.load(source).graph
+        self._mapped = [
+            value.const_value
+            for value in graph.initializers.values()
+            if isinstance(value.const_value, ir.ExternalTensor)
+        ]
         stored = {value.dtype for value in graph.initializers.values()}
         halves = [half for half in _HALF if half in stored]
         self._dtype = _HALF[halves[0]] if halves else None
@@ -87,8 +93,12 @@ class GraphWeights:
         self._modules = dict(model.named_modules())
         self._parts: dict[str, list[_Part]] = {}
         self._unties = self._find(model, graph)
-        self.largest_change = 0.0
+        self._sums: dict[str, list[float]] = {}
+
+    @property
+    def largest_change(self) -> float:
         """Of the quantised parameters that were changed: the RMS of what rounding took, of the RMS of the values."""
+        return max(((taken / before) ** 0.5 for taken, before in self._sums.values() if before), default=0.0)
 
     def _find(self, model: Any, graph: ir.Graph) -> bool:
         """Note where each quantised matrix belongs; says whether the head is another matrix than the embedding."""
@@ -145,12 +155,15 @@ class GraphWeights:
                     lambda _module, _inputs, out: tuple(x.to(self._dtype).float() for x in out)
                 )
 
-    def change(self, name: str, values: Tensor) -> None:
-        """Put the graph's numbers in place of a parameter's, which are float32."""
-        changes = [_copy(part, values) for part in self._parts.get(name, ())]
-        if size := sum(before for _, before in changes):
-            share = (sum(taken for taken, _ in changes) / size) ** 0.5
-            self.largest_change = max(self.largest_change, share)
+    def change(self, name: str, values: Tensor, first: int) -> None:
+        """Put the graph's numbers in place of some rows of a parameter, float32; `first` is the number of the first."""
+        changes = [_copy(part, values, first) for part in self._parts.get(name, ())]
+        sums = self._sums.setdefault(name, [0.0, 0.0])
+        for taken, before in changes:
+            sums[0] += taken
+            sums[1] += before
+        for stored in self._mapped:
+            _forget_pages(stored)
         if self._dtype is None or name in self._parts:
             return
         path, _, own = name.rpartition(".")
@@ -245,17 +258,26 @@ def _targets(block: nn.Module, name: str) -> list[tuple[Any, int, int]]:
     )
 
 
-def _copy(part: _Part, values: Tensor) -> tuple[float, float]:
+def _forget_pages(stored: ir.ExternalTensor) -> None:
+    """Have what was read of a mapped file no longer count as this process's memory; it is read again when it is used."""
+    if stored.raw is not None and hasattr(mmap, "MADV_DONTNEED"):
+        stored.raw.madvise(mmap.MADV_DONTNEED)
+
+
+def _copy(part: _Part, values: Tensor, first: int) -> tuple[float, float]:
     """Write a matrix's rows over a parameter's, some at a time: it may be larger than what memory has left.
 
-    Returns the sums of the squares of what that changed, and of what was there.
+    `values` are the parameter's from row `first` on. Returns the sums of the squares of what that changed, and of what was
+    there.
     """
-    weight, target = part.weight, values[part.rows]
+    lower, upper = max(part.rows.start, first), min(part.rows.stop, first + len(values))
+    weight, target = part.weight, values[max(0, lower - first) : max(0, upper - first)]
+    skipped = part.first + lower - part.rows.start
     step = max(1, _AT_ONCE // weight.columns)
     taken = before = 0.0
     for start in range(0, len(target), step):
         stop = min(start + step, len(target))
-        found = weight.dequantised(part.first + start, part.first + stop)
+        found = weight.dequantised(skipped + start, skipped + stop)
         rows = torch.from_numpy(_without_means(found, target.shape[1], weight.size))
         taken += float((target[start:stop] - rows).square().sum())
         before += float(target[start:stop].square().sum())

@@ -6,8 +6,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from reft_edge.errors import ReftEdgeError
+from reft_edge.export import export_model
+from reft_edge.model import checkpoint
 from reft_edge.model.blocks import decoder_layers
 from reft_edge.model.checkpoint import Checkpoint, Whole, open_model
+from reft_edge.model.exported_weights import GraphWeights
 from reft_edge.model.fingerprint import fingerprint
 from reft_edge.model.loading import load_model
 from reft_edge.model.source import ModelFolder
@@ -60,7 +63,7 @@ def test_bfloat16_is_widened_and_changes_are_seen(tmp_path):
     save_file({name: stored.bfloat16() for name, stored in load_file(file).items()}, file, {"format": "pt"})
     found, names = open_model(folder), []
 
-    def change(name, values):
+    def change(name, values, first):
         assert values.dtype == torch.float32
         names.append(name)
         if name == "model.norm.weight":
@@ -69,6 +72,43 @@ def test_bfloat16_is_widened_and_changes_are_seen(tmp_path):
     with found.filled(change) as model:
         assert not model(input_ids=ROW).logits.any()
     assert set(names) == dict(found.model.named_parameters(remove_duplicate=False)).keys()
+
+
+@pytest.mark.parametrize("choice", ["gemma3_text", "phi"])
+@torch.no_grad()
+def test_tables_and_heads_are_read_some_rows_at_a_time(tmp_path, monkeypatch, choice):
+    """gemma3_text: tied, and scaled; phi: a head of its own, with a bias."""
+    folder = make(tmp_path, choice)
+    found, whole = open_model(folder), load_model(folder)
+    table = whole.get_input_embeddings().weight
+    monkeypatch.setattr(checkpoint, "_AT_ONCE", 50 * table.shape[1])
+    pieces = {}
+
+    def change(name, values, first):
+        pieces.setdefault(name, []).append((first, values.clone()))
+
+    with found.filled(change) as model:
+        logits = model(input_ids=ROW).logits
+    assert (logits - whole(input_ids=ROW).logits).abs().max() <= 1e-5 * logits.abs().max()
+    assert is_empty(found.model)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert [first for first, _ in pieces[name]] == [*range(0, len(table), 50)]
+        assert torch.equal(torch.cat([values for _, values in pieces[name]]), whole.get_parameter(name))
+
+
+@torch.no_grad()
+def test_a_graphs_rows_are_given_a_few_at_a_time(tmp_path):
+    folder = make(tmp_path, hidden_size=128)
+    export_model(folder, tmp_path / "e", "int4")
+    at_once, in_pieces = load_model(folder), load_model(folder)
+    expected, found = (GraphWeights(model, tmp_path / "e/model.onnx") for model in (at_once, in_pieces))
+    for name, parameter in at_once.named_parameters():
+        expected.change(name, parameter.data, 0)
+        other = in_pieces.get_parameter(name).data
+        for first in range(0, len(other), 7):
+            found.change(name, other[first : first + 7], first)
+        assert torch.equal(other, parameter.data), name
+    assert found.largest_change == pytest.approx(expected.largest_change)
 
 
 def test_other_names_than_the_model_has_are_left_to_transformers(tmp_path):
