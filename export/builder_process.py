@@ -17,6 +17,7 @@ from typing import Any
 import onnx_ir as ir
 import transformers
 
+from reft_edge.export.architectures import SAME_GRAPH
 from reft_edge.export.carry import CARRIED, Carrying, carry_blocks
 from reft_edge.export.data_file import DataFile
 from reft_edge.export.deferred import Deferred, DeferredTensor, defer
@@ -30,10 +31,15 @@ _OLMO_EPSILON = 1e-5  # OlmoLayerNorm has it as a constant
 
 def told(config: Any) -> Any:
     """The configuration as the builder understands it."""
+    text = config.get_text_config()
+    if text.model_type.startswith("gemma4"):
+        _tell_gemma4(text)
     rope = getattr(config, "rope_parameters", None)
-    if isinstance(rope, dict) and isinstance(
-        rope.get("full_attention"), dict
-    ):  # Gemma 3: one set for each layer type
+    if (
+        isinstance(rope, dict)
+        and isinstance(rope.get("full_attention"), dict)
+        and config.model_type.startswith("gemma3")
+    ):  # one set for each layer type
         config.rope_local_base_freq = rope["sliding_attention"]["rope_theta"]
         config.rope_parameters = dict(rope["full_attention"])
     # Without layer types, transformers takes a window to hold for every layer, the builder for none.
@@ -46,9 +52,17 @@ def told(config: Any) -> Any:
     # The builder goes by the class's name, which transformers can do without.
     if not getattr(config, "architectures", None):
         config.architectures = [class_name(config)]
+    config.architectures = [SAME_GRAPH.get(config.architectures[0], config.architectures[0])]
     if config.model_type == "olmo":
         config.rms_norm_eps = _OLMO_EPSILON
     return config
+
+
+def _tell_gemma4(config: Any) -> None:
+    """What its layers of full attention have of their own, under names that transformers had before."""
+    full = config.per_layer_config["full_attention"]
+    config.global_head_dim, config.num_global_key_value_heads = full.head_dim, full.num_key_value_heads
+    config.allow_global_per_layer_attribute_access = True
 
 
 _AUTO_CONFIG = transformers.AutoConfig
@@ -88,6 +102,9 @@ def main() -> None:
         plain_norm(self, *arguments, **{**options, "simple": False})
 
     builders.OLMoModel.make_layernorm = layer_norm
+    # Without a prefix of a model with images, and with the weights of whatever release of transformers there is.
+    for gemma in (builders.Gemma4Model, builders.Gemma4MoEModel):
+        del gemma.load_weights
     options, sys.argv[1:] = _own_arguments(sys.argv[1:])
     if options.context is not None:
         _SHORTER.append(options.context)
@@ -168,6 +185,7 @@ def _write_streamed(model_class: Any, gguf: Path | None, precision: str, rotatio
     def save_model(self: Any, out_dir: str) -> None:
         path = Path(out_dir) / self.filename
         graph = self.model.graph
+        _read_one_axis(self, graph)
         graph.sort()
         with (path.parent / f"{path.name}.data").open("wb") as file:
             data = DataFile(Path(file.name), file)
@@ -180,6 +198,25 @@ def _write_streamed(model_class: Any, gguf: Path | None, precision: str, rotatio
         ir.save(self.model, path)
 
     model_class.save_model = save_model
+
+
+def _read_one_axis(builder: Any, graph: ir.Graph) -> None:
+    """Rotary nodes that take one position a token get the first of the three, which are the same in text."""
+    positions = next((value for value in graph.inputs if value.name == "position_ids"), None)
+    if positions is None or positions.shape is None or len(positions.shape) != 3:
+        return
+    readers = [use for use in positions.uses() if use.node.op_type == "RotaryEmbedding"]
+    if readers:
+        name = "/model/position_ids/Gather"
+        builder.make_gather(
+            name,
+            ["position_ids", "/model/constants/INT64/0"],
+            dtype=ir.DataType.INT64,
+            shape=["batch_size", "sequence_length"],
+            axis=0,
+        )
+        for use in readers:
+            use.node.replace_input_with(use.idx, builder.values[f"{name}/output_0"])
 
 
 def _quantise(

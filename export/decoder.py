@@ -9,6 +9,7 @@ from typing import Any
 import onnx_ir as ir
 
 from reft_edge.errors import ReftEdgeError
+from reft_edge.export.architectures import check_architecture
 from reft_edge.export.build import Quantisation, Target, build_graph, stop_at
 from reft_edge.export.carry import can_carry, kinds_that_cannot
 from reft_edge.export.check_decoder import GraphLogits, Verification, compare, run_graphs
@@ -46,6 +47,7 @@ def export_decoder(
     """
     target = Target(precision, device, _quantisation(model, precision, quantisation), context)
     config = load_config(model)
+    check_architecture(config, model.name)
     if context is not None:
         _check_context(model, config, context)
     chosen = parse_layers(layers, int(config.num_hidden_layers))
@@ -126,7 +128,13 @@ def _describe(model: ModelFolder, target: Target, config: Any, folder: Path) -> 
             "reft-edge", "onnxruntime", "onnxruntime-genai", "onnx-ir", "torch", "transformers"
         ),
         device=target.device,
+        cache="growing" if _has_states(folder / PLAIN) else "shared",
     )
+
+
+def _has_states(graph: Path) -> bool:
+    """Whether layers keep a state of their own kind, which cannot be a buffer that past and present share."""
+    return any((value.name or "").startswith("past.") for value in ir.load(graph).graph.inputs)
 
 
 def _check_context(model: ModelFolder, config: Any, context: int) -> None:

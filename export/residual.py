@@ -13,8 +13,10 @@ SKIP_NORMS = ("SkipSimplifiedLayerNormalization", "SkipLayerNormalization")
 _PRODUCTS = ("MatMul", "MatMulNBits", "DynamicQuantizeMatMul")
 _INTEGER_PRODUCTS = ("MatMulInteger", "MatMulIntegerToFloat")
 _AFTER_HEAD = ("Add", "Cast", "Div", "Identity", "Mul", "Tanh")
-_PARTS = {"attention": ("attn",), "mlp": ("mlp", "moe")}
-_NAME = re.compile(r"/model/layers\.(\d+)/(?:input_layernorm|final_norm_layernorm)/SkipLayerNorm")
+_PARTS = {"attention": ("attn", "linear_attn", "conv"), "mlp": ("mlp", "moe")}
+_NAME = re.compile(
+    r"/model/layers\.(\d+)/(?:input_layernorm|operator_layernorm|final_norm_layernorm)/SkipLayerNorm"
+)
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,7 @@ class Batch:
         graph.check_cache()
         joined = graph.shares_cache and graph.device == "cpu"
         self._cache = JoinedRows(graph, slots) if joined else SeparateRows(graph, slots)
-        self.prefixes = PrefixCache(prefix_budget if graph.cache_in_numpy else 0)
+        self.prefixes = PrefixCache(prefix_budget if graph.cuts_cache else 0)
         self.waiting: deque[Row] = deque()
         self.decoding: list[Row] = []
         self.prefilling: Row | None = None

@@ -1,5 +1,6 @@
 """One session over an exported graph, its KV cache and its bound inputs."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,6 +31,7 @@ _CACHE_STEP = 256
 _MOST_TOKENS = 1 << 31
 """ONNX Runtime counts the tokens of a cache in 32 bits."""
 _MOST_HEAD = 1 << 16
+_MOST_STATE = 1 << 28
 _STEPS_AGREE = 0.1
 """Of the largest logit; arithmetic in bfloat16 stays below a tenth of this."""
 
@@ -82,15 +84,17 @@ class GraphSession:
         self.shares_cache = manifest.cache == "shared"
         """Whether past and present of a layer are one buffer."""
         inputs = {value.name: value for value in self.session.get_inputs()}
-        self.cache_shapes = {
-            name: _cache_shape(value, manifest)
-            for name, value in inputs.items()
-            if name.startswith("past_key_values.")
-        }
+        self.cache_shapes = _cache_shapes(
+            {name: value for name, value in inputs.items() if name.startswith("past_key_values.")}, manifest
+        )
         """Heads and size of a head, by the names of the cache's inputs."""
+        self._states = {name: _state(value) for name, value in inputs.items() if name.startswith("past.")}
+        """Of layers that keep a state in place of keys and values: zeros, before the first token."""
         self.context_length = manifest.context_length
         """Tokens."""
         self._has_positions = "position_ids" in inputs
+        self._axes = 3 if self._has_positions and len(inputs["position_ids"].shape) == 3 else 1
+        """For which a model has positions: time, height and width, which are the same in text."""
         self._own_keep = [1] * len(inputs[OWN_KEEP].shape) if OWN_KEEP in inputs else None
         self._own_keep_last = np.ones(self._own_keep or [1], np.int64)
         self._keeps_logits = "reft.logits_to_keep" in manifest.ports
@@ -100,6 +104,8 @@ class GraphSession:
         self.cache_dtype = next((ELEMENT_TYPES[inputs[name].type] for name in self.cache_shapes), np.float32)
         self.cache_in_numpy = self.cache_dtype != ONNX_BFLOAT16
         """Whether the cache's numbers are of a type that numpy has."""
+        self.cuts_cache = self.cache_in_numpy and not self._states
+        """Whether the first tokens of a cache are the cache of these tokens."""
         logits = next(value for value in self.session.get_outputs() if value.name == "logits")
         self._logits_dtype = ELEMENT_TYPES[logits.type]
         self._vocabulary = logits.shape[2]
@@ -206,7 +212,7 @@ class GraphSession:
         """Run with what is bound and these tokens `[rows, tokens]`, mask `[rows, past and tokens]` and positions."""
         feeds = {"input_ids": ids, "attention_mask": mask}
         if self._has_positions:
-            feeds["position_ids"] = positions
+            feeds["position_ids"] = self._on_axes(positions)
         arrays = {name: np.ascontiguousarray(array, np.int64) for name, array in feeds.items()}
         for name, array in arrays.items():
             binding.bind_cpu_input(name, array)
@@ -214,7 +220,12 @@ class GraphSession:
             self.session.run_with_iobinding(binding)
 
     def score(self, rows: Sequence[Sequence[int]], ports: Mapping[str, NDArray[np.generic]]) -> list[Logits]:
-        """Logits of every token, `[tokens, vocabulary]` a row, from one right-padded batch without a cache."""
+        """Logits of every token, `[tokens, vocabulary]` a row, from one right-padded batch without a cache.
+
+        `ports`: for all rows, or with one value a row.
+        """
+        if self._states and len(rows) > 1:  # padding would count
+            return [self.score([row], _of_row(ports, i, len(rows)))[0] for i, row in enumerate(rows)]
         length = max(len(row) for row in rows)
         ids, mask = np.zeros((2, len(rows), length), np.int64)
         for i, row in enumerate(rows):
@@ -226,7 +237,7 @@ class GraphSession:
             **ports,
         }
         if self._has_positions:
-            feeds["position_ids"] = np.tile(np.arange(length), (len(rows), 1))
+            feeds["position_ids"] = self._on_axes(np.tile(np.arange(length), (len(rows), 1)))
         if self._own_keep is not None:
             feeds[OWN_KEEP] = np.zeros(self._own_keep, np.int64)
         values = {name: ort_value(array, self._bf16) for name, array in feeds.items()}
@@ -243,7 +254,13 @@ class GraphSession:
                     [batch, heads, capacity, size], self.cache_dtype, device
                 )
                 for name, (heads, size) in self.cache_shapes.items()
+            } | {
+                name: self._ort.OrtValue.ortvalue_from_numpy(np.repeat(state, batch, axis=0), device)
+                for name, state in self._states.items()
             }
+
+    def _on_axes(self, positions: Ids) -> Ids:
+        return positions if self._axes == 1 else np.tile(positions, (self._axes, 1, 1))
 
     def _to_device(self, array: NDArray[np.generic]) -> Any:
         return ort_value(array, self._bf16, self.memory)
@@ -297,23 +314,49 @@ class BoundSession:
         return logits
 
 
-def _cache_shape(value: Any, manifest: Manifest) -> tuple[int, int]:
-    """Heads and size of a head of a cache's input. Raises ReftEdgeError where the graph and the manifest do not agree, or
-    for a context that no runtime can have."""
-    _, heads, _, size = value.shape
-    if not isinstance(heads, int) or (isinstance(size, int) and size != manifest.head_size):
-        raise ReftEdgeError(
-            f"the graph's {value.name} has the shape {value.shape}, and the manifest says head_size {manifest.head_size}; "
-            "export the model again"
-        )
-    if manifest.context_length >= _MOST_TOKENS or manifest.head_size > _MOST_HEAD:
+def _cache_shapes(inputs: Mapping[str, Any], manifest: Manifest) -> dict[str, tuple[int, int]]:
+    """Heads and size of a head of every cache's input; layers may have sizes of their own. Raises ReftEdgeError where the
+    graph and the manifest do not agree, or for a context or a head that no runtime can have."""
+    sizes = {value.shape[3] for value in inputs.values() if isinstance(value.shape[3], int)}
+    for value in inputs.values():
+        if not isinstance(value.shape[1], int) or (sizes and manifest.head_size not in sizes):
+            raise ReftEdgeError(
+                f"the graph's {value.name} has the shape {value.shape}, and the manifest says head_size {manifest.head_size}; "
+                "export the model again"
+            )
+    if manifest.context_length >= _MOST_TOKENS or max(sizes | {manifest.head_size}) > _MOST_HEAD:
         raise ReftEdgeError(
             f"the manifest says context_length {manifest.context_length} and head_size {manifest.head_size}; expected fewer than "
             f"{_MOST_TOKENS} and at most {_MOST_HEAD}: export the model again"
         )
-    return heads, manifest.head_size
+    return {
+        name: (value.shape[1], value.shape[3] if isinstance(value.shape[3], int) else manifest.head_size)
+        for name, value in inputs.items()
+    }
+
+
+def _state(value: Any) -> NDArray[np.generic]:
+    """The state of one row before its first token. Raises ReftEdgeError for a shape or a type that no export writes."""
+    _, *sizes = value.shape
+    kind = ELEMENT_TYPES.get(value.type)
+    if kind not in (np.float32, np.float16) or not all(isinstance(size, int) for size in sizes):
+        raise ReftEdgeError(
+            f"the graph's {value.name} has the shape {value.shape} and the type {value.type}; expected fixed sizes and 32-bit "
+            "or 16-bit floats: export the model again"
+        )
+    if math.prod(sizes) > _MOST_STATE:
+        raise ReftEdgeError(f"the graph's {value.name} has the shape {value.shape}, too large for a state")
+    return np.zeros((1, *sizes), kind)
+
+
+def _of_row(ports: Mapping[str, NDArray[np.generic]], row: int, rows: int) -> dict[str, NDArray[np.generic]]:
+    """What of a batch's port inputs is for one row."""
+    name = "reft.prompt_len"
+    if name not in ports or len(ports[name]) != rows:
+        return dict(ports)
+    return {**ports, name: ports[name][row : row + 1]}
 
 
 def present_name(past: str) -> str:
     """The output that goes with a cache's input."""
-    return past.replace("past_key_values", "present")
+    return past.replace("past_key_values", "present").replace("past.", "present.")

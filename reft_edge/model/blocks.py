@@ -6,7 +6,7 @@ from torch import nn
 
 from reft_edge.errors import ReftEdgeError
 
-_MODULES = {"attention": ("self_attn",), "mlp": ("mlp",)}
+_MODULES = {"attention": ("self_attn", "linear_attn", "conv"), "mlp": ("mlp", "feed_forward", "shared_mlp")}
 """What transformers calls a decoder block's parts."""
 
 

@@ -177,7 +177,7 @@ def open_checkpoint(folder: ModelFolder) -> Checkpoint | None:
     except Exception as error:  # transformers and torch raise many kinds here
         raise ReftEdgeError(f"cannot load {folder.name}: {str(error) or type(error).__name__}") from error
     keys = _keys(model, stored)
-    if keys is None or _is_converted(model):
+    if keys is None or _is_converted(model) or not _read_buffers(model, stored):
         return None
     files = {name: stored[key][0] for name, key in keys.items()}
     names = tuple(name for name, _ in model.named_parameters())
@@ -196,8 +196,20 @@ def _keys(model: Any, stored: dict[str, tuple[Path, list[int]]]) -> dict[str, st
         if not held or stored[held[0]][1] != list(parameters[held[0]].shape):
             return None
         keys |= dict.fromkeys(names, held[0])
-    others = set(model.state_dict()) - parameters.keys()
-    return None if others else keys
+    return keys
+
+
+def _read_buffers(model: Any, stored: dict[str, tuple[Path, list[int]]]) -> bool:
+    """Give the model what its files hold beside parameters; whether all of it is there."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name, content in model.state_dict().items():
+        if name in parameters:
+            continue
+        if name not in stored or stored[name][1] != list(content.shape):
+            return False
+        with safe_open(stored[name][0], "pt") as file:
+            content.copy_(file.get_tensor(name))
+    return True
 
 
 def _is_converted(model: Any) -> bool:

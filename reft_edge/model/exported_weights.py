@@ -19,10 +19,17 @@ from reft_edge.model.manifest import Manifest, load_manifest
 
 _HALF = {ir.DataType.FLOAT16: torch.float16, ir.DataType.BFLOAT16: torch.bfloat16}
 _IN_BLOCK = re.compile(r"/model/layers\.(\d+)/\w+/(\w+)/MatMul(?:_Q\d)?")
-_ALIASES = {"o_proj": "dense"}
+_ALIASES = {
+    "o_proj": ("dense", "out_proj"),
+    "gate_proj": ("w1",),
+    "up_proj": ("w3",),
+    "down_proj": ("w2", "output_linear"),
+}
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
 _AT_ONCE = 1 << 22  # weights that are dequantised at a time
-_SPLIT = {"gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1)}
+_SPLIT = {"gate_proj": 0, "up_proj": 1}
+_HALVES = ("gate_up_proj", "input_linear")
+"""Layers of which those are one half each."""
 
 
 def use_exported_weights(model: Any, folder: Path, base_fingerprint: str) -> Manifest:
@@ -245,14 +252,13 @@ def _targets(block: nn.Module, name: str) -> list[tuple[Any, int, int]]:
         for path, module in block.named_modules()
         if isinstance(module, nn.Linear)
     }
-    name = name if name in linear else _ALIASES.get(name, name)
-    if name in linear:
-        return [(linear[name], 1, 0)]
+    if own := next((alias for alias in (name, *_ALIASES.get(name, ())) if alias in linear), None):
+        return [(linear[own], 1, 0)]
     if name in _FUSED and all(part in linear for part in _FUSED[name]):
         return [(linear[part], 1, 0) for part in _FUSED[name]]
-    if name in _SPLIT and _SPLIT[name][0] in linear:
-        whole, half = _SPLIT[name]
-        return [(linear[whole], 2, half)]
+    whole = next((alias for alias in _HALVES if alias in linear), None)
+    if name in _SPLIT and whole is not None:
+        return [(linear[whole], 2, _SPLIT[name])]
     raise ReftEdgeError(
         f"cannot check the quantised matrix {name}: the block has {', '.join(sorted(linear))}"
     )

@@ -60,6 +60,53 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
     },
     "ernie4_5": {"tie_word_embeddings": True, "head_dim": 16},
+    "ministral": {"tie_word_embeddings": False, "head_dim": 16, "sliding_window": 8},
+    "seed_oss": {"tie_word_embeddings": False, "head_dim": 16},
+    "granitemoehybrid": {
+        "tie_word_embeddings": True,
+        "layer_types": ["attention"] * LAYERS,
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+        "shared_intermediate_size": 96,
+        "position_embedding_type": "rope",
+        "logits_scaling": 2.0,
+        "residual_multiplier": 0.5,
+    },
+    "gemma4_text": {
+        "tie_word_embeddings": True,
+        "head_dim": 16,
+        "global_head_dim": 32,
+        "num_global_key_value_heads": 2,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "hidden_size_per_layer_input": 0,
+        "final_logit_softcapping": 10.0,
+    },
+    "lfm2": {"tie_word_embeddings": True, "layer_types": ["conv", "full_attention", "conv"]},
+    "lfm2_moe": {
+        "tie_word_embeddings": True,
+        "layer_types": ["conv", "full_attention", "conv"],
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "num_dense_layers": 1,
+        "moe_intermediate_size": 32,
+    },
+    "qwen3_5_text": {
+        "tie_word_embeddings": True,
+        "head_dim": 16,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+            "mrope_interleaved": True,
+            "mrope_section": [2, 1, 1],
+        },
+    },
 }
 TEMPLATE = (
     "{% for message in messages %}<|start|>{{ message['role'] }}\n{{ message['content'] }}<|end|>\n{% endfor %}"
@@ -87,6 +134,9 @@ def make_model(folder: Path, architecture: str = "llama", seed: int = 0, **chang
                 parameter.uniform_(0.5, 1.5)
             elif name.endswith("bias"):
                 parameter.uniform_(-0.2, 0.2)
+        for name, content in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                content.uniform_(0.5, 1.5)
     model.save_pretrained(folder)
     make_tokenizer(folder)
     return folder
