@@ -153,7 +153,7 @@ def test_an_architecture_that_is_unknown_is_named_before_anything_is_built(tmp_p
     config = json.loads((tmp_path / "hf/config.json").read_text())
     (tmp_path / "hf/config.json").write_text(json.dumps({**config, "architectures": ["BloomForCausalLM"]}))
     steps = []
-    with pytest.raises(ReftEdgeError, match="hf cannot be exported: .* does not know BloomForCausalLM"):
+    with pytest.raises(ReftEdgeError, match=r"hf cannot be exported: .* does not know BloomForCausalLM"):
         export_model(ModelFolder(tmp_path / "hf", "hf"), tmp_path / "a", report=steps.append)
     assert steps == []
     assert not (tmp_path / "a").exists()
