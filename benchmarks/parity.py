@@ -1,11 +1,11 @@
 """Exported graphs against PyTorch and stock onnxruntime-genai, architectures by precisions, on tiny random models.
 
-    python benchmarks/parity.py [--markdown]
+    python benchmarks/parity.py [--device cuda] [--markdown]
 
 For each pair: the largest difference of logits from PyTorch's with a random LoReFT adapter at every layer, in exact
 arithmetic (reft_edge/export/exact.py), and whether unmodified onnxruntime-genai, given the same folder and the packed
-adapter, generates the tokens that our runtime generates. bf16 graphs are built for CUDA and have no CPU kernels, so
-they are generated from nowhere here.
+adapter, generates the tokens that our runtime generates. bf16 graphs are built for CUDA and have no CPU kernels: without
+`--device cuda`, which builds every graph for a GPU and generates there, nothing is generated from them.
 """
 
 import argparse
@@ -51,11 +51,11 @@ class Parity:
         return f"{self.steered_error:.0e}, {self.stock}"
 
 
-def measure(architecture: str, precision: str, model: Path, work: Path) -> Parity:
+def measure(architecture: str, precision: str, model: Path, work: Path, runs_on: str) -> Parity:
     if architecture == "gpt_oss" and precision in ("int8", "int4"):
         return Parity(architecture, precision, stock="needs its own MXFP4 weights")
     folder = work / "export"
-    device = "cuda" if precision == "bf16" else "cpu"
+    device = "cuda" if precision == "bf16" else runs_on
     try:
         manifest = export_model(ModelFolder(model, architecture), folder, precision, device=device)
     except ReftEdgeError as error:
@@ -69,16 +69,16 @@ def measure(architecture: str, precision: str, model: Path, work: Path) -> Parit
         checked["base_error"],
         checked["steered_error"],
         checked["effect"],
-        "needs a GPU" if device == "cuda" else stock_tokens(folder, work),
+        stock_tokens(folder, work, device) if device == runs_on else "needs a GPU",
     )
 
 
-def stock_tokens(folder: Path, work: Path) -> str:
+def stock_tokens(folder: Path, work: Path, device: str) -> str:
     """Whether stock onnxruntime-genai and our runtime agree on greedy tokens, with the adapter and without."""
     import onnxruntime_genai as og
 
     pack_adapter(work / "task.safetensors", folder, work / "task.onnx_adapter")
-    ours = SteeredModel(folder, device="cpu")
+    ours = SteeredModel(folder, device=device)
     ours.load_adapter(work / "task.safetensors", name="task")
     ids = ours.prompts.encode_raw(PROMPT)
     try:
@@ -116,6 +116,7 @@ def main() -> None:
         "--architectures", nargs="+", default=list(ARCHITECTURES), choices=list(ARCHITECTURES)
     )
     parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=list(PRECISIONS))
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="what generates")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--markdown", action="store_true", help="print the table of docs/benchmarks.md")
     options = parser.parse_args()
@@ -127,7 +128,7 @@ def main() -> None:
             model = make_model(Path(temporary) / architecture, architecture, **WIDE)
             for precision in options.precisions:
                 status.update(f"{architecture}, {precision}")
-                row = measure(architecture, precision, model, Path(temporary))
+                row = measure(architecture, precision, model, Path(temporary), options.device)
                 rows.setdefault(architecture, []).append(row)
     if options.json:
         print(json.dumps([asdict(parity) for row in rows.values() for parity in row]))

@@ -150,12 +150,21 @@ def _not_started(chosen: Choice) -> ReftEdgeError:
 
 
 def ort_value(array: NDArray[np.generic], bf16: bool = False, device: str = "cpu") -> Any:
-    """An OrtValue of an array; its float32 numbers rounded to bfloat16 if `bf16`."""
+    """An OrtValue of an array; its float32 numbers rounded to bfloat16 if `bf16`. On the CPU, others than those lie in the
+    array's own memory."""
     ort_value_type = import_onnxruntime().OrtValue
     if bf16 and array.dtype == np.float32:
-        bits = _round_to_bfloat16(array.astype(np.float32, copy=False))
-        return ort_value_type.ortvalue_from_numpy_with_onnx_type(bits, ONNX_BFLOAT16)
+        value = ort_value_type.ortvalue_from_shape_and_type(list(array.shape), ONNX_BFLOAT16, device)
+        value.update_inplace(_round_to_bfloat16(array.astype(np.float32, copy=False)))
+        return value
     return ort_value_type.ortvalue_from_numpy(array, device)
+
+
+def zero_value(shape: Sequence[int], kind: Any, device: str) -> Any:
+    """An OrtValue of zeros. `kind`: a numpy type, or ONNX's number of one that numpy lacks."""
+    value = import_onnxruntime().OrtValue.ortvalue_from_shape_and_type(list(shape), kind, device)
+    value.update_inplace(np.zeros(shape, np.uint16 if kind == ONNX_BFLOAT16 else kind))
+    return value
 
 
 def _round_to_bfloat16(array: NDArray[np.float32]) -> NDArray[np.uint16]:

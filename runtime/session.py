@@ -23,6 +23,7 @@ from reft_edge.runtime.onnx_runtime import (
     open_graph,
     ort_value,
     plain_failure,
+    zero_value,
 )
 from reft_edge.runtime.required_ports import require_ports
 
@@ -248,11 +249,11 @@ class GraphSession:
         return [logits[i, : len(row)] for i, row in enumerate(rows)]
 
     def _empty_pasts(self, batch: int, capacity: int, device: str) -> dict[str, Any]:
+        """Zeros: CUDA's kernels multiply what lies behind a row's last token by 0, and memory that held something else may
+        hold what is no number."""
         with plain_failure():
             return {
-                name: self._ort.OrtValue.ortvalue_from_shape_and_type(
-                    [batch, heads, capacity, size], self.cache_dtype, device
-                )
+                name: zero_value([batch, heads, capacity, size], self.cache_dtype, device)
                 for name, (heads, size) in self.cache_shapes.items()
             } | {
                 name: self._ort.OrtValue.ortvalue_from_numpy(np.repeat(state, batch, axis=0), device)

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import gguf
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from hypothesis import given, settings
@@ -38,13 +39,14 @@ from reft_edge.convert.control_vector import (
 )
 from reft_edge.convert.formats import Given, convert
 from reft_edge.convert.from_pyreft import Asked, from_pyreft
-from reft_edge.convert.onnx_adapter import from_onnx_adapter, pack_adapter
+from reft_edge.convert.onnx_adapter import _array, from_onnx_adapter, pack_adapter
 from reft_edge.convert.tensor_file import read_tensors
 from reft_edge.convert.to_pyreft import to_pyreft
 from reft_edge.errors import ReftEdgeError
 from reft_edge.model.manifest import load_manifest, save_manifest
 from reft_edge.model.places import Place
 from reft_edge.runtime import SteeredModel
+from reft_edge.runtime.onnx_runtime import ONNX_BFLOAT16, ort_value
 from reft_edge.steering.hooks import steered
 from reft_edge.steering.interventions import Interventions
 from tests.adapter.test_algebra import LAYERS, D, make_adapter
@@ -657,22 +659,35 @@ def test_a_packed_adapter_comes_back(device_folder, tmp_path, name):
     assert np.abs(model.logits(ids, "original")[0] - model.logits(ids)[0]).max() > 0.1
 
 
-@pytest.mark.parametrize(("float_type", "digits"), [("fp16", 1e-2), ("bf16", 1e-1)])
-def test_a_packed_adapter_of_16_bits_comes_back(device_folder, tmp_path, float_type, digits):
+@pytest.mark.parametrize(("float_type", "bits"), [("fp16", 11), ("bf16", 8)])
+def test_a_packed_adapter_of_16_bits_comes_back(device_folder, tmp_path, float_type, bits):
     (tmp_path / "half").mkdir()
     manifest = replace(load_manifest(device_folder / "export"), float_type=float_type)
     save_manifest(manifest, tmp_path / "half")
     packed = tmp_path / "task.onnx_adapter"
-    pack_adapter(device_folder / "first.safetensors", tmp_path / "half", packed)
-    edit = fold(from_onnx_adapter(packed, manifest, raw=False))
-    original = fold(load_adapter(device_folder / "first.safetensors"))
-    for place, part in original.places.items():
-        np.testing.assert_allclose(edit.places[place].A, part.A, rtol=digits, atol=digits / 10)
+    for name in ("first", "everywhere"):
+        pack_adapter(device_folder / f"{name}.safetensors", tmp_path / "half", packed)
+        edit = fold(from_onnx_adapter(packed, manifest, raw=False))
+        original = fold(load_adapter(device_folder / f"{name}.safetensors"))
         assert edit.gates == original.gates
+        for place, part in original.places.items():
+            found = edit.places[place]
+            for mine, theirs in ((found.A, part.A), (found.b, part.b), (found.B, part.B)):
+                np.testing.assert_allclose(mine, theirs, rtol=0.5**bits, atol=1e-7)
+
+
+def test_a_value_in_bfloat16_has_memory_of_its_own():
+    """An AdapterFormat keeps ONNX Runtime's part of a value, and not the array behind it."""
+    arrays = [np.full(size, 1.5, np.float32) for size in (1, 64, 5000) for _ in range(50)]
+    values = [onnxruntime.OrtValue(ort_value(array, bf16=True)._get_c_value()) for array in arrays]
+    for size in (1, 64, 5000):  # takes what was freed
+        arrays += [np.full(size, np.nan, np.float32) for _ in range(200)]
+    for value in values:
+        assert value.element_type() == ONNX_BFLOAT16
+        assert set(_array(value).ravel()) == {np.float32(1.5)}
 
 
 def packed_parameters(path: Path, **changes) -> None:
-    import onnxruntime
 
     values = onnxruntime.AdapterFormat.read_adapter(str(path)).get_parameters()
     arrays = {name: np.array(value.numpy()) for name, value in values.items()}
