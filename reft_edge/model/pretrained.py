@@ -16,8 +16,12 @@ def from_folder(kind: Any, folder: Path, name: str, **options: Any) -> Any:
     if transformers cannot load the folder.
     """
     quiet_libraries()
-    if transformers_4() and not kind.__name__.endswith("Tokenizer") and "gguf_file" not in options:
-        options |= rotary_for_4(read_object(folder / "config.json"), name)
+    if not kind.__name__.endswith("Tokenizer") and "gguf_file" not in options:
+        config = read_object(folder / "config.json")
+        if transformers_4():
+            options |= rotary_for_4(config, name)
+        if caps_attention(config):
+            options.setdefault("attn_implementation", "eager")
     try:
         return kind.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True, **options)
     except Exception as error:  # transformers, gguf and torch raise many kinds here
@@ -27,6 +31,15 @@ def from_folder(kind: Any, folder: Path, name: str, **options: Any) -> Any:
                 "give a model that transformers has a class for"
             ) from error
         raise ReftEdgeError(f"cannot load {name}: {str(error) or type(error).__name__}") from error
+
+
+def caps_attention(config: dict[str, Any]) -> bool:
+    """Whether a config.json caps attention's logits (Gemma 2), which PyTorch's fused attention cannot: transformers 5.17 and
+    older take it all the same, and leave the cap out."""
+    text = config.get("text_config")
+    return any(
+        isinstance(part, dict) and part.get("attn_logit_softcapping") is not None for part in (config, text)
+    )
 
 
 def rotary_for_4(config: dict[str, Any], name: str) -> dict[str, Any]:

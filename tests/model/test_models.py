@@ -15,6 +15,7 @@ import torch
 
 from reft_edge.errors import ReftEdgeError
 from reft_edge.model import packaged
+from reft_edge.model.checkpoint import open_checkpoint
 from reft_edge.model.fingerprint import fingerprint
 from reft_edge.model.loading import load_model
 from reft_edge.model.packaged import PACKAGED_MODELS, PackagedModel, Part, packaged_gguf
@@ -246,3 +247,13 @@ def test_bad_models_are_named(tmp_path, cache, monkeypatch):
         match=r"no folder or file some/model, and it could not be had from the Hub: no route to host$",
     ):
         resolve_model("some/model")
+
+
+def test_a_cap_of_attentions_logits_is_not_left_to_fused_attention(tmp_path):
+    folder = ModelFolder(make_model(tmp_path / "hf", "gemma2"), "tiny-gemma2")
+    for model in (load_model(folder), open_checkpoint(folder).model):
+        assert model.config._attn_implementation == "eager"
+
+
+def test_models_without_a_cap_keep_fused_attention(tiny_model):
+    assert tiny_model.config._attn_implementation == "sdpa"
