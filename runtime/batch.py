@@ -16,8 +16,10 @@ from tokenizers import Tokenizer
 from reft_edge.errors import ReftEdgeError
 from reft_edge.runtime.binding import Bound
 from reft_edge.runtime.constraints import Constraint, Progress
+from reft_edge.runtime.logprobs import TokenScore, score
 from reft_edge.runtime.memory import NoMemoryError
 from reft_edge.runtime.prefix import Prefix, PrefixCache
+from reft_edge.runtime.room import SPARE, tokens_in
 from reft_edge.runtime.rows import (
     BoundRows,
     JoinedRows,
@@ -56,15 +58,6 @@ class Request:
 
 
 @dataclass(frozen=True)
-class TokenScore:
-    """A generated token's natural log-probability, before sampling changed it, and the likeliest tokens' beside it."""
-
-    token: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]
-
-
-@dataclass(frozen=True)
 class Piece:
     """What an answer gained; the last piece of an answer has a finish_reason."""
 
@@ -88,34 +81,45 @@ class Row:
         tokenizer: Tokenizer,
         deliver: Callable[[Piece], None],
         progress: Progress | None = None,
+        room: int | None = None,
     ) -> None:
-        """`context`: the model's, in tokens. `progress`: of the answer under the request's constraint. Raises ReftEdgeError for an empty prompt, or one that fills the context."""
+        """`context`: the model's, in tokens. `progress`: of the answer under the request's constraint. `room`: tokens that
+        there is memory for. Raises ReftEdgeError for an empty prompt, or one that fills the context or the memory."""
         if not request.ids:
             raise ReftEdgeError("the prompt is empty; give at least one token")
+        if room is not None and room <= len(request.ids) < context:
+            raise ReftEdgeError(
+                f"the prompt has {len(request.ids)} tokens, and the memory for KV caches holds {room}: shorten it, or give "
+                "more memory (serve --cache-memory)"
+            )
         self.request, self.deliver = request, deliver
         self.bound, self.progress = bound, progress
-        self.limit = answer_limit(len(request.ids), request.max_tokens, context)
+        most = context if room is None else min(context, room)
+        self.limit = answer_limit(len(request.ids), request.max_tokens, most)
         self.sampler = Sampler(request.sampling, request.ids)
         self.text = TextStream(tokenizer, request.stop, request.shown)
         self.length = 0
         """Tokens in the KV cache."""
         self.tokens: list[int] = []
+        self.started = 0
+        """Of rows that started one after another, which this is."""
         self.finish_reason: str | None = None
         self.cancelled = False
 
     @property
     def need(self) -> int:
-        """Tokens in the KV cache after the next step."""
-        return max(len(self.request.ids), self.length) + 1
+        """Tokens in the KV cache after the next step that gives a token."""
+        return len(self.request.ids) + max(1, len(self.tokens))
+
+    @property
+    def again(self) -> bool:
+        """Whether tokens that were chosen before this row stepped back still have to run."""
+        return self.length < len(self.request.ids) + len(self.tokens)
 
     @property
     def most(self) -> int:
         """Tokens in the KV cache at most."""
         return len(self.request.ids) + self.limit
-
-
-LEAST_LOGPROB = -9999.0
-"""Stands for minus infinity, which JSON does not have: the log-probability of what cannot come."""
 
 
 def answer_limit(prompt_tokens: int, max_tokens: int, context: int) -> int:
@@ -133,10 +137,16 @@ class Batch:
     """The rows that run together. Not thread-safe: `Engine` gives it a thread of its own."""
 
     def __init__(
-        self, graph: GraphSession, eos_token_ids: Sequence[int], slots: int, prefix_budget: int
+        self,
+        graph: GraphSession,
+        eos_token_ids: Sequence[int],
+        slots: int,
+        prefix_budget: int,
+        cache_budget: int | None = None,
     ) -> None:
-        """`slots`: rows at most; `prefix_budget`: bytes of prompts to remember. Raises ReftEdgeError for fewer than 1 slot,
-        or a graph without a KV cache."""
+        """`slots`: rows at most; `prefix_budget`: bytes of prompts to remember; `cache_budget`: bytes of keys and values of
+        all rows, none for as many as they need. Raises ReftEdgeError for fewer than 1 slot, a graph without a KV cache,
+        or a budget that holds next to nothing."""
         if slots < 1:
             raise ReftEdgeError(f"slots is {slots}; expected 1 or more")
         self._graph, self._eos = graph, eos_token_ids
@@ -144,6 +154,9 @@ class Batch:
         joined = graph.shares_cache and graph.device == "cpu"
         self._cache = JoinedRows(graph, slots) if joined else SeparateRows(graph, slots)
         self.prefixes = PrefixCache(prefix_budget if graph.cuts_cache else 0)
+        self.room = None if cache_budget is None else tokens_in(graph, cache_budget)
+        """Tokens that all rows may have together; none: as many as they need."""
+        self._started = 0
         self.waiting: deque[Row] = deque()
         self.decoding: list[Row] = []
         self.prefilling: Row | None = None
@@ -170,8 +183,10 @@ class Batch:
         """
         decoding = bool(self.decoding)
         self._drop_cancelled()
-        if self.prefilling is None and self.waiting and len(self.decoding) < self._cache.rows:
+        if self.prefilling is None and self._can_start():
+            self._started += 1
             self.prefilling = self.waiting.popleft()
+            self.prefilling.started = self._started
         if self.prefilling is not None:
             self._prefill(self.prefilling)
         if decoding and self.decoding:
@@ -180,9 +195,21 @@ class Batch:
             self._unbind()
             self._cache.clear()
 
+    def _can_start(self) -> bool:
+        """Whether the first that waits can have a slot, and room for a while beside those that run."""
+        if not self.waiting or len(self.decoding) >= self._cache.rows:
+            return False
+        if self.room is None or not self.decoding:
+            return True
+        rows, first = [*self.decoding, self.waiting[0]], self.waiting[0]
+        return sum(self._needs(rows)) + min(SPARE, first.most - first.need) <= self.room
+
+    def _needs(self, rows: Sequence[Row]) -> list[int]:
+        return [row.need if self._cache.grows else row.most for row in rows]
+
     def abort(self, reason: str, error: ReftEdgeError | None = None) -> None:
         """End every row with this finish_reason."""
-        rows = [*self.decoding, *([self.prefilling] if self.prefilling else []), *self.waiting]
+        rows = [*self._running(), *self.waiting]
         self.decoding, self.prefilling = [], None
         self.waiting.clear()
         self._unbind()
@@ -214,7 +241,7 @@ class Batch:
         self.prefilling = self._bound_prefill = None
         self.decoding.append(row)
         self._remember(row)
-        if not self._take(row, logits):
+        if not row.tokens and not self._take(row, logits):
             self._leave(row)
 
     def _run_part(self, row: Row) -> Logits | None:
@@ -248,11 +275,12 @@ class Batch:
                 self.prefixes.add(Prefix(ids, row.bound.edit, content))
 
     def _decode(self) -> None:
+        self._step_back()
         self._make_room()
         if not self.decoding:
             return
         rows = list(self.decoding)
-        ids = np.array([[row.tokens[-1]] for row in rows], np.int64)
+        ids = np.array([[row.tokens[row.length - len(row.request.ids)]] for row in rows], np.int64)
         beside = self.prefilling.length if self.prefilling is not None else 0
         if self._bound_decode is None or self._bound_decode[0] != rows:
             self._bound_decode = rows, self._cache.bind_decode([row.bound.decode for row in rows])
@@ -263,8 +291,23 @@ class Batch:
             if isinstance(outcome, Exception):
                 _end(row, "error", error=as_reason(outcome))
                 self._leave(row)
-            elif not self._take(row, outcome):
+            elif not row.again and not self._take(row, outcome):
                 self._leave(row)
+
+    def _step_back(self) -> None:
+        """Where the rows have no room together, those that started last wait, and then run their tokens again."""
+        while self.room is not None and self.running > 1 and sum(self._needs(self._running())) > self.room:
+            last = max(self._running(), key=lambda row: row.started)
+            if last is self.prefilling:
+                self.prefilling = self._bound_prefill = None
+                self._cache.forget(len(self.decoding))
+            else:
+                self._leave(last)
+            last.length = 0
+            self.waiting.appendleft(last)
+
+    def _running(self) -> list[Row]:
+        return [*self.decoding, *([self.prefilling] if self.prefilling else [])]
 
     def _make_room(self) -> None:
         """Room for one more token of every decoding row; where there is none, the longest rows end."""
@@ -280,8 +323,8 @@ class Batch:
 
     def _reserve(self) -> None:
         """Room for what the rows need now. Raises ReftEdgeError if there is no memory; then nothing changed."""
-        rows = [*self.decoding, *([self.prefilling] if self.prefilling else [])]
-        needs = [row.need if self._cache.grows else row.most for row in rows]
+        rows = self._running()
+        needs = self._needs(rows)
         if not self._cache.fits(needs):
             self._unbind()
             self._cache.reserve(needs, [row.length for row in rows])
@@ -327,18 +370,6 @@ class Batch:
             self._cache.move(last + 1, last, self.prefilling.length)
             last += 1
         self._cache.forget(last)
-
-
-def score(logits: Logits, token: int, count: int) -> TokenScore:
-    """Natural log-probabilities of a token and of the `count` likeliest, from `logits [vocabulary]`."""
-    wide = logits.astype(np.float64)
-    logprobs = wide - wide.max()
-    logprobs -= np.log(np.exp(logprobs).sum())
-    logprobs = np.maximum(logprobs, LEAST_LOGPROB)
-    least = np.partition(logprobs, -count)[-count] if 0 < count <= len(logprobs) else -np.inf
-    likely = np.flatnonzero(logprobs >= least)
-    top = likely[np.argsort(-logprobs[likely], kind="stable")][:count]
-    return TokenScore(token, float(logprobs[token]), tuple((int(i), float(logprobs[i])) for i in top))
 
 
 def _end(

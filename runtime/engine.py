@@ -67,11 +67,17 @@ class Engine:
     """
 
     def __init__(
-        self, model: SteeredModel, slots: int = 8, queue_limit: int = 64, prefix_budget: int = PREFIX_BUDGET
+        self,
+        model: SteeredModel,
+        slots: int = 8,
+        queue_limit: int = 64,
+        prefix_budget: int = PREFIX_BUDGET,
+        cache_budget: int | None = None,
     ) -> None:
         """`slots`: requests that run at once; `queue_limit`: requests that may wait; `prefix_budget`: bytes of prompts
-        to remember."""
-        self.batch = model.batch(slots, prefix_budget)
+        to remember; `cache_budget`: bytes of keys and values of all that run. Where these have no room together, some wait;
+        none: they have as much as they need."""
+        self.batch = model.batch(slots, prefix_budget, cache_budget)
         self._arrived: deque[Row] = deque()
         self._model, self._queue_limit = model, queue_limit
         self._changed = threading.Condition()
@@ -97,7 +103,7 @@ class Engine:
         pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
         with self._changed:
             self._check_room()  # before the work that a row is
-        row = self._model.row(request, deliver or pieces.put)
+        row = self._model.row(request, deliver or pieces.put, self.batch.room)
         with self._changed:
             self._check_room()
             self._arrived.append(row)

@@ -34,6 +34,24 @@ def sparse_zeros(shape: Sequence[int], dtype: Any) -> NDArray[np.generic]:
         ) from error
 
 
+def give_back(part: NDArray[np.generic]) -> None:
+    """Have a contiguous part of what `sparse_zeros` made take no memory until it is written again; its content is lost.
+
+    Where the system cannot do that, nothing changes.
+    """
+    base = part
+    while isinstance(base.base, np.ndarray):
+        base = base.base
+    pages = getattr(base.base, "obj", None)
+    if sys.platform != "linux" or not isinstance(pages, mmap.mmap):
+        return
+    begin = part.ctypes.data - base.ctypes.data
+    first = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (begin + part.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if first < end:
+        pages.madvise(mmap.MADV_DONTNEED, first, end - first)
+
+
 def _pages(size: int) -> mmap.mmap:
     if sys.platform == "win32":
         return mmap.mmap(-1, size)

@@ -256,13 +256,13 @@ class SteeredModel:
             chosen = self._chosen(adapter)
             return self._mixes.bind({name: self._adapters[name].edit for name in chosen}, chosen)
 
-    def batch(self, slots: int, prefix_budget: int = 0) -> Batch:
+    def batch(self, slots: int, prefix_budget: int = 0, cache_budget: int | None = None) -> Batch:
         """An empty batch of this model's rows; raises ReftEdgeError as `Batch` does."""
-        return Batch(self.graph, self.manifest.eos_token_ids, slots, prefix_budget)
+        return Batch(self.graph, self.manifest.eos_token_ids, slots, prefix_budget, cache_budget)
 
-    def row(self, request: Request, deliver: Callable[[Piece], None]) -> Row:
-        """A request made ready for a batch; adapters are taken as they are now. Raises ReftEdgeError as `Row` does, and
-        for unknown adapters and constraints that are not valid."""
+    def row(self, request: Request, deliver: Callable[[Piece], None], room: int | None = None) -> Row:
+        """A request made ready for a batch of so much `room`; adapters are taken as they are now. Raises ReftEdgeError as
+        `Row` does, and for unknown adapters and constraints that are not valid."""
         form = request.constraint
         return Row(
             request,
@@ -271,6 +271,7 @@ class SteeredModel:
             self.prompts.tokenizer,
             deliver,
             None if form is None else self._constraints.begin(form),
+            room,
         )
 
     def check_constraint(self, form: Constraint) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reft_edge.runtime.binding import DecodeEdit, decode_inputs
-from reft_edge.runtime.memory import NoMemoryError, sparse_zeros
+from reft_edge.runtime.memory import NoMemoryError, give_back, sparse_zeros
 from reft_edge.runtime.session import BoundSession, GraphSession, Ids, KVCache, Logits, present_name
 
 ALIGNMENT = 16
@@ -88,10 +88,13 @@ class JoinedRows:
     def move(self, source: int, target: int, tokens: int) -> None:
         """Copy a row's first `tokens` tokens over another row."""
         for values in self._values.values():
+            give_back(values[target])
             values[target, :, :tokens] = values[source, :, :tokens]
 
     def forget(self, row: int) -> None:
-        """The row is no longer needed."""
+        """The row is no longer needed; its memory is given back."""
+        for values in self._values.values():
+            give_back(values[row])
 
     def read(self, row: int, tokens: int) -> KeysAndValues:
         """A copy of a row's first `tokens` tokens."""

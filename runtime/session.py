@@ -128,6 +128,12 @@ class GraphSession:
                 "export the model again with past_key_values inputs and add ports to that"
             )
 
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of the keys and values of one token."""
+        each = 2 if self.cache_dtype == ONNX_BFLOAT16 else np.dtype(self.cache_dtype).itemsize
+        return each * sum(heads * size for heads, size in self.cache_shapes.values())
+
     @cached_property
     def rounds_rows_alike(self) -> bool:
         """Whether a row that is decoded alone has, bit for bit, the numbers that it has beside another.

@@ -47,6 +47,14 @@ def serve(
     adapter_memory: Annotated[
         int, typer.Option(min=1, help="MB of adapter weights that are kept in memory.")
     ] = 256,
+    cache_memory: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="MB of KV caches that running requests share; those that do not fit wait.",
+            show_default="a whole context, 768 or more",
+        ),
+    ] = None,
     cors_origin: Annotated[
         list[str] | None,
         typer.Option(help="A web origin whose pages may call the server; repeatable.", show_default=False),
@@ -82,6 +90,7 @@ def serve(
             cors_origins=tuple(cors_origin or ()),
             shutdown_seconds=grace,
             adapter_budget=adapter_memory << 20,
+            cache_budget=None if cache_memory is None else cache_memory << 20,
             trusted=trusted_keys(require_signed),
         )
         if ":" in settings.name:

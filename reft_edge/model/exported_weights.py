@@ -24,8 +24,16 @@ _ALIASES = {
     "gate_proj": ("w1",),
     "up_proj": ("w3",),
     "down_proj": ("w2", "output_linear"),
+    "qkv_proj": ("in_proj_qkv",),
+    "z_proj": ("in_proj_z",),
+    "a_proj": ("in_proj_a",),
+    "b_proj": ("in_proj_b",),
 }
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
+_OFFSET_NORMS = re.compile(r"Gemma(?!4).*Norm|Norm1P|Qwen3_5RMSNorm$")
+"""Norms that multiply by 1 + weight, which is the sum that the graph stores."""
+_IN_FLOAT32 = ("A_log", "dt_bias")
+"""Parameters of linear attention that the graph stores so, whatever its own type is."""
 _AT_ONCE = 1 << 22  # weights that are dequantised at a time
 _SPLIT = {"gate_proj": 0, "up_proj": 1}
 _HALVES = ("gate_up_proj", "input_linear")
@@ -175,10 +183,9 @@ class GraphWeights:
             return
         path, _, own = name.rpartition(".")
         kind = type(self._modules[path]).__name__
-        if self._exact_norms and "Norm" in kind:
+        if (self._exact_norms and "Norm" in kind) or own in _IN_FLOAT32:
             return
-        # Gemma's and Nemotron's norms multiply by 1 + weight, and the graph stores that sum.
-        plus = 1.0 if own == "weight" and re.search("Gemma.*Norm|Norm1P", kind) else 0.0
+        plus = 1.0 if own == "weight" and _OFFSET_NORMS.search(kind) else 0.0
         values.copy_((values + plus).to(self._dtype).float() - plus)
 
 

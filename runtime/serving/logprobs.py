@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from reft_edge.errors import ReftEdgeError
-from reft_edge.runtime.batch import TokenScore
+from reft_edge.runtime.logprobs import TokenScore
 from reft_edge.runtime.token_bytes import TokenBytes
 
 _LEAST = -9999.0

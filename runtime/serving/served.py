@@ -14,6 +14,7 @@ from reft_edge.runtime.adapter_folder import BUDGET, AdapterFolder, UnknownAdapt
 from reft_edge.runtime.encoder import SteeredEncoder
 from reft_edge.runtime.engine import Engine
 from reft_edge.runtime.model import SteeredModel
+from reft_edge.runtime.room import usual_budget
 from reft_edge.runtime.serving.bodies import check_type, parse
 from reft_edge.runtime.serving.errors import ApiError
 from reft_edge.runtime.serving.openai_api import B, read_body
@@ -50,6 +51,8 @@ class ServerSettings:
     """How long running requests may go on after the server was told to stop."""
     adapter_budget: int = BUDGET
     """Bytes of adapter weights in memory, and as many again for the mixes of running requests."""
+    cache_budget: int | None = None
+    """Bytes of keys and values of running requests; none: `usual_budget`."""
     trusted: TrustedKeys | None = None
     """Only adapters that one of these keys signed are used."""
 
@@ -131,7 +134,8 @@ class Decoder(Served):
         self.together = settings.slots + 1
         """Choices of one request that the engine holds at a time: as many as can run, and one to follow."""
         at_most = (settings.slots + settings.queue_limit) * self.together
-        self.engine = Engine(model, settings.slots, at_most)
+        budget = usual_budget(model.graph) if settings.cache_budget is None else settings.cache_budget
+        self.engine = Engine(model, settings.slots, at_most, cache_budget=budget)
 
     def close(self) -> None:
         self.engine.close(self.settings.shutdown_seconds)

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from reft_edge.runtime.batch import TokenScore
+from reft_edge.runtime.logprobs import TokenScore
 from reft_edge.runtime.serving.logprobs import ChatScores, CompletionScores
 from reft_edge.runtime.token_bytes import TokenBytes
 
