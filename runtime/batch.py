@@ -35,6 +35,11 @@ from reft_edge.runtime.text import TextStream
 
 _CHUNK_BESIDE_OTHERS = 128
 """Tokens of a prompt that run between two decode steps of others."""
+_MOST_FORCED = 64
+"""Tokens that a constraint gives at a time."""
+_WORTH_A_RUN = 4
+"""Known tokens of a row that run by themselves; fewer run one by one beside other rows. The number is the same whether there
+are others or not, so that an answer is, too."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,8 @@ class Row:
         self.length = 0
         """Tokens in the KV cache."""
         self.tokens: list[int] = []
+        self.together = 1
+        """The last of them that may run at once: one that was chosen, and those that had to follow."""
         self.started = 0
         """Of rows that started one after another, which this is."""
         self.finish_reason: str | None = None
@@ -112,9 +119,9 @@ class Row:
         return len(self.request.ids) + max(1, len(self.tokens))
 
     @property
-    def again(self) -> bool:
-        """Whether tokens that were chosen before this row stepped back still have to run."""
-        return self.length < len(self.request.ids) + len(self.tokens)
+    def behind(self) -> int:
+        """Tokens that are known and not in the KV cache: forced ones, and those from before the row stepped back."""
+        return len(self.request.ids) + len(self.tokens) - self.length
 
     @property
     def most(self) -> int:
@@ -277,10 +284,15 @@ class Batch:
     def _decode(self) -> None:
         self._step_back()
         self._make_room()
+        if known := [row for row in self.decoding if row.behind == row.together >= _WORTH_A_RUN]:
+            for row in known:
+                self._run_known(row)
+            self._step_back()
+            self._make_room()
         if not self.decoding:
             return
         rows = list(self.decoding)
-        ids = np.array([[row.tokens[row.length - len(row.request.ids)]] for row in rows], np.int64)
+        ids = np.array([[row.tokens[-row.behind]] for row in rows], np.int64)
         beside = self.prefilling.length if self.prefilling is not None else 0
         if self._bound_decode is None or self._bound_decode[0] != rows:
             self._bound_decode = rows, self._cache.bind_decode([row.bound.decode for row in rows])
@@ -291,7 +303,7 @@ class Batch:
             if isinstance(outcome, Exception):
                 _end(row, "error", error=as_reason(outcome))
                 self._leave(row)
-            elif not row.again and not self._take(row, outcome):
+            elif not row.behind and not self._take(row, outcome):
                 self._leave(row)
 
     def _step_back(self) -> None:
@@ -308,6 +320,19 @@ class Batch:
 
     def _running(self) -> list[Row]:
         return [*self.decoding, *([self.prefilling] if self.prefilling else [])]
+
+    def _run_known(self, row: Row) -> None:
+        """Run all tokens of a row that are known, and choose the next."""
+        try:
+            bound = self._cache.bind_tokens(self.decoding.index(row), row.bound.decode)
+            logits = bound.step(np.array([row.tokens[-row.behind :]], np.int64), [row.length])
+        except Exception as error:
+            _end(row, "error", error=as_reason(error))
+            self._leave(row)
+            return
+        row.length += row.behind
+        if not self._take(row, logits[0]):
+            self._leave(row)
 
     def _make_room(self) -> None:
         """Room for one more token of every decoding row; where there is none, the longest rows end."""
@@ -353,8 +378,18 @@ class Batch:
         text = row.text.push(token)
         if row.text.stopped:
             return Piece(text, scored, "stop")
-        if row.progress is not None and row.progress.take(token):
-            return Piece(text + row.text.flush(), scored, "stop")
+        left = row.limit - len(row.tokens)
+        if row.progress is not None:
+            forced, over = row.progress.take(token, 0 if scored else min(left, _MOST_FORCED))
+            row.together = 1 + len(forced)
+            for known in forced:
+                row.sampler.skip(known)
+                row.tokens.append(known)
+                text += row.text.push(known)
+                if row.text.stopped:
+                    return Piece(text, scored, "stop")
+            if over:
+                return Piece(text + row.text.flush(), scored, "stop")
         if len(row.tokens) == row.limit:
             return Piece(text + row.text.flush(), scored, "stop" if row.text.stopped else "length")
         return Piece(text, scored)

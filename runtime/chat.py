@@ -2,9 +2,10 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from reft_edge.errors import ReftEdgeError
 from reft_edge.model.prompts import Message
@@ -35,6 +36,8 @@ class Chat:
     adapters: AdapterFolder | None = None
     sampling: Sampling = field(default_factory=Sampling)
     max_tokens: int = 512
+    schema: Mapping[str, Any] | None = None
+    """A JSON schema that every answer is valid under."""
 
     def __post_init__(self) -> None:
         if self.model.prompts.template is None:
@@ -123,6 +126,7 @@ class Chat:
                 raw=False,
                 max_tokens=self.max_tokens,
                 sampling=self.sampling,
+                schema=self.schema,
             )
             self._last = generation
             if len(kept) < len(turns):
@@ -141,7 +145,8 @@ class Chat:
                 self.write("\n")
             raise
         else:
-            self.write("\n")
+            cut = self.schema is not None and generation.finish_reason == "length"
+            self.write(" … (cut: raise --max-tokens)\n" if cut else "\n")
         self.turns = [*kept, {"role": "assistant", "content": "".join(pieces)}]
 
     def _fitting(self, turns: list[Message]) -> list[Message]:

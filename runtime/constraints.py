@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from reft_edge.errors import ReftEdgeError
 from reft_edge.extras import extra
 from reft_edge.model.prompts import encode
-from reft_edge.runtime.schema_places import SPACES, inside
+from reft_edge.runtime.schema_places import inside
 from reft_edge.runtime.token_bytes import TokenBytes
 
 if TYPE_CHECKING:
@@ -30,7 +30,9 @@ _MOST_STATES = 20_000
 """Of a grammar's lexer; each takes one or two kilobytes."""
 _FUEL = 100_000
 """For the first look at a grammar's patterns: with more, a nested repetition takes a second and 200 MB."""
-
+JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""How JSON is written, where a schema's `x-guidance` says nothing else: in one line, so that what stands between the values is
+known, and need not be chosen token by token. With free space, a model can write spaces until its answer is cut."""
 _LONGEST_LINE = 200
 _LONGEST_TOKEN = 32
 """Bytes."""
@@ -117,14 +119,20 @@ class Progress:
             raise self._no_token()
         return tokens
 
-    def take(self, token: int) -> bool:
-        """Go on with one of the allowed tokens; whether the answer is complete, so that nothing can follow."""
+    def take(self, token: int, most: int = 0) -> tuple[list[int], bool]:
+        """Go on with one of the allowed tokens. The tokens that must follow it, at most `most`, with which it went on, too;
+        and whether the answer is complete, so that nothing can follow."""
         self._matcher.consume_token(token)
         self._check()
+        forced: list[int] = []
+        if most > 0 and not self._matcher.is_stopped():
+            forced = self._matcher.compute_ff_tokens()[:most]
+            self._matcher.consume_tokens(forced)
+            self._check()
         if self._matcher.is_stopped():
-            return True
+            return forced, True
         self._mask = self._thread.submit(self._matcher.compute_bitmask)
-        return False
+        return forced, False
 
     def _check(self) -> None:
         if not self._matcher.is_error():
@@ -230,8 +238,7 @@ def _written_out(constraint: Constraint) -> str:
 
     if constraint.kind == "json_schema":
         try:
-            spaces = {"whitespace_pattern": SPACES}
-            return str(LLMatcher.grammar_from_json_schema(constraint.text, defaults=spaces))
+            return str(LLMatcher.grammar_from_json_schema(constraint.text, defaults=JSON_STYLE))
         except ValueError as error:
             raise ReftEdgeError(f"{constraint.name} is not usable: {_plain(str(error))}") from error
     if constraint.kind == "regex":

@@ -48,7 +48,7 @@ class Generation(Iterator[str]):
         batch.add(self._row)
         self.prompt_tokens = len(self._row.request.ids)
         self.prefill_seconds = 0.0
-        self.decode_steps = 0
+        self.decode_steps = self._decode_tokens = 0
         self.decode_seconds = 0.0
         """Time in decode steps and sampling; what the reader does between pieces does not count."""
 
@@ -76,11 +76,12 @@ class Generation(Iterator[str]):
             self._step()
 
     def _step(self) -> None:
-        begun, started = bool(self._row.tokens), time.perf_counter()
+        begun, started = len(self._row.tokens), time.perf_counter()
         self._batch.step()
         seconds = time.perf_counter() - started
         if begun:
             self.decode_steps += 1
+            self._decode_tokens += len(self._row.tokens) - begun
             self.decode_seconds += seconds
         else:
             self.prefill_seconds += seconds
@@ -88,7 +89,7 @@ class Generation(Iterator[str]):
     @property
     def tokens_per_second(self) -> float:
         """Decode speed; the first token comes from the prompt's pass and does not count."""
-        return self.decode_steps / self.decode_seconds if self.decode_seconds else 0.0
+        return self._decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
     def text(self) -> str:
         """The rest of the answer at once."""

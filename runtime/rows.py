@@ -119,6 +119,10 @@ class JoinedRows:
         ports = self.graph.to_device(decode_inputs([*edits, *[{}] * beside], self.graph.dtype))
         return self._bind(first, len(edits), beside, ports)
 
+    def bind_tokens(self, row: int, edit: DecodeEdit) -> "BoundRows":
+        """One row, of which several generated tokens are to be run at a time."""
+        return self._bind(row, 1, 0, self.graph.to_device(decode_inputs([edit], self.graph.dtype)))
+
     def _bind(self, first: int, count: int, beside: int, ports: Mapping[str, Any]) -> "BoundRows":
         last = first + count + beside
         values = {name: values[first:last] for name, values in self._values.items()}
@@ -261,6 +265,10 @@ class SeparateRows:
     def bind_decode(self, edits: Sequence[DecodeEdit]) -> "RowsInTurn":
         """The first rows, one an edit, to be decoded."""
         return RowsInTurn(self, edits)
+
+    def bind_tokens(self, row: int, edit: DecodeEdit) -> "RowInTurn":
+        """One row, of which several generated tokens are to be run at a time."""
+        return RowInTurn(self.bind_edit(row, edit))
 
     def bind_edit(self, row: int, edit: DecodeEdit) -> BoundSession:
         """One row, to be decoded."""

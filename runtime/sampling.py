@@ -86,10 +86,19 @@ class Sampler:
             token = self._choose_of(logits[allowed], allowed)
         elif np.float32(min(s.temperature, _LARGEST)) > 0:
             token = self._draw(logits)
+        self._note(token)
+        return token
+
+    def skip(self, token: int) -> None:
+        """A token that was not chosen, since no other could come; what follows is drawn as if it had been."""
+        if np.float32(min(self._sampling.temperature, _LARGEST)) > 0:
+            self._random.random()
+        self._note(token)
+
+    def _note(self, token: int) -> None:
         if self._changes:
             self._seen.add(token)
             self._said[token] += 1
-        return token
 
     def _changed(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         """With the bias and the penalties."""

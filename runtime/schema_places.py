@@ -3,8 +3,6 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
-SPACES = r"\n {0,12}| "
-"""Between the parts of JSON: without a bound, a model can write spaces until its answer is cut."""
 _MOST_LOOKS = 2000
 """Parts of a schema that are looked at, so that a stranger's schema takes bounded time."""
 _NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")

@@ -9,8 +9,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from reft_edge.runtime.answer_parts import Schemas
-from reft_edge.runtime.constraints import Constraint
-from reft_edge.runtime.schema_places import SPACES
+from reft_edge.runtime.constraints import JSON_STYLE, Constraint
 
 _OPEN = {"patternProperties", "allOf", "anyOf", "oneOf", "$ref", "unevaluatedProperties", "propertyNames"}
 """Keywords that may name further properties."""
@@ -167,9 +166,9 @@ def _until(end: str, special: Mapping[str, int]) -> str:
 
 
 def _embedded(schema: Mapping[str, Any]) -> str:
-    """As it stands in a grammar, with bounded space between the parts of JSON."""
+    """As it stands in a grammar, written in the same style."""
     own = schema.get("x-guidance")
-    guidance = {"whitespace_pattern": SPACES, **(own if isinstance(own, dict) else {})}
+    guidance = {**JSON_STYLE, **(own if isinstance(own, dict) else {})}
     return json.dumps({**schema, "x-guidance": guidance})
 
 

@@ -41,6 +41,10 @@ def chat(
     top_p: TopP = 1.0,
     repetition_penalty: RepetitionPenalty = 1.0,
     seed: Seed = None,
+    json_schema: Annotated[
+        Path | None,
+        typer.Option(help="File with a JSON schema; every answer is valid under it.", show_default=False),
+    ] = None,
     require_signed: RequireSigned = None,
     device: Device = "auto",
     threads: Threads = None,
@@ -48,10 +52,12 @@ def chat(
 ) -> None:
     """Talk with an exported model and switch adapters between turns; /help lists the commands."""
     with plain_errors():
+        from reft_edge.json_files import read_object
         from reft_edge.runtime import Sampling, SteeredModel
         from reft_edge.runtime.adapter_folder import AdapterFolder
         from reft_edge.runtime.chat import Chat, load_history
 
+        schema = None if json_schema is None else read_object(json_schema)
         model = SteeredModel(
             folder, device, threads, trusted_keys(require_signed), provider_options(provider_option)
         )
@@ -62,6 +68,7 @@ def chat(
             AdapterFolder(model, adapters) if adapters else None,
             Sampling(temperature, top_k, top_p, 0.0, repetition_penalty, seed),
             max_tokens,
+            schema,
         )
         conversation.system = system
         loaded = [split_scale(given) for given in adapter or []]

@@ -1,5 +1,7 @@
 """A conversation, typed line by line."""
 
+import json
+
 import pytest
 
 from reft_edge.errors import ReftEdgeError
@@ -160,3 +162,25 @@ def test_an_interrupt_before_the_answer_ends_the_turn_only(chat, monkeypatch):
     fail_at(monkeypatch, chat, "stream", error=KeyboardInterrupt)
     assert chat.say("Who are you?") == " …\n"
     assert chat.turns == []
+
+
+def test_answers_under_a_schema(device_folder):
+    pytest.importorskip("llguidance")
+    model = SteeredModel(device_folder / "export", device="cpu")
+    written = []
+    schema = {"type": "object", "properties": {"ripe": {"type": "boolean"}}, "required": ["ripe"]}
+    chat = Chat(
+        model, "tiny", written.append, max_tokens=60, schema={**schema, "additionalProperties": False}
+    )
+    for question in ("Is it ripe?", "And now?"):
+        written.clear()
+        assert chat.take(question)
+        assert json.loads("".join(written)) in ({"ripe": True}, {"ripe": False})
+    chat.max_tokens = 3
+    written.clear()
+    chat.take("Once more")
+    assert "".join(written).endswith(" … (cut: raise --max-tokens)\n")
+    chat.schema = {"type": "int"}
+    written.clear()
+    chat.take("Once more")
+    assert "the JSON schema is not usable" in "".join(written)
