@@ -207,7 +207,7 @@ def test_a_grammar_guarantees_calls(device_folder, name, special, end):
                 break
             tokens.append(token)
             text += stream.push(token)
-            if progress.take(token):
+            if progress.take(token)[1]:
                 break
         parts = read(form, (text + stream.flush()).removeprefix(f"Hm.{end}"))
         names = [part.name for part in parts if isinstance(part, CallBegins)]

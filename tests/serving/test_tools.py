@@ -140,7 +140,7 @@ def test_a_stream_has_openais_deltas(client, openai_client):
     assert (calls[0].index, calls[0].function.name, calls[0].function.arguments) == (0, "weather", "")
     assert calls[0].id
     assert all(call.id is None and call.function.name is None and call.index == 0 for call in calls[1:])
-    assert len(calls) > 5
+    assert len(calls) > 2
     assert "".join(call.function.arguments for call in calls) == whole.arguments
     assert set(json.loads(whole.arguments)) == {"city", "days"}
     assert [choice.finish_reason for choice in deltas if choice.finish_reason] == ["tool_calls"]
