@@ -14,9 +14,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from reft_edge.errors import ReftEdgeError
 from reft_edge.model.prompts import Prompts
-from reft_edge.runtime.batch import Piece
 from reft_edge.runtime.encoder import Classification
 from reft_edge.runtime.logprobs import TokenScore
+from reft_edge.runtime.request import Piece
 from reft_edge.runtime.serving.app import serve
 from reft_edge.runtime.serving.served import Decoder, Encoder, ServerSettings
 

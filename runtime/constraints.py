@@ -138,7 +138,7 @@ class Progress:
         if not self._matcher.is_error():
             return
         why = _plain(self._matcher.get_error())
-        if why.startswith("NoExtension"):
+        if why.startswith("NoExtension") or "forced bytes" in why:
             raise self._no_token()
         raise ReftEdgeError(f"{self._constraint.name} cannot be followed further: {why}")
 

@@ -7,8 +7,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 
 from reft_edge.errors import ReftEdgeError
-from reft_edge.runtime.batch import Piece, Request, Row, as_reason
 from reft_edge.runtime.model import SteeredModel
+from reft_edge.runtime.request import Piece, Request, Row, as_reason
 
 PREFIX_BUDGET = 64 << 20
 

@@ -17,10 +17,11 @@ from reft_edge.adapter.linear import fold
 from reft_edge.errors import ReftEdgeError
 from reft_edge.model.manifest import load_manifest
 from reft_edge.model.prompts import Message, Prompts, choose_format, load_prompts
-from reft_edge.runtime.batch import Batch, Piece, Request, Row
+from reft_edge.runtime.batch import Batch
 from reft_edge.runtime.binding import Bound, PortInputs, port_inputs
 from reft_edge.runtime.constraints import Constraint, Constraints
 from reft_edge.runtime.mixes import BUDGET, Mixes
+from reft_edge.runtime.request import Piece, Request, Row
 from reft_edge.runtime.sampling import Sampling
 from reft_edge.runtime.session import GraphSession, Logits
 from reft_edge.signing.keys import TrustedKeys

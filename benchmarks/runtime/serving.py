@@ -23,8 +23,8 @@ from rich.console import Console
 
 from reft_edge.adapter.file import save_adapter
 from reft_edge.runtime import SteeredModel
-from reft_edge.runtime.batch import Request
 from reft_edge.runtime.bench import random_adapter
+from reft_edge.runtime.request import Request
 
 PROMPT = (
     "The quick brown fox jumps over the lazy dog, and then it sits down to tell what it has seen on its way: "

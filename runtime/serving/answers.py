@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from reft_edge.runtime.answer_parts import Arguments, CallBegins, Part, Text, Thought
-from reft_edge.runtime.batch import Piece
+from reft_edge.runtime.request import Piece
 from reft_edge.runtime.serving.errors import ApiError, error_body
 from reft_edge.runtime.serving.logprobs import ChatScores, CompletionScores
 from reft_edge.runtime.tool_use import AnswerReader

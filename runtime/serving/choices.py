@@ -13,11 +13,11 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from reft_edge.errors import ReftEdgeError
-from reft_edge.runtime.batch import Piece
-from reft_edge.runtime.batch import Request as EngineRequest
 from reft_edge.runtime.constraints import Constraint
 from reft_edge.runtime.engine import Ticket
 from reft_edge.runtime.model import SteeredModel
+from reft_edge.runtime.request import Piece
+from reft_edge.runtime.request import Request as EngineRequest
 from reft_edge.runtime.serving.answers import AnswerForm
 from reft_edge.runtime.serving.errors import CLIENT_LEFT, ApiError, as_api_error, row_error
 from reft_edge.runtime.serving.guard import Metrics

@@ -26,8 +26,8 @@ from reft_edge.adapter.file import load_adapter, save_adapter
 from reft_edge.cli import app as cli
 from reft_edge.errors import ReftEdgeError
 from reft_edge.runtime import Sampling, SteeredModel
-from reft_edge.runtime.batch import Piece
 from reft_edge.runtime.memory import NoMemoryError
+from reft_edge.runtime.request import Piece
 from reft_edge.runtime.serving import prompt_tokens
 from reft_edge.runtime.serving.app import create_app
 from reft_edge.runtime.serving.errors import ApiError
