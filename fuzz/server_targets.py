@@ -37,7 +37,7 @@ class StubBatch:
     """Ends every row at once, with one token."""
 
     def __init__(self) -> None:
-        self.running, self.waiting = 0, []
+        self.running, self.waiting, self.room = 0, [], None
 
     @property
     def idle(self) -> bool:
@@ -65,13 +65,16 @@ class StubModel:
         self.prompts, self.manifest = make_prompts(), make_manifest()
         self.held: dict[str, bytes] = {}
 
-    def batch(self, slots: int, prefix_budget: int) -> StubBatch:
+    def batch(self, slots: int, prefix_budget: int, cache_budget: int | None) -> StubBatch:
         return StubBatch()
 
-    def row(self, request: Any, deliver: Any) -> Any:
+    def row(self, request: Any, deliver: Any, room: int | None) -> Any:
         return SimpleNamespace(
             request=request, deliver=deliver, tokens=[3], finish_reason=None, cancelled=False
         )
+
+    def check_constraint(self, form: Any) -> None:
+        return
 
     def load_adapter(self, source: Any, name: str) -> str:
         self.held[name] = source.file.read()
@@ -111,6 +114,21 @@ SEEDS: dict[str, list[dict[str, Any]]] = {
             "adapters": {"a": 0.5},
             "stop": ["a"],
         },
+        {
+            "model": "m",
+            "messages": [
+                {
+                    "role": "assistant",
+                    "tool_calls": [
+                        {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+                    ],
+                },
+                {"role": "tool", "tool_call_id": "c", "content": "4"},
+            ],
+            "tools": [{"type": "function", "function": {"name": "f", "parameters": {"properties": {}}}}],
+            "tool_choice": "required",
+            "parallel_tool_calls": False,
+        },
     ],
     PATHS[1]: [
         {
@@ -121,7 +139,7 @@ SEEDS: dict[str, list[dict[str, Any]]] = {
             "temperature": 0.5,
             "stream_options": {"include_usage": True},
         },
-        {"model": "m:a", "prompt": [[1, 2], [3]], "stream": True, "user": "u", "tools": []},
+        {"model": "m:a", "prompt": [[1, 2], [3]], "stream": True, "user": "u"},
     ],
     PATHS[2]: [
         {"model": "m", "input": ["a", "b"], "encoding_format": "base64"},
@@ -134,7 +152,7 @@ SEEDS: dict[str, list[dict[str, Any]]] = {
 def server_bodies_target(folder: Path) -> Target:
     """A byte that chooses the route, and a body."""
     (folder / "a.safetensors").write_bytes(b"weights")
-    settings = ServerSettings("m", hosts=("*",), max_body=_LONGEST)
+    settings = ServerSettings("m", hosts=("*",), max_body=_LONGEST, cache_budget=1 << 20)
     model: Any = StubModel()
     decoder, encoder = serve(Decoder(model, folder, settings)), serve(Encoder(model, folder, settings))
     loop = asyncio.new_event_loop()
