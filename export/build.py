@@ -107,18 +107,15 @@ def build_graph(
     """
     if find_spec("onnxruntime_genai") is None:
         raise ModuleNotFoundError("there is no onnxruntime-genai", name="onnxruntime-genai")
-    command = [sys.executable, "-m", "reft_edge.export.builder_process", "-i", str(model), "-o", str(output)]
-    command += ["-c", str(work), *target.builder_options()]
+    arguments = ["-i", str(model), "-o", str(output), "-c", str(work), *target.builder_options()]
     if target.context is not None:
-        command += ["--context", str(target.context)]
+        arguments += ["--context", str(target.context)]
     if gguf is not None:
-        command += ["--gguf", str(gguf.resolve())]
+        arguments += ["--gguf", str(gguf.resolve())]
     work.mkdir()
     log: list[str] = []
     carried: dict[str, int] = {}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", cwd=work
-    ) as process:
+    with start_builder(arguments, work) as process:
         assert process.stdout is not None
         try:
             for line in process.stdout:
@@ -143,6 +140,14 @@ def build_graph(
     if target.device == "cpu":
         _run_on_cpu(output / "genai_config.json")
     return carried
+
+
+def start_builder(arguments: Sequence[str], folder: Path) -> subprocess.Popen[str]:
+    """The model builder with these arguments, in a process of its own that works in `folder`; all it says is in `stdout`."""
+    command = [sys.executable, "-m", "reft_edge.export.builder_process", *arguments]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", cwd=folder
+    )
 
 
 def _run_on_cpu(config: Path) -> None:

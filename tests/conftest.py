@@ -2,6 +2,8 @@
 
 import os
 import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,18 @@ def pytest_configure(config: pytest.Config) -> None:
     """On tiny models several threads wait for each other: three times the work. The real model has them all."""
     if "not real" in config.getoption("markexpr"):
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(
+    scope="session", autouse=sys.platform == "linux" and find_spec("onnxruntime_genai") is not None
+)
+def warm_builder() -> Iterator[None]:
+    """Exports in this process start from a builder that has imported all it needs."""
+    from tests.helpers.warm_builder import start_warm_builder
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("reft_edge.export.build.start_builder", start_warm_builder)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -334,7 +334,9 @@ def test_an_interrupted_export_leaves_nothing(tmp_path, device_folder, signal_):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in a shell's background
+        preexec_fn=lambda: signal.signal(
+            signal_, signal.SIG_DFL
+        ),  # ignored in a shell's background, or by nohup
     )
     while process.poll() is None and not list(tmp_path.glob(".reft-edge-unfinished-*/.work")):
         time.sleep(0.05)
