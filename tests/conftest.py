@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def warm_builder() -> Iterator[None]:
     from tests.helpers.warm_builder import start_warm_builder
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("reft_edge.export.build.start_builder", start_warm_builder)
+        patch.setattr(import_module("reft_edge.export.build"), "start_builder", start_warm_builder)
         yield
 
 
