@@ -109,7 +109,8 @@ BaseWeights = Annotated[
     typer.Option(
         metavar="DIR",
         show_default=False,
-        help="Train on the rounded weights of a folder that this model was exported to.",
+        help="Train on the rounded weights of a folder that this model was exported to; they stay packed, and so take "
+        "less memory.",
     ),
 ]
 Evaluate = Annotated[

@@ -2,6 +2,7 @@
 
 import mmap
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from reft_edge.errors import ReftEdgeError
 from reft_edge.model.blocks import decoder_layers
-from reft_edge.model.manifest import Manifest, load_manifest
+from reft_edge.model.packed import Blocks, PackedMatrix, Stored
 
 _HALF = {ir.DataType.FLOAT16: torch.float16, ir.DataType.BFLOAT16: torch.bfloat16}
 _IN_BLOCK = re.compile(r"/model/layers\.(\d+)/\w+/(\w+)/MatMul(?:_Q\d)?")
@@ -38,39 +39,6 @@ _AT_ONCE = 1 << 22  # weights that are dequantised at a time
 _SPLIT = {"gate_proj": 0, "up_proj": 1}
 _HALVES = ("gate_up_proj", "input_linear")
 """Layers of which those are one half each."""
-
-
-def use_exported_weights(model: Any, folder: Path, base_fingerprint: str) -> Manifest:
-    """Give a float32 PyTorch model the weights of an exported folder, in place; returns the folder's manifest.
-
-    Raises ReftEdgeError if there is no exported model in `folder`, or if it is not an export of the model that has
-    `base_fingerprint`.
-    """
-    manifest = load_manifest(folder)
-    if manifest.base_fingerprint != base_fingerprint:
-        raise ReftEdgeError(
-            f"{folder} is an export of {manifest.base_name} with fingerprint {manifest.base_fingerprint}, not of this "
-            f"model, which has {base_fingerprint}; give the folder that this model was exported to"
-        )
-    if manifest.source != "export" and manifest.quantisation:
-        raise ReftEdgeError(
-            f"{folder} holds a quantised graph that reft-edge did not build, and cannot read the weights of; "
-            "train on the model itself, or give a folder that `reft-edge export` wrote"
-        )
-    use_graph_weights(model, folder / manifest.graph)
-    return manifest
-
-
-def use_graph_weights(model: Any, source: Path) -> None:
-    """Give the float32 PyTorch model the weights of the graph file `source`, in place.
-
-    16-bit weights are the model's own, rounded; quantised ones are read from the file and
-    dequantised. Raises ReftEdgeError if a quantised matrix has no counterpart in the model.
-    """
-    weights = GraphWeights(model, source)
-    weights.prepare(model)
-    for name, parameter in model.named_parameters():
-        weights.change(name, parameter.data, 0)
 
 
 @dataclass(frozen=True)
@@ -107,6 +75,7 @@ class GraphWeights:
         )
         self._modules = dict(model.named_modules())
         self._parts: dict[str, list[_Part]] = {}
+        self._shapes: dict[str, Sequence[int]] = {}
         self._unties = self._find(model, graph)
         self._sums: dict[str, list[float]] = {}
 
@@ -149,11 +118,12 @@ class GraphWeights:
         first, columns = 0, int(targets[0][1][1])
         for name, shape, shares, share in targets:
             count = shape[0] // shares
+            self._shapes[f"{name}.weight"] = shape
             self._parts.setdefault(f"{name}.weight", []).append(
                 _Part(weight, first, slice(share * count, (share + 1) * count))
             )
             first += count
-        found = _without_means(weight.dequantised(0, 1), columns, weight.size).shape[1]
+        found = weight.blocks(columns, 0, 1).take(slice(0, 1)).shape[1]
         if (weight.rows, found) != (first, columns):
             raise ReftEdgeError(
                 f"a quantised matrix is {[weight.rows, found]}, the model's {[first, columns]}"
@@ -164,11 +134,43 @@ class GraphWeights:
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         if self._unties and head.weight is embedding.weight:
             head.weight = nn.Parameter(embedding.weight.clone(), requires_grad=False)
+        self.round_tables()
+
+    def round_tables(self) -> None:
+        """Have the model's rotary tables be rounded as the graph's are."""
         for module in self._modules.values():
             if self._dtype is not None and type(module).__name__.endswith("RotaryEmbedding"):
                 module.register_forward_hook(
                     lambda _module, _inputs, out: tuple(x.to(self._dtype).float() for x in out)
                 )
+
+    def __contains__(self, name: object) -> bool:
+        """Whether a parameter, or some rows of it, are quantised."""
+        return name in self._parts
+
+    def packed(self, name: str) -> PackedMatrix | None:
+        """A quantised parameter as the graph has it; None if some of its rows are not quantised."""
+        parts = sorted(self._parts[name], key=lambda part: part.rows.start)
+        rows, columns = self._shapes[name]
+        if sum(part.rows.stop - part.rows.start for part in parts) != rows:
+            return None
+        return PackedMatrix(
+            [part.weight.blocks(columns, part.first, part.rows.stop - part.rows.start) for part in parts],
+            columns,
+        )
+
+    def halved(self, stored: Tensor) -> PackedMatrix | None:
+        """A matrix that is not quantised in the graph's 16 bits, or in those in which it is stored; None for float32."""
+        dtype = self._dtype or stored.dtype
+        if dtype not in _HALF.values():
+            return None
+        return PackedMatrix([Stored(stored.to(dtype))], stored.shape[1])
+
+    def changed(self, name: str, stored: Tensor) -> Tensor:
+        """What the graph has for a parameter, in float32; `stored` may be written over."""
+        values = stored.float()
+        self.change(name, values, 0)
+        return values
 
     def change(self, name: str, values: Tensor, first: int) -> None:
         """Put the graph's numbers in place of some rows of a parameter, float32; `first` is the number of the first."""
@@ -236,20 +238,15 @@ class _Quantised:
             for a, b in pairs
         )
 
-    def dequantised(self, start: int, stop: int) -> NDArray[np.float32]:
-        """Some of the rows, `[stop − start, columns]`."""
-        rows = slice(start, stop)
-        scales = self.scales.reshape(self.rows, -1)[rows].astype(np.float32)[..., None]
-        q = _unpack(self.data.reshape(self.rows, -1)[rows], self.bits).reshape(*scales.shape[:2], -1)
-        zeros: Any = np.float32(1 << (self.bits - 1))
-        if self.zeros is not None:
-            unpacked = _unpack(self.zeros.reshape(self.rows, -1)[rows], self.bits)
-            zeros = unpacked[:, : scales.shape[1], None].astype(np.float32)
-        values = q.astype(np.float32)
-        values -= zeros
-        values *= scales
-        found: NDArray[np.float32] = values.reshape(len(values), -1)[:, : self.columns]
-        return found
+    def blocks(self, own: int, first: int, count: int) -> Blocks:
+        """Some of the rows, of a matrix that has `own` columns in the model; they share the graph's memory."""
+        data, scales, zeros = (
+            None if part is None else _tensor(part.reshape(self.rows, -1)[first : first + count])
+            for part in (self.data, self.scales, self.zeros)
+        )
+        assert data is not None
+        assert scales is not None
+        return Blocks(data, scales, zeros, self.bits, self.size, self.columns, own)
 
 
 def _targets(block: nn.Module, name: str) -> list[tuple[Any, int, int]]:
@@ -284,35 +281,24 @@ def _copy(part: _Part, values: Tensor, first: int) -> tuple[float, float]:
     there.
     """
     lower, upper = max(part.rows.start, first), min(part.rows.stop, first + len(values))
-    weight, target = part.weight, values[max(0, lower - first) : max(0, upper - first)]
-    skipped = part.first + lower - part.rows.start
-    step = max(1, _AT_ONCE // weight.columns)
+    target = values[max(0, lower - first) : max(0, upper - first)]
+    blocks = part.weight.blocks(target.shape[1], part.first + lower - part.rows.start, len(target))
+    step = max(1, _AT_ONCE // part.weight.columns)
     taken = before = 0.0
     for start in range(0, len(target), step):
         stop = min(start + step, len(target))
-        found = weight.dequantised(skipped + start, skipped + stop)
-        rows = torch.from_numpy(_without_means(found, target.shape[1], weight.size))
+        rows = blocks.take(slice(start, stop))
         taken += float((target[start:stop] - rows).square().sum())
         before += float(target[start:stop].square().sum())
         target[start:stop] = rows
     return taken, before
 
 
-def _without_means(weight: NDArray[np.float32], columns: int, size: int) -> NDArray[np.float32]:
-    """`[out, columns]` of a matrix that also multiplies the mean of each `size` activations, with further columns
-    (`reft_edge.export.carry`)."""
-    means = columns // size
-    if not means or weight.shape[1] not in (columns + means, columns + means + -means % 32):
-        return weight
-    of_means = weight[:, columns : columns + means]
-    whole: NDArray[np.float32] = weight[:, :columns] + of_means.repeat(size, axis=1) / np.float32(size)
-    return whole
-
-
-def _unpack(data: Any, bits: int) -> NDArray[np.uint8]:
-    if bits == 8:
-        return np.asarray(data)
-    return np.stack([data & 0xF, data >> 4], axis=-1).reshape(len(data), -1)
+def _tensor(array: NDArray[Any]) -> Tensor:
+    """That shares the array's memory, which may be a file that is only read."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array)
 
 
 def _optional(node: ir.Node, index: int) -> ir.Value | None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from reft_edge.errors import ReftEdgeError
 from reft_edge.model.blocks import decoder_layers
+from reft_edge.model.packed import is_quantised
 
 T = TypeVar("T")
 
@@ -101,7 +102,7 @@ class Processes:
         """The model on the device, or its blocks sharded over the processes' devices where FSDP was asked for."""
         if not self.sharded:
             return model if _is_on(model, device) else model.to(device)
-        if hasattr(model, "base_fingerprint"):
+        if is_quantised(model):
             raise ReftEdgeError("FSDP cannot shard a base that --load-in quantised; use one of the two")
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard

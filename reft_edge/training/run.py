@@ -10,7 +10,8 @@ from typing import Any
 from reft_edge.adapter.config import AdapterConfig
 from reft_edge.errors import ReftEdgeError
 from reft_edge.files import check_place
-from reft_edge.model.exported_weights import use_exported_weights
+from reft_edge.model.packed import count_parameters, is_quantised
+from reft_edge.model.packed_base import use_exported_weights
 from reft_edge.steering.hooks import Steering, steered
 from reft_edge.steering.interventions import Interventions
 from reft_edge.steering.likelihood import check_tokens
@@ -54,7 +55,7 @@ def train(
     encoder and a new head learn labels.
 
     With `base_weights`, a folder that this model was exported to, the model is given that folder's 16-bit or quantised
-    weights first, so that the adapter is trained on what it will meet on the device.
+    weights first, so that the adapter is trained on what it will meet on the device. They stay packed.
 
     The loss on the rows of `evaluation` is measured at the end, and every `eval_every` steps.
 
@@ -73,7 +74,7 @@ def train(
     config = adapter_config(model, base_name, settings, labels)
     for notice in _checked_rows(model, data, evaluation, settings):
         report(notice)
-    base_parameters = model.num_parameters()
+    base_parameters = count_parameters(model)
     weights = _rounded_weights(model, settings, base_weights, config.base_fingerprint)
     trainer = _trainer(model, config, data, settings, execution)
     checkpoint = Checkpoint(checkpoint_of(output), belongs_to(settings, data, config, weights))
@@ -165,7 +166,7 @@ def _rounded_weights(
     model: Any, settings: TrainSettings, exported: Path | None, fingerprint: str
 ) -> dict[str, Any]:
     """Give the model an exported folder's weights, where there is one; how these were rounded."""
-    if settings.load_in and (exported is not None or not hasattr(model, "base_fingerprint")):
+    if settings.load_in and (exported is not None or not is_quantised(model)):
         raise ReftEdgeError("load_in is for a model that load_quantised gave, without an export's weights")
     if exported is None:
         return {}

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from reft_edge.errors import ReftEdgeError
 from reft_edge.files import check_apart, check_place, same_file
 from reft_edge.model.device import chosen_dtype
 from reft_edge.model.encoders import check_task, default_pooling, is_encoder, load_encoder, load_text_tokens
 from reft_edge.model.loading import context_of, load_model, load_model_prompts
+from reft_edge.model.packed_base import load_exported, load_halved
 from reft_edge.model.prompts import Prompts
 from reft_edge.model.quantised import load_quantised
 from reft_edge.model.source import ModelFolder, resolve_model
@@ -157,14 +160,25 @@ def prepare(
     chosen = TrainSettings(**{**settings, "prompt_format": prompt_format, "pooling": pooling})
     data, evaluation = _read(wanted, task, folder, prompts, prompt_format, report, working)
     with working(f"loading {folder.name}"):
-        if load_in:
-            place = wanted.execution.place()
-            loaded = load_quantised(folder, load_in, place, chosen_dtype(chosen.dtype, place))
-        elif model is not None and wanted.base_weights is None:
-            loaded = model
+        if classifies:
+            loaded = load_encoder(folder) if model is None else model
         else:
-            loaded = load_encoder(folder) if classifies else load_model(folder)
+            loaded = _decoder(folder, wanted, chosen, model)
     return Session(wanted, folder.name, loaded, data, evaluation, chosen, **told)
+
+
+def _decoder(folder: ModelFolder, wanted: Wanted, settings: TrainSettings, model: Any) -> Any:
+    """The base in the form in which it takes the least memory for this training; `model` if that will do."""
+    if wanted.base_weights is not None:
+        return load_exported(folder, wanted.base_weights)
+    place = wanted.execution.place()
+    dtype = chosen_dtype(settings.dtype, place)
+    if settings.load_in:
+        return load_quantised(folder, settings.load_in, place, dtype)
+    if model is not None:
+        return model
+    sharded = wanted.execution.processes.sharded
+    return load_halved(folder) if dtype == torch.bfloat16 and not sharded else load_model(folder)
 
 
 def _with_recipe(wanted: Wanted, settings: dict[str, Any]) -> tuple[Wanted, dict[str, Any]]:

@@ -10,12 +10,12 @@ from reft_edge.errors import ReftEdgeError
 from reft_edge.export import Quantisation, export_model
 from reft_edge.export.checks import largest_difference, torch_logits
 from reft_edge.export.gguf_blocks import KINDS, read_rows
-from reft_edge.model.exported_weights import use_exported_weights
 from reft_edge.model.loading import load_model
 from reft_edge.model.source import resolve_model
 from reft_edge.runtime.model import SteeredModel
 from tests.helpers.tiny import make_model
 from tests.helpers.tiny_gguf import quantised, random_blocks, write_gguf
+from tests.helpers.torch_reference import take_graph_weights
 
 WIDE = {
     "hidden_size": 256,
@@ -139,7 +139,7 @@ def test_blocks_are_carried_over(gguf_model, exported, file, precision, device):
     assert manifest.verification["base_error"] <= 1e-3
     model = load_model(source)
     original = {name: weight.clone() for name, weight in model.state_dict().items()}
-    use_exported_weights(model, folder, manifest.base_fingerprint)
+    take_graph_weights(model, folder)
     found = steps(source)
     for name, weight in model.state_dict().items():
         kind, step = step_of(found, name)
@@ -204,7 +204,7 @@ def test_offsets_that_4_bits_have_no_room_for_get_8(tmp_path, monkeypatch):
     write_gguf(tmp_path / "far.gguf", model, "Q4_1")
     monkeypatch.setenv("REFT_EDGE_CACHE", str(tmp_path / "cache"))
     source = resolve_model(str(tmp_path / "far.gguf"))
-    manifest = export_model(source, tmp_path / "e", "int4")
+    export_model(source, tmp_path / "e", "int4")
     bits = {
         node.name: node.attributes["bits"].as_int()
         for node in ir.load(tmp_path / "e" / "model.onnx").graph
@@ -216,7 +216,7 @@ def test_offsets_that_4_bits_have_no_room_for_get_8(tmp_path, monkeypatch):
     }
     model = load_model(source)
     expected = model.model.layers[0].mlp.up_proj.weight.clone()
-    use_exported_weights(model, tmp_path / "e", manifest.base_fingerprint)
+    take_graph_weights(model, tmp_path / "e")
     off = (model.model.layers[0].mlp.up_proj.weight - expected).abs().max()
     assert off <= steps(source)["0.up_proj"][1] / 200
 
@@ -229,7 +229,7 @@ def test_what_is_in_no_blocks_is_rounded_and_the_rest_is_kept(gguf_model, tmp_pa
     assert manifest.verification["base_error"] <= 1e-3
     model = load_model(source)
     original = {name: weight.clone() for name, weight in model.state_dict().items()}
-    use_exported_weights(model, tmp_path / "e", manifest.base_fingerprint)
+    take_graph_weights(model, tmp_path / "e")
     kinds = {name: step_of(steps(source), name)[0] for name in original}
     # q, k and v are one product; it is kept only if all three can be.
     kept = [name for name, kind in kinds.items() if kind == "Q5_0" and "mlp" in name]

@@ -10,7 +10,9 @@ from torch import nn
 from reft_edge.adapter.config import Adapter, AdapterConfig
 from reft_edge.adapter.file import save_adapter
 from reft_edge.model.encoders import load_text_tokens
+from reft_edge.model.exported_weights import GraphWeights
 from reft_edge.model.fingerprint import fingerprint
+from reft_edge.model.manifest import load_manifest
 from reft_edge.steering.heads import class_scores
 from reft_edge.steering.hooks import steered
 from reft_edge.steering.interventions import Interventions
@@ -114,3 +116,12 @@ def torch_probabilities(source, model, adapter, texts):
             class_scores(model, interventions, [tokens(text)], torch.device("cpu"))[0].softmax(0).numpy()
             for text in texts
         ]
+
+
+def take_graph_weights(model, folder):
+    """Give a float32 model what the graph of an exported folder multiplies with, in float32, too; returns the model."""
+    weights = GraphWeights(model, folder / load_manifest(folder).graph)
+    weights.prepare(model)
+    for name, parameter in model.named_parameters():
+        weights.change(name, parameter.data, 0)
+    return model
