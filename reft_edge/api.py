@@ -67,6 +67,10 @@ def train(
     device: str | None = None,
     checkpointing: bool = False,
     compile: bool = False,
+    shared_prefix: bool = True,
+    needed_tokens: bool = True,
+    frozen_cache: int = 512,
+    frozen_cache_in: str | Path | None = None,
     profile: bool = False,
     report: Report = silent,
     on_step: "Callable[[StepReport], None]" = lambda step: None,
@@ -86,7 +90,10 @@ def train(
     JSONL file that gets every step's loss. `report_to`: trackers that get it, `tensorboard`, `wandb` or both. `resume`:
     continue from the checkpoint of an interrupted training; one is written every `save_every` steps. `eval_every`: steps
     between evaluations on held-out rows. `device`: by default the base's, or CUDA where there is one. `checkpointing`: less
-    memory, slower. `compile`: faster steps after half a minute or so. `profile`: measure where the time of a step goes.
+    memory, slower. `compile`: faster steps after half a minute or so. `shared_prefix`, `needed_tokens`: leave out what is
+    the same in all rows of a batch, and what no label needs. `frozen_cache`: MB for hidden states below the lowest edited
+    layer, which are kept from one epoch to the next; `frozen_cache_in`: a folder for a file of them, in place of memory.
+    `profile`: measure where the time of a step goes.
     `report` is told what the user should know; `on_step` gets a StepReport after every step: its loss in nats a token.
 
     `settings` are the fields of `reft_edge.training.settings.TrainSettings`: intervention, layers (a text as for `export`, or
@@ -124,7 +131,17 @@ def train(
         resume,
         save_every,
         eval_every,
-        Execution(device, launched_processes(None if loaded else device), profile, checkpointing, compile),
+        Execution(
+            device,
+            launched_processes(None if loaded else device),
+            profile,
+            checkpointing,
+            compile,
+            shared_prefix,
+            needed_tokens,
+            frozen_cache,
+            None if frozen_cache_in is None else Path(frozen_cache_in),
+        ),
         last_turn,
     )
     folder = base.folder if isinstance(base, FrozenModel) else str(base)

@@ -12,6 +12,7 @@ import statistics
 import tempfile
 import time
 from importlib.resources import as_file, files
+from itertools import pairwise
 from pathlib import Path
 
 from reft_edge.model.exported_weights import GraphWeights
@@ -68,11 +69,15 @@ def main() -> None:
             execution=execution,
             on_step=note,
         )
-    steps = [[after - before for before, after in zip(one, other, strict=True)]
-             for one, other in zip(clocks[1:], clocks[2:], strict=False)]  # fmt: skip
+    steps = [
+        [after - before for before, after in zip(one, other, strict=True)]
+        for one, other in pairwise(clocks[1:])
+    ]
     wall, processor = (statistics.median(values) for values in zip(*steps, strict=True))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    print(f"{given.how}: {wall:.1f} s a step, {processor:.1f} s of processors; peak {peak:.2f} GB; losses {losses}")
+    print(
+        f"{given.how}: {wall:.1f} s a step, {processor:.1f} s of processors; peak {peak:.2f} GB; losses {losses}"
+    )
 
 
 if __name__ == "__main__":

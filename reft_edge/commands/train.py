@@ -62,6 +62,10 @@ def train(
     load_in: option.LoadIn = None,
     checkpointing: option.Checkpointing = False,
     compile_blocks: option.CompileBlocks = False,
+    shared_prefix: option.SharedPrefix = True,
+    needed_tokens: option.NeededTokens = True,
+    frozen_cache: option.FrozenCache = 512,
+    frozen_cache_in: option.FrozenCacheIn = None,
     profile: option.Profile = False,
     as_json: Json = False,
 ) -> None:
@@ -102,7 +106,17 @@ def train(
             resume=resume,
             save_every=save_every,
             eval_every=eval_every,
-            execution=Execution(device, processes, profile, checkpointing, compile_blocks),
+            execution=Execution(
+                device,
+                processes,
+                profile,
+                checkpointing,
+                compile_blocks,
+                shared_prefix,
+                needed_tokens,
+                frozen_cache,
+                frozen_cache_in,
+            ),
             last_turn=last_turn,
         )
         settings = {

@@ -168,4 +168,36 @@ CompileBlocks = Annotated[
     bool,
     typer.Option("--compile", help="Compile the model's blocks: faster steps after half a minute or so."),
 ]
+SharedPrefix = Annotated[
+    bool,
+    typer.Option(
+        "--shared-prefix/--no-shared-prefix",
+        help="Run the tokens with which all rows of a batch begin, such as a system prompt, once for all of them.",
+    ),
+]
+NeededTokens = Annotated[
+    bool,
+    typer.Option(
+        "--needed-tokens/--all-tokens",
+        help="Leave padding out of MLPs, and out of the last block what no label needs.",
+    ),
+]
+FrozenCache = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        metavar="MB",
+        help="Keep hidden states below the lowest edited layer from one epoch to the next, in at most so many MB; 0 for none.",
+    ),
+]
+FrozenCacheIn = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        exists=True,
+        file_okay=False,
+        show_default="in memory",
+        help="Keep them in a file in this folder, which is removed in the end.",
+    ),
+]
 Profile = Annotated[bool, typer.Option("--profile", help="Print where the time of a step goes.")]

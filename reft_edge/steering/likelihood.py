@@ -1,7 +1,8 @@
 """What a PyTorch language model thinks of completions: only the logits that predict them are computed."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,10 @@ from reft_edge.steering.hooks import Steering
 Ids = Sequence[int]
 
 
+Logits = Callable[[Any, Steering, Sequence[tuple[Ids, Ids]], torch.device, bool], Tensor]
+"""`joined_logits`, or what gives the same in another way."""
+
+
 def completion_logits(
     model: Any,
     steering: Steering,
@@ -21,7 +26,11 @@ def completion_logits(
     autocast: bool = False,
 ) -> list[Tensor]:
     """`joined_logits`, apart by row: `[1 + tokens, vocabulary]` each."""
-    logits = joined_logits(model, steering, rows, device, autocast)
+    return apart(joined_logits(model, steering, rows, device, autocast), rows)
+
+
+def apart(logits: Tensor, rows: Sequence[tuple[Ids, Ids]]) -> list[Tensor]:
+    """Joined logits apart by row."""
     return list(torch.split(logits, [1 + len(behind) for _, behind in rows]))
 
 
@@ -36,6 +45,27 @@ def joined_logits(
 
     `rows`: prompt, and the tokens behind it (a completion without its last token). They run as one right-padded batch.
     """
+    batch = padded(model, rows, device)
+    with readable(model, batch.ids.shape[1]):
+        return batch_logits(model, steering, batch, autocast)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows as one right-padded batch, or the last columns of one."""
+
+    ids: Tensor
+    """`[rows, columns]`"""
+    mask: Tensor
+    """`[rows, columns with those before]`, 1 for tokens."""
+    counts: Tensor
+    """`[rows, columns]`, bool: where logits are wanted."""
+    prompts: Tensor
+    """`[rows]`, tokens of each prompt."""
+
+
+def padded(model: Any, rows: Sequence[tuple[Ids, Ids]], device: torch.device) -> Batch:
+    """Rows as a batch that wants logits from each prompt's last token on. Raises ReftEdgeError for unknown tokens."""
     check_tokens(model, [[*prompt, *behind] for prompt, behind in rows])
     length = max(len(prompt) + len(behind) for prompt, behind in rows)
     ids, mask = torch.zeros(2, len(rows), length, dtype=torch.long).unbind()
@@ -45,14 +75,19 @@ def joined_logits(
         ids[i, : len(tokens)] = torch.tensor(tokens)
         mask[i, : len(tokens)] = 1
         counts[i, len(prompt) - 1 : len(tokens)] = True
-    lengths = torch.tensor([len(prompt) for prompt, _ in rows], device=device)
+    prompts = torch.tensor([len(prompt) for prompt, _ in rows], device=device)
+    return Batch(ids.to(device), mask.to(device), counts.to(device), prompts)
+
+
+def batch_logits(model: Any, steering: Steering, batch: Batch, autocast: bool, **further: Any) -> Tensor:
+    """Float32 logits where the batch wants them, `[all of them, vocabulary]`. `further` is for the model: a cache."""
+    options = {"use_cache": False, **further}
     with (
-        steering.prompts(lengths),
-        only_logits_of(model, counts.to(device)),
-        torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast),
-        readable(model, length),
+        steering.prompts(batch.prompts),
+        only_logits_of(model, batch.counts),
+        torch.autocast(batch.ids.device.type, dtype=torch.bfloat16, enabled=autocast),
     ):
-        logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
+        logits = model(input_ids=batch.ids, attention_mask=batch.mask, **options).logits
     joined: Tensor = logits[0].float()
     return joined
 

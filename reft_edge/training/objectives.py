@@ -1,6 +1,7 @@
 """What a training minimises over rows of each kind, and how well it does on held-out ones."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from reft_edge.steering.heads import class_scores
 from reft_edge.steering.hooks import Steering
 from reft_edge.steering.interventions import Interventions, dropout_off
-from reft_edge.steering.likelihood import check_targets, joined_logits
+from reft_edge.steering.likelihood import Logits, check_targets, joined_logits
 from reft_edge.training.classification import LabelledText, LabelledTexts
 from reft_edge.training.data import Dataset
 from reft_edge.training.preference import PreferenceObjective, Preferences
@@ -33,8 +34,11 @@ class Objective(Protocol):
         """Summed negative log-likelihood, in nats."""
 
 
+@dataclass(frozen=True)
 class Completions:
     """Every token of the completions that is trained, given the prompts."""
+
+    logits: Logits = joined_logits
 
     def count(self, rows: Sequence[Example]) -> int:
         return sum(row.count for row in rows)
@@ -45,7 +49,7 @@ class Completions:
     def loss(
         self, model: Any, steering: Steering, rows: Sequence[Example], device: torch.device, autocast: bool
     ) -> Tensor:
-        return batch_loss(model, steering, rows, device, autocast)
+        return batch_loss(model, steering, rows, device, autocast, self.logits)
 
 
 _COMPLETIONS = Completions()
@@ -74,19 +78,24 @@ class Labels:
         return nn.functional.cross_entropy(scores, targets, reduction="sum")
 
 
-def objective_of(data: Data, beta: float) -> Objective:
-    """What such data trains; `beta` is for preferences."""
+def objective_of(data: Data, beta: float, logits: Logits = joined_logits) -> Objective:
+    """What such data trains; `beta` is for preferences. `logits` gives those of completions."""
     if isinstance(data, Preferences):
-        return PreferenceObjective(beta)
-    return Labels() if isinstance(data, LabelledTexts) else _COMPLETIONS
+        return PreferenceObjective(beta, logits)
+    return Labels() if isinstance(data, LabelledTexts) else Completions(logits)
 
 
 def batch_loss(
-    model: Any, steering: Steering, rows: Sequence[Example], device: torch.device, autocast: bool
+    model: Any,
+    steering: Steering,
+    rows: Sequence[Example],
+    device: torch.device,
+    autocast: bool,
+    logits_of: Logits = joined_logits,
 ) -> Tensor:
     """Summed negative log-likelihood, in nats, of the rows' completions; logits are only computed where they count."""
     inputs = [(row.prompt, row.completion[:-1]) for row in rows]
-    logits = joined_logits(model, steering, inputs, device, autocast)
+    logits = logits_of(model, steering, inputs, device, autocast)
     check_targets(logits, [row.completion for row in rows])
     targets = torch.tensor([token for row in rows for token in row.targets], device=device)
     return nn.functional.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED)

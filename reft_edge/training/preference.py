@@ -22,7 +22,7 @@ from reft_edge.rows.shapes import PAIRS, Recognised, Recogniser, as_pair
 from reft_edge.rows.source import RowSource
 from reft_edge.steering.hooks import Steering
 from reft_edge.steering.interventions import dropout_off
-from reft_edge.steering.likelihood import check_targets, completion_logits
+from reft_edge.steering.likelihood import Logits, apart, check_targets, joined_logits
 from reft_edge.training.data import notices
 from reft_edge.training.turns import Example, view_row
 
@@ -99,6 +99,7 @@ class PreferenceObjective:
     """The loss of pairs, by the steered model and, adapter off, the base."""
 
     beta: float
+    logits: Logits = joined_logits
 
     def count(self, rows: Sequence[PreferencePair]) -> int:
         """Pairs."""
@@ -133,19 +134,24 @@ class PreferenceObjective:
         """`[pairs]`: beta times how much more than the base the steered model prefers the chosen answer, in nats."""
         sides = [row.chosen for row in rows] + [row.rejected for row in rows]
         with torch.no_grad(), steering.off():
-            reference = answer_log_likelihoods(model, steering, sides, device, autocast)
-        steered = answer_log_likelihoods(model, steering, sides, device, autocast)
+            reference = answer_log_likelihoods(model, steering, sides, device, autocast, self.logits)
+        steered = answer_log_likelihoods(model, steering, sides, device, autocast, self.logits)
         chosen, rejected = (steered - reference).view(2, -1)
         margins: Tensor = self.beta * (chosen - rejected)
         return margins
 
 
 def answer_log_likelihoods(
-    model: Any, steering: Steering, rows: Sequence[Example], device: torch.device, autocast: bool
+    model: Any,
+    steering: Steering,
+    rows: Sequence[Example],
+    device: torch.device,
+    autocast: bool,
+    logits_of: Logits = joined_logits,
 ) -> Tensor:
     """Each row's whole completion, `[rows]`, in nats; differentiable."""
     inputs = [(row.prompt, row.completion[:-1]) for row in rows]
-    logits = completion_logits(model, steering, inputs, device, autocast)
+    logits = apart(logits_of(model, steering, inputs, device, autocast), inputs)
     check_targets(logits[0], [row.completion for row in rows])
     return torch.stack(
         [

@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from reft_edge.model.packed import count_parameters, is_quantised
 from reft_edge.model.packed_base import use_exported_weights
 from reft_edge.steering.hooks import Steering, steered
 from reft_edge.steering.interventions import Interventions
-from reft_edge.steering.likelihood import check_tokens
+from reft_edge.steering.likelihood import check_tokens, joined_logits
 from reft_edge.training.checkpoint import Checkpoint
 from reft_edge.training.classification import LabelledTexts
 from reft_edge.training.data import Dataset, check_positions
@@ -23,6 +23,7 @@ from reft_edge.training.frozen_base import checkpointed, compiled, frozen
 from reft_edge.training.interrupts import Interrupts, interrupts
 from reft_edge.training.objectives import Data
 from reft_edge.training.output import check_room, checkpoint_of, training_to, write_adapter
+from reft_edge.training.passes import Passes
 from reft_edge.training.preference import Preferences
 from reft_edge.training.profile import Profile
 from reft_edge.training.settings import PLAIN, Execution, StepReport, TrainResult, TrainSettings
@@ -76,7 +77,7 @@ def train(
         report(notice)
     base_parameters = count_parameters(model)
     weights = _rounded_weights(model, settings, base_weights, config.base_fingerprint)
-    trainer = _trainer(model, config, data, settings, execution)
+    trainer, passes = _trainer(model, config, data, settings, execution, report)
     checkpoint = Checkpoint(checkpoint_of(output), belongs_to(settings, data, config, weights))
     steps = Steps(model, trainer, checkpoint, evaluation, save_every, eval_every, report, on_step)
 
@@ -86,7 +87,7 @@ def train(
         adapter = trainer.interventions.to_adapter(described)
         return adapter.num_parameters, processes.from_main(lambda: write_adapter(adapter, output, checkpoint))
 
-    with _under_way(steps, output, execution, resume) as (steering, caught):
+    with _under_way(steps, output, execution, resume, passes) as (steering, caught):
         steps.run(steering, caught)
         found = _measured(steps, steering, write, output)
         parameters, size = write(found)
@@ -106,24 +107,38 @@ def train(
 
 
 def _trainer(
-    model: Any, config: AdapterConfig, data: Data, settings: TrainSettings, execution: Execution
-) -> Trainer:
-    """With the model in its place, and new interventions."""
+    model: Any,
+    config: AdapterConfig,
+    data: Data,
+    settings: TrainSettings,
+    execution: Execution,
+    report: Callable[[str], None],
+) -> tuple[Trainer, AbstractContextManager[None]]:
+    """With the model in its place, and new interventions; and the context in which it runs."""
     place = execution.place()
-    return Trainer(
-        execution.processes.place(model, place),
-        Interventions(config, settings.dropout, settings.seed),
+    model = execution.processes.place(model, place)
+    interventions = Interventions(config, settings.dropout, settings.seed)
+    passes = (
+        None
+        if isinstance(data, LabelledTexts)
+        else Passes(model, interventions, data, settings, execution, report)
+    )
+    trainer = Trainer(
+        model,
+        interventions,
         settings,
         data,
         place,
         execution.processes,
         Profile(place) if execution.profile else None,
+        passes or joined_logits,
     )
+    return trainer, passes.attached() if passes else nullcontext()
 
 
 @contextmanager
 def _under_way(
-    steps: Steps, output: Path, execution: Execution, resume: bool
+    steps: Steps, output: Path, execution: Execution, resume: bool, passes: AbstractContextManager[None]
 ) -> Iterator[tuple[Steering, Interrupts]]:
     """Inside the block the output is held, the base frozen and steered, and signals are noted."""
     model, trainer, processes = steps.model, steps.trainer, execution.processes
@@ -135,6 +150,7 @@ def _under_way(
         stack.enter_context(frozen(model, trainer.autocast and not processes.sharded))
         stack.enter_context(checkpointed(model) if execution.checkpointing else nullcontext())
         stack.enter_context(compiled(model) if execution.compile else nullcontext())
+        stack.enter_context(passes)
         yield stack.enter_context(steered(model, (trainer.interventions, 1.0))), caught
 
 

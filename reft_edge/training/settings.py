@@ -153,6 +153,14 @@ class Execution:
     """Keep only each block's input for the backward pass and compute the rest again: less memory, a third more time."""
     compile: bool = False
     """Compile the blocks with torch.compile: faster steps after half a minute or so."""
+    shared_prefix: bool = True
+    """Run tokens with which all rows of a batch begin once for all of them."""
+    needed_tokens: bool = True
+    """Leave padding out of MLPs, and out of the last block what has no label."""
+    frozen_cache: int = 512
+    """MB in which hidden states below the lowest edited layer are kept from one epoch to the next; 0 for none."""
+    frozen_cache_in: Path | None = None
+    """A folder for a file that holds them in place of memory."""
 
     def place(self) -> torch.device:
         """The device of this process. Raises ReftEdgeError if it cannot be used."""

@@ -159,7 +159,8 @@ class Steps:
                 autocast,
             )
         elif isinstance(self.evaluation, Preferences):
-            objective = PreferenceObjective(settings.beta)
+            objective = self.trainer.objective
+            assert isinstance(objective, PreferenceObjective)
             accuracy = preferred(
                 self.model, steering, self.evaluation, objective, settings.batch_size, place, autocast
             )

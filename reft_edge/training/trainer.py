@@ -16,6 +16,7 @@ from reft_edge.errors import ReftEdgeError
 from reft_edge.model.device import chosen_dtype
 from reft_edge.steering.hooks import Steering
 from reft_edge.steering.interventions import Interventions
+from reft_edge.steering.likelihood import Logits, joined_logits
 from reft_edge.training.distributed import ALONE, Processes
 from reft_edge.training.interrupts import Interrupts
 from reft_edge.training.objectives import Data, objective_of
@@ -39,12 +40,14 @@ class Trainer:
     device: torch.device
     processes: Processes = ALONE
     profile: Profile | None = None
+    logits: Logits = joined_logits
+    """How logits of completions are computed."""
     step: int = 0
     between_steps: bool = True
     """Whether parameters, moments, losses and `step` belong together: not while the optimiser moves them."""
 
     def __post_init__(self) -> None:
-        self.objective = objective_of(self.data, self.settings.beta)
+        self.objective = objective_of(self.data, self.settings.beta, self.logits)
         self.interventions.to(self.device)
         rotation = self.interventions.rotation
         groups: list[dict[str, Any]] = [

@@ -1,0 +1,155 @@
+"""Hidden states below the lowest edit, which no step changes: computed once a row, and kept.
+
+They are in memory, or in a file that is mapped into memory. They are given up where reading them takes longer than
+computing them.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reft_edge.model.blocks import decoder_layers
+from reft_edge.model.places import Place
+
+Key = tuple[int, ...]
+"""A row's tokens."""
+_TRIED = 3
+"""Passes that read before it is asked whether that pays."""
+
+
+class KeptStates:
+    """Hidden states behind the blocks that nothing below edits, of the rows of a training.
+
+    `columns` says of the next pass which rows and which of their tokens it has.
+    """
+
+    def __init__(self, last: int, lengths: dict[Key, int], size: int, report: Callable[[str], None]) -> None:
+        """`last`: the highest block that no edit comes before. `lengths`: tokens that are run of each row. `size`: of the
+        hidden states.
+        """
+        self._last, self._size, self._report = last, size, report
+        self.file: Path | None = None
+        """Holds them in place of memory."""
+        self._first: dict[Key, int] = {}
+        count = 0
+        for key, length in lengths.items():
+            self._first[key] = count
+            count += length
+        self._count = count
+        self._states: Tensor | None = None
+        self._full: set[Key] = set()
+        self._rows: Sequence[Key] | None = None
+        self._start = 0
+        self._reads: Tensor | None = None
+        self._as_tuple = False
+        self._began = self._computing = self._reading = 0.0
+        self._computed = self._read = self._passes = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Of all rows in float32."""
+        return self._count * self._size * 4
+
+    def columns(self, rows: Sequence[Key], start: int, ids: Tensor, reads: bool) -> None:
+        """The next pass is of these rows from their token `start` on, as far as `ids [rows, columns]` reaches."""
+        self._rows, self._start = rows, start
+        self._reads = self._padded(ids) if reads else None
+
+    def nothing(self) -> None:
+        """The next pass is of no row that is known."""
+        self._rows = self._reads = None
+
+    def has(self, rows: Sequence[Key]) -> bool:
+        """Whether all these rows' states are kept."""
+        return all(row in self._full for row in rows)
+
+    def takes(self, rows: Sequence[Key]) -> bool:
+        """Whether these rows' states would be kept."""
+        return self._count > 0 and all(row in self._first for row in rows)
+
+    def done(self, rows: Sequence[Key]) -> None:
+        """All tokens of these rows were run, or read."""
+        self._full.update(rows)
+        if self._passes >= _TRIED and self._reading * self._computed > self._computing * self._read:
+            self._report("reading the kept states takes longer than computing them; they are given up")
+            self._give_up()
+            self._count = 0
+
+    @contextmanager
+    def attached(self, model: Any) -> Iterator[None]:
+        """Inside the block, the model's lowest blocks only run where their states are not kept."""
+        blocks = list(decoder_layers(model))[: self._last + 1]
+        own = [vars(block).get("forward") for block in blocks]
+        for number, block in enumerate(blocks):
+            block.forward = self._instead(block.forward, number)
+        try:
+            yield
+        finally:
+            for block, forward in zip(blocks, own, strict=True):
+                if forward is None:
+                    del block.forward
+                else:
+                    block.forward = forward
+            self._give_up()
+
+    def _instead(self, forward: Callable[..., Any], number: int) -> Callable[..., Any]:
+        def run(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self._reads is not None:
+                states = self._reads.to(hidden.dtype) if number == self._last else hidden
+                return (states,) if self._as_tuple else states
+            if number == 0:
+                self._began = perf_counter()
+            output = forward(hidden, *args, **kwargs)
+            if number == self._last and self._rows is not None:
+                self._keep(output)
+            return output
+
+        return run
+
+    def _keep(self, output: Any) -> None:
+        self._computing += perf_counter() - self._began
+        self._as_tuple = isinstance(output, tuple)
+        hidden = (output[0] if self._as_tuple else output).detach()
+        assert self._rows is not None
+        if self._states is None:
+            self._states = self._room(hidden.dtype)
+        for row, key in enumerate(self._rows):
+            count = min(len(key) - self._start, hidden.shape[1])
+            first = self._first[key] + self._start
+            self._states[first : first + count] = hidden[row if hidden.shape[0] > 1 else 0, :count].cpu()
+            self._computed += count
+
+    def _padded(self, ids: Tensor) -> Tensor:
+        began = perf_counter()
+        assert self._states is not None
+        assert self._rows is not None
+        found = torch.zeros(*ids.shape, self._size, dtype=self._states.dtype)
+        for row, key in enumerate(self._rows[: len(ids)]):
+            count = min(len(key) - self._start, ids.shape[1])
+            first = self._first[key] + self._start
+            found[row, :count] = self._states[first : first + count]
+            self._read += count
+        self._reading += perf_counter() - began
+        self._passes += 1
+        return found.to(ids.device)
+
+    def _room(self, dtype: torch.dtype) -> Tensor:
+        shape = (self._count, self._size)
+        if self.file is None:
+            return torch.empty(shape, dtype=dtype)
+        count = self._count * self._size
+        return torch.from_file(str(self.file), shared=True, size=count, dtype=dtype).view(shape)
+
+    def _give_up(self) -> None:
+        self._states, self._reads = None, None
+        self._full.clear()
+
+
+def last_untouched(places: Sequence[Place]) -> int:
+    """The highest block whose output, before it is edited itself, depends on no edit; -1 if there is none."""
+    return min(place.layer if place.component == "block" else place.layer - 1 for place in places)

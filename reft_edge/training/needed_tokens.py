@@ -1,0 +1,96 @@
+"""Work on tokens alone that matter: MLPs leave padding out, and in the last block only tokens with a label have a query."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from reft_edge.errors import ReftEdgeError
+from reft_edge.model.blocks import component_module, decoder_layers
+
+_PADDING = 0.05
+"""Share of padding from which it is left out: gathering the other tokens costs something, too."""
+_QUERIES = ("q_proj", "o_proj", "dense", "out_proj")
+"""Parts of an attention that work on each query by itself."""
+
+
+@dataclass
+class _Needed:
+    """Tokens of the pass under way, as indices in the flattened batch; None for all."""
+
+    real: Tensor | None = None
+    labelled: Tensor | None = None
+
+
+class NeededTokens:
+    """Inside `attached`, passes leave out what no label depends on, once `of` has said of a pass what that is."""
+
+    def __init__(self) -> None:
+        self._needed = _Needed()
+
+    def of(self, mask: Tensor, counts: Tensor) -> None:
+        """The next pass is of `mask` and `counts [rows, columns]`: tokens that are no padding, and those with a label."""
+        real = mask.flatten().nonzero().squeeze(1)
+        padding = 1 - len(real) / max(mask.numel(), 1)
+        self._needed = _Needed(real if padding > _PADDING else None, counts.flatten().nonzero().squeeze(1))
+
+    def nothing(self) -> None:
+        """The next pass leaves nothing out."""
+        self._needed = _Needed()
+
+    @contextmanager
+    def attached(self, model: Any) -> Iterator[None]:
+        """Inside the block, the model works so."""
+        blocks = list(decoder_layers(model))
+        own: list[tuple[nn.Module, Any]] = []
+        try:
+            for block in blocks:
+                for module in _by_token(block, block is blocks[-1]):
+                    own.append((module, vars(module).get("forward")))
+                    module.forward = self._only(module, block is blocks[-1])
+            yield
+        finally:
+            self.nothing()
+            for module, forward in own:
+                if forward is None:
+                    del module.forward
+                else:
+                    module.forward = forward
+
+    def _only(self, module: nn.Module, last: bool) -> Any:
+        forward = module.forward
+
+        def some(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            tokens = self._needed.labelled if last else self._needed.real
+            if tokens is None:
+                return forward(x, *args, **kwargs)
+            output = forward(x.flatten(0, 1).index_select(0, tokens)[None], *args, **kwargs)
+            if isinstance(output, tuple):
+                return (_spread(output[0], tokens, x), *output[1:])
+            return _spread(output, tokens, x)
+
+        return some
+
+
+def _by_token(block: nn.Module, last: bool) -> list[nn.Module]:
+    """Parts of a block that do the same with each token by itself."""
+    found = []
+    for component in ("mlp", "attention") if last else ("mlp",):
+        try:
+            part = component_module(block, component)
+        except ReftEdgeError:
+            continue
+        found += (
+            [part]
+            if component == "mlp"
+            else [module for name, module in part.named_children() if name in _QUERIES]
+        )
+    return found
+
+
+def _spread(output: Tensor, tokens: Tensor, x: Tensor) -> Tensor:
+    """Zeros elsewhere."""
+    flat = output.new_zeros(x.shape[0] * x.shape[1], output.shape[-1])
+    return flat.index_copy(0, tokens, output.flatten(0, -2)).view(*x.shape[:2], -1)
