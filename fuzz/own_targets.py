@@ -90,7 +90,7 @@ def make_manifest() -> Manifest:
         num_layers=4,
         layers=(0, 2),
         head_size=4,
-        context_length=64,
+        context_length=1024,
         eos_token_ids=(1,),
         ports={"reft.layers.0.A": ["adapter_batch", 8, "rank"]},
         verification={"max_difference": 1e-5},
