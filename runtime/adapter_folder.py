@@ -122,6 +122,11 @@ class AdapterFolder:
             return True
         return True
 
+    def unload(self, name: str) -> None:
+        """Forget an adapter that is loaded; running requests keep it. It is loaded again when it is asked for."""
+        with self._lock:
+            self._forget(name)
+
     def use(self, names: Iterable[str]) -> None:
         """Have the model hold these adapters as their files are now.
 

@@ -16,10 +16,12 @@ from reft_edge.errors import ReftEdgeError
 from reft_edge.model.manifest import load_manifest
 from reft_edge.runtime.encoder import SteeredEncoder
 from reft_edge.runtime.model import SteeredModel
+from reft_edge.runtime.serving.adapter_routes import add_adapter_routes
 from reft_edge.runtime.serving.completions import add_decoder_routes
 from reft_edge.runtime.serving.encoder_routes import add_encoder_routes
 from reft_edge.runtime.serving.errors import add_errors
 from reft_edge.runtime.serving.guard import Counting, Guard, Metrics
+from reft_edge.runtime.serving.model_routes import add_model_routes
 from reft_edge.runtime.serving.served import LOOPBACK, Decoder, Encoder, ServerSettings, unknown_model
 
 __all__ = ["LOOPBACK", "ServerSettings", "create_app", "serve"]
@@ -69,10 +71,12 @@ def serve(served: Decoder | Encoder) -> FastAPI:
     app.state.metrics, app.state.served = metrics, served
     add_errors(app)
     _add_common_routes(app, served, metrics)
+    add_adapter_routes(app, served)
     if isinstance(served, Encoder):
         add_encoder_routes(app, served)
     else:
         add_decoder_routes(app, served, metrics)
+        add_model_routes(app, served)
     app.add_middleware(Guard, settings=settings)
     if settings.cors_origins:
         app.add_middleware(

@@ -12,6 +12,8 @@ from reft_edge.runtime.serving import openai_api as api
 from reft_edge.runtime.serving.errors import CLIENT_LEFT, ApiError, too_long
 from reft_edge.runtime.serving.served import Encoder
 
+_RELEVANT = "relevant"
+"""A label by whose probability a pair of query and document is ranked."""
 _BATCH = 32
 """Texts that run together; other requests come between batches."""
 G = TypeVar("G")
@@ -19,7 +21,7 @@ T = TypeVar("T")
 
 
 def add_encoder_routes(app: FastAPI, served: Encoder) -> None:
-    """/v1/embeddings and /v1/classify."""
+    """/v1/embeddings, /v1/classify and /v1/rerank."""
     model = served.model
 
     @app.post("/v1/classify")
@@ -63,12 +65,33 @@ def add_encoder_routes(app: FastAPI, served: Encoder) -> None:
         tokens = sum(count for _, count in parts)
         return await _json(served, lambda: _vectors(body, vectors, tokens))
 
+    @app.post("/v1/rerank")
+    async def rerank(request: Request) -> Response:
+        body = await served.read(request, api.RerankRequest)
+        adapter = served.adapter_of(body.model)
+        _few(len(body.documents) + 1, served)
+        async with served.holding({adapter: 1.0} if adapter else {}) as chosen:
+            key = next(iter(chosen), None)
+            if key is not None and _RELEVANT in model.adapters[key].labels:
+                pairs = [(body.query, document) for document in body.documents]
+                labels = await _in_turn(served, request, pairs, lambda texts: model.classify(texts, key))
+                scores = [found.probabilities[_RELEVANT] for found in labels]
+            else:
+
+                def embed(inputs: Sequence[Input]) -> list[Floats]:
+                    return model.embed(inputs, key)[0]
+
+                first, *others = await _in_turn(served, request, [body.query, *body.documents], embed)
+                scores = [float(first @ vector) for vector in others]
+        return await _json(served, lambda: _ranked(body, scores))
+
     for path in ("/v1/chat/completions", "/v1/completions"):
 
         @app.post(path)
         async def not_a_decoder() -> None:
             raise ApiError(
-                404, f"{served.settings.name} is an encoder; it has /v1/classify and /v1/embeddings"
+                404,
+                f"{served.settings.name} is an encoder; it has /v1/classify, /v1/embeddings and /v1/rerank",
             )
 
 
@@ -103,6 +126,19 @@ def _labels(model: str, found: Sequence[Classification]) -> str:
         for i, answer in enumerate(found)
     ]
     return json.dumps({"object": "list", "model": model, "data": data}, ensure_ascii=False, allow_nan=False)
+
+
+def _ranked(body: api.RerankRequest, scores: Sequence[float]) -> str:
+    order = sorted(range(len(scores)), key=lambda index: -scores[index])[: body.top_n]
+    results = [
+        {
+            "index": index,
+            "relevance_score": scores[index],
+            **({"document": {"text": body.documents[index]}} if body.return_documents else {}),
+        }
+        for index in order
+    ]
+    return json.dumps({"model": body.model, "results": results}, ensure_ascii=False, allow_nan=False)
 
 
 def _vectors(body: api.EmbeddingRequest, vectors: Sequence[Floats], tokens: int) -> str:

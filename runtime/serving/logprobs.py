@@ -65,19 +65,17 @@ class CompletionScores(Scores):
         super().__init__(tokens)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._characters = self._told = 0
-        self._held: list[tuple[int, str, float, dict[str, float]]] = []
+        self._held: list[tuple[int, str, float | None, dict[str, float] | None]] = []
+
+    def begin(self, first: int, scores: Sequence[TokenScore]) -> None:
+        """Of a prompt that is part of the text: its first token, which nothing comes before, and the others."""
+        self._hold(first, None, None)
+        for score in scores:
+            self._hold_score(score)
 
     def take(self, scores: Sequence[TokenScore], text: str, last: bool) -> dict[str, Any] | None:
         for score in scores:
-            content = b"" if score.token in self._tokens.special else self._bytes(score.token)
-            if content and not _continues(content):
-                self._characters += len(self._decoder.decode(b"", final=True))
-            top: dict[str, float] = {}
-            for token, logprob in score.top:
-                top.setdefault(self._name(token), _finite(logprob))
-            self._held.append((self._characters, self._name(score.token), _finite(score.logprob), top))
-            self._characters += len(self._decoder.decode(content))
-            self._begun = True
+            self._hold_score(score)
         self._told += len(text)
         count = sum(last or offset < self._told for offset, *_ in self._held)
         ready, self._held = self._held[:count], self._held[count:]
@@ -89,6 +87,20 @@ class CompletionScores(Scores):
             "top_logprobs": [top for *_, top in ready],
             "text_offset": [min(offset, self._told) for offset, *_ in ready],
         }
+
+    def _hold_score(self, score: TokenScore) -> None:
+        top: dict[str, float] = {}
+        for token, logprob in score.top:
+            top.setdefault(self._name(token), _finite(logprob))
+        self._hold(score.token, _finite(score.logprob), top)
+
+    def _hold(self, token: int, logprob: float | None, top: dict[str, float] | None) -> None:
+        content = b"" if token in self._tokens.special else self._bytes(token)
+        if content and not _continues(content):
+            self._characters += len(self._decoder.decode(b"", final=True))
+        self._held.append((self._characters, self._name(token), logprob, top))
+        self._characters += len(self._decoder.decode(content))
+        self._begun = True
 
     def _name(self, token: int) -> str:
         return _shown(self._bytes(token), "bytes:") or f"token:{token}"

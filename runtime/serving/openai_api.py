@@ -167,8 +167,16 @@ class CompletionRequest(Generate):
 
     prompt: list[str | Tokens]
     """Texts, or tokens."""
-    max_tokens: int = Field(16, ge=1)
+    max_tokens: int = Field(16, ge=0)
     logprobs: int | None = Field(None, ge=0, le=20)
+    echo: bool = False
+    """Whether the answer begins with the prompt, and `logprobs` with the prompt's."""
+
+    @model_validator(mode="after")
+    def _some_tokens(self) -> "CompletionRequest":
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens: expected 1 or more; 0 needs echo")
+        return self
 
     @field_validator("prompt", mode="plain")
     @classmethod
@@ -204,6 +212,27 @@ class ClassifyRequest(Body):
         if not isinstance(texts, list) or not texts or not all(map(_is_text_or_pair, texts)):
             raise ValueError("expected a text, or a list of texts and pairs of texts, at least one")
         return [text if isinstance(text, str) else tuple(text) for text in texts]
+
+
+class RerankRequest(Body):
+    """POST /v1/rerank, as Jina's and Cohere's APIs have it: documents by how well they fit a query."""
+
+    model: str
+    query: str = Field(min_length=1)
+    documents: list[str]
+    top_n: int | None = Field(None, ge=1)
+    return_documents: bool = True
+
+    @field_validator("documents", mode="before")
+    @classmethod
+    def _plain(cls, value: Any) -> Any:
+        """Texts, or objects with a text."""
+        if not isinstance(value, list) or not value:
+            raise ValueError("expected a list of texts, at least one")
+        texts = [item.get("text") if isinstance(item, dict) else item for item in value]
+        if not all(isinstance(text, str) and text for text in texts):
+            raise ValueError("expected a list of texts, none empty")
+        return texts
 
 
 def _texts_or_tokens(value: Any) -> list[str | Tokens]:

@@ -65,6 +65,10 @@ class Served:
     ) -> None:
         self.settings = settings
         self.adapters = AdapterFolder(model, adapters, settings.adapter_budget) if adapters else None
+        self.aliases: dict[str, str] = {}
+        """Names that clients gave to adapters, and the names of their files; see `adapter_routes`."""
+        self.hidden: set[str] = set()
+        """Adapters that clients unloaded: they are not served until they are loaded again."""
         self._workers = ThreadPoolExecutor(_WORKERS, "reft-edge request")
         self._loaders = ThreadPoolExecutor(settings.slots + settings.queue_limit, "reft-edge adapter")
 
@@ -80,7 +84,8 @@ class Served:
 
     def models(self) -> list[str]:
         """Names of the base and of every adapter."""
-        names = self.adapters.names() if self.adapters else []
+        files = self.adapters.names() if self.adapters else []
+        names = sorted({*files, *self.aliases} - self.hidden)
         return [self.settings.name, *(f"{self.settings.name}:{name}" for name in names)]
 
     def has(self, model: str) -> bool:
@@ -88,7 +93,9 @@ class Served:
         base, colon, adapter = model.partition(":")
         if base != self.settings.name:
             return False
-        return not colon or (self.adapters is not None and self.adapters.has(adapter))
+        if not colon or self.adapters is None:
+            return not colon
+        return adapter not in self.hidden and self.adapters.has(self.aliases.get(adapter, adapter))
 
     def adapter_of(self, model: str) -> str | None:
         """The adapter that a model's name stands for; None for the base. Raises ApiError 404 for other models' names."""
@@ -107,7 +114,7 @@ class Served:
             raise UnknownAdapterError(
                 f"there is no adapter {next(iter(mix))[:_LONGEST_NAME]!r}: no folder of adapters is served"
             )
-        hold = self.adapters.hold(mix)
+        hold = self.adapters.hold(self._files(mix))
         loading = asyncio.get_running_loop().run_in_executor(self._loaders, hold.__enter__)
         try:
             chosen = await asyncio.shield(loading)
@@ -118,6 +125,18 @@ class Served:
             yield chosen
         finally:
             hold.__exit__(None, None, None)
+
+    def _files(self, mix: Mapping[str, float]) -> dict[str, float]:
+        """A mix by the names of the adapters' files."""
+        found: dict[str, float] = {}
+        for name, scale in mix.items():
+            if name in self.hidden:
+                raise UnknownAdapterError(
+                    f"adapter {name[:_LONGEST_NAME]!r} was unloaded; POST /v1/load_lora_adapter loads it"
+                )
+            file = self.aliases.get(name, name)
+            found[file] = found.get(file, 0.0) + scale
+        return found
 
     def close(self) -> None:
         """Nothing more is prepared."""
