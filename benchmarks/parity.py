@@ -52,8 +52,8 @@ class Parity:
 
 
 def measure(architecture: str, precision: str, model: Path, work: Path, runs_on: str) -> Parity:
-    if architecture == "gpt_oss" and precision in ("int8", "int4"):
-        return Parity(architecture, precision, stock="needs its own MXFP4 weights")
+    if architecture in ("gpt_oss", "lfm2_moe") and precision in ("int8", "int4"):
+        return Parity(architecture, precision, stock="refused: experts")
     folder = work / "export"
     device = "cuda" if precision == "bf16" else runs_on
     try:

@@ -20,19 +20,25 @@ SAME_GRAPH = {
 """Classes whose graph is that of another class, by whose name the builder knows it."""
 _LEAST_KNOWN = 10
 """Fewer names than this in the builder's source tell that it is written in another way by now."""
+_EXPERTS = ("gpt_oss", "lfm2_moe")
 _ELSEWHERE = (
     "export it with another tool, such as Optimum, and give that graph ports with `reft-edge add-ports`"
 )
 
 
-def check_architecture(config: Any, name: str) -> None:
-    """Raise ReftEdgeError for a model that the builder cannot build, with the part of it that it lacks.
+def check_architecture(config: Any, name: str, quantised: bool = False) -> None:
+    """Raise ReftEdgeError for a model that the builder cannot build, or not in so few bits, with the part of it that it lacks.
 
     `config`: of the model's text part; `name`: of the model, for people.
     """
     architecture = class_name(config)
     if lacking := _lacking(config):
         raise ReftEdgeError(f"{name} cannot be exported: {architecture} {lacking}")
+    if quantised and config.model_type in _EXPERTS:
+        raise ReftEdgeError(
+            f"{name} cannot be exported in int4 or int8: {architecture} has experts, whose rounded weights cannot be "
+            "checked against the model; choose --precision fp32 or fp16"
+        )
     known = _known()
     if len(known) >= _LEAST_KNOWN and SAME_GRAPH.get(architecture, architecture) not in known:
         raise ReftEdgeError(

@@ -47,7 +47,7 @@ def export_decoder(
     """
     target = Target(precision, device, _quantisation(model, precision, quantisation), context)
     config = load_config(model)
-    check_architecture(config, model.name)
+    check_architecture(config, model.name, target.quantised)
     if context is not None:
         _check_context(model, config, context)
     chosen = parse_layers(layers, int(config.num_hidden_layers))

@@ -20,10 +20,11 @@ from reft_edge.model.prompts import Message, Prompts, choose_format, load_prompt
 from reft_edge.runtime.batch import Batch
 from reft_edge.runtime.binding import Bound, PortInputs, port_inputs
 from reft_edge.runtime.constraints import Constraint, Constraints
+from reft_edge.runtime.int8_cache import open_session
 from reft_edge.runtime.mixes import BUDGET, Mixes
 from reft_edge.runtime.request import Piece, Request, Row
 from reft_edge.runtime.sampling import Sampling
-from reft_edge.runtime.session import GraphSession, Logits
+from reft_edge.runtime.session import Logits
 from reft_edge.signing.keys import TrustedKeys
 from reft_edge.signing.signatures import Signature, load_verified
 
@@ -117,17 +118,20 @@ class SteeredModel:
         trusted: TrustedKeys | None = None,
         provider_options: Mapping[str, str] | None = None,
         mix_budget: int = BUDGET,
+        cache_type: str = "auto",
     ) -> None:
         """`device`: auto (cuda or cpu) or a name that `reft-edge devices` lists. `trusted`: only adapters that one of these keys signed are loaded, and run while
         the signature is in time. `provider_options`: of the device's execution provider. `mix_budget`: bytes of one mix of
-        adapters at most, and of all mixes that are kept. Raises ReftEdgeError if the folder is not an export or cannot
-        be loaded."""
+        adapters at most, and of all mixes that are kept. `cache_type`: auto, what the graph has, or int8, a quarter of the
+        memory. Raises ReftEdgeError if the folder is not an export or cannot be loaded."""
         path = Path(folder)
         self.manifest = load_manifest(path)
         self.manifest.check_kind("decoder", path)
         self.prompts: Prompts = load_prompts(path)
         self.trusted = trusted
-        self.graph = GraphSession(path, self.manifest, device, threads, provider_options=provider_options)
+        self.graph = open_session(
+            path, self.manifest, self.prompts, cache_type, device, threads, provider_options
+        )
         self._lock = threading.Lock()
         self._adapters: dict[str, _Loaded] = {}
         self._mixes = Mixes(self.graph, self.manifest, mix_budget)

@@ -28,6 +28,7 @@ ELEMENT_TYPES: dict[str, Any] = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
     "tensor(bfloat16)": ONNX_BFLOAT16,
+    "tensor(int8)": np.int8,
 }
 OWN_KEEP = "num_logits_to_keep"
 """An input of some graphs from elsewhere: how many of the last tokens get logits, 0 for all."""
@@ -65,6 +66,7 @@ def open_graph(
     prepack: bool = True,
     fuse: bool = True,
     provider_options: Mapping[str, str] | None = None,
+    changed: bytes | None = None,
 ) -> Any:
     """An InferenceSession. `threads`: intra-op threads, by default one a core this process may use. They wait for work by
     spinning, but not where there are more of them than cores, since spinning threads would then keep others from their work.
@@ -72,6 +74,7 @@ def open_graph(
     `provider_options`: of the device's execution provider, beside or in place of what is chosen here (CUDA: TF32 off, an
     arena that grows as asked; OpenVINO: its accuracy mode).
     `prepack`: keep weights in the layout that is fastest to multiply with, at the cost of memory for a second copy.
+    `changed`: the graph to run in place of the one in `path`, with the weights that are beside that.
     `fuse`: let ONNX Runtime merge neighbouring nodes into one that may round otherwise.
 
     Raises ReftEdgeError if the graph cannot be loaded, if a device was asked for and did not start, for fewer than 1 thread,
@@ -87,9 +90,10 @@ def open_graph(
             "CPU; leave them out"
         )
     options = _session_options(ort, threads, prepack, fuse)
-    model: str | bytes = str(path)
+    model: str | bytes = str(path) if changed is None else changed
     if chosen.needs_all_inputs:
         model = require_ports(path)[0]
+    if not isinstance(model, str):
         options.add_session_config_entry(_DATA_FOLDER, str(path.parent))
     with plain_failure():
         session = ort.InferenceSession(model, options, **_providers(chosen, options, provider_options or {}))

@@ -66,14 +66,21 @@ class GraphSession:
         threads: int | None = None,
         prepack: bool = True,
         provider_options: Mapping[str, str] | None = None,
+        changed: bytes | None = None,
     ) -> None:
+        """As `open_graph`, of which it raises the errors."""
         self._ort = import_onnxruntime()
         chosen = choose(device, self._ort)
         accelerator = chosen.accelerator
         if accelerator.name == "cpu":
             check_cpu(manifest)
         self.session = open_graph(
-            folder / manifest.graph, device, threads, prepack, provider_options=provider_options
+            folder / manifest.graph,
+            device,
+            threads,
+            prepack,
+            provider_options=provider_options,
+            changed=changed,
         )
         started = accelerator.provider in self.session.get_providers()
         self.device = accelerator.name if started else "cpu"

@@ -55,6 +55,9 @@ def serve(
             show_default="a whole context, 768 or more",
         ),
     ] = None,
+    cache_type: Annotated[
+        str, typer.Option(help="auto, what the graph has, or int8: a quarter of the memory, on the CPU.")
+    ] = "auto",
     cors_origin: Annotated[
         list[str] | None,
         typer.Option(help="A web origin whose pages may call the server; repeatable.", show_default=False),
@@ -90,6 +93,7 @@ def serve(
             cors_origins=tuple(cors_origin or ()),
             shutdown_seconds=grace,
             adapter_budget=adapter_memory << 20,
+            cache_type=cache_type,
             cache_budget=None if cache_memory is None else cache_memory << 20,
             trusted=trusted_keys(require_signed),
         )

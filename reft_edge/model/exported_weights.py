@@ -70,7 +70,11 @@ class GraphWeights:
         halves = [half for half in _HALF if half in stored]
         self._dtype = _HALF[halves[0]] if halves else None
         self._exact_norms = not any(
-            name.endswith("norm.weight") and value.dtype in halves
+            name.endswith("norm.weight") and ".v_norm." not in name and value.dtype in halves
+            for name, value in graph.initializers.items()
+        )
+        self._exact_tables = any(
+            name.startswith("cos_cache") and value.dtype == ir.DataType.FLOAT
             for name, value in graph.initializers.items()
         )
         self._modules = dict(model.named_modules())
@@ -139,7 +143,8 @@ class GraphWeights:
     def round_tables(self) -> None:
         """Have the model's rotary tables be rounded as the graph's are."""
         for module in self._modules.values():
-            if self._dtype is not None and type(module).__name__.endswith("RotaryEmbedding"):
+            rounded = self._dtype is not None and not self._exact_tables
+            if rounded and type(module).__name__.endswith("RotaryEmbedding"):
                 module.register_forward_hook(
                     lambda _module, _inputs, out: tuple(x.to(self._dtype).float() for x in out)
                 )

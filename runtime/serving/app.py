@@ -45,7 +45,13 @@ def create_app(
         served = Encoder(SteeredEncoder(folder, device, threads, settings.trusted), adapters, settings)
     else:
         model = SteeredModel(
-            folder, device, threads, settings.trusted, provider_options, settings.adapter_budget
+            folder,
+            device,
+            threads,
+            settings.trusted,
+            provider_options,
+            settings.adapter_budget,
+            settings.cache_type,
         )
         served = Decoder(model, adapters, settings)
     return serve(served)

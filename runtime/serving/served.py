@@ -53,6 +53,8 @@ class ServerSettings:
     """Bytes of adapter weights in memory, and as many again for the mixes of running requests."""
     cache_budget: int | None = None
     """Bytes of keys and values of running requests; none: `usual_budget`."""
+    cache_type: str = "auto"
+    """`SteeredModel`'s."""
     trusted: TrustedKeys | None = None
     """Only adapters that one of these keys signed are used."""
 

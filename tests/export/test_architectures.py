@@ -142,6 +142,15 @@ def test_what_cannot_be_built_is_refused_by_name(kind):
         check_architecture(config, "tiny")
 
 
+@pytest.mark.parametrize("kind", ["gpt_oss", "lfm2_moe"])
+def test_experts_are_not_rounded(kind):
+    config = AutoConfig.for_model(kind, **{**SHARED, **ARCHITECTURES[kind]})
+    with pytest.raises(
+        ReftEdgeError, match=r"in int4 or int8: .* has experts, .*; choose --precision fp32 or fp16"
+    ):
+        check_architecture(config, "tiny", quantised=True)
+
+
 def test_every_architecture_of_the_parity_table_is_let_through():
     for kind, changes in ARCHITECTURES.items():
         check_architecture(AutoConfig.for_model(kind, **{**SHARED, **changes}), "tiny")

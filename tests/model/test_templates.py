@@ -166,6 +166,13 @@ def test_a_template_renders_what_transformers_renders(path, reference, base):
         "{{ bos_token }}{{ eos_token }}{{ pad_token }}{{ unk_token }}{{ tools is none }}{{ documents is none }}",
         "{{ messages[0]['nothing'] }}{{ nothing }}{{ nothing is defined }}",
         "{{ nothing.more }}",
+        # As SmolLM3's: what nobody passed is asked for and looked into, and marks stand in one branch of a loop.
+        "{%- if mode is not defined -%}{%- set mode = '/a' -%}{%- endif -%}{%- if '/b' in nobody -%}b{%- else -%}"
+        "{{- 'Today: ' ~ strftime_now('%d %B %Y') ~ mode + '\n' -}}{%- if extra is defined or nobody -%}x{%- endif -%}"
+        "{%- endif -%}{%- for m in messages -%}{%- set c = m.content if m.content is string else '' -%}"
+        "{%- if m.role == 'user' -%}{{ '<' + c + '>\n' }}{%- elif m.role == 'assistant' -%}"
+        "{% generation %}{%- if mode == '/a' -%}{{ c.lstrip('\n') + '!' }}{%- else -%}{{ c }}{%- endif -%}{% endgeneration %}"
+        "{%- endif -%}{%- endfor -%}",
         "{{ 'a' + 1 }}",
         "{{ 1 / 0 }}",
         "{{ [][5].x }}",
