@@ -1,6 +1,6 @@
 """A base held packed, as an export has it, beside a float32 copy of the same weights: memory, and seconds a training step.
 
-    python benchmarks/training/packed.py MODEL EXPORTED_FOLDER --how packed|copy
+    python benchmarks/training/packed.py MODEL EXPORTED_FOLDER --how packed|copy [--plain]
 
 The rows are the demo's; LoReFT of rank 4 at every layer, f3+l3. Run it once for each way: printed are the medians of a step's
 seconds and of its processor seconds, the first step left out, and the process's peak of memory.
@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--dtype", default="fp32")
     parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--plain", action="store_true", help="leave nothing out of passes")
     given = parser.parse_args()
     source = resolve_model(given.model)
     with as_file(files("reft_edge") / "demo_data" / "emoji.jsonl") as path:
@@ -59,7 +60,10 @@ def main() -> None:
         losses.append(step.loss)
 
     with tempfile.TemporaryDirectory() as folder:
-        execution = Execution(checkpointing=given.checkpointing)
+        quick, memory = not given.plain, 0 if given.plain else Execution.frozen_cache
+        execution = Execution(
+            checkpointing=given.checkpointing, shared_prefix=quick, needed_tokens=quick, frozen_cache=memory
+        )
         train(
             model,
             "base",

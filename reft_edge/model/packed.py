@@ -131,6 +131,12 @@ class _Product(torch.autograd.Function):
         return total.to(gradient.dtype), None
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _product(x: Tensor, matrix: PackedMatrix) -> Tensor:
+    found: Tensor = _Product.apply(x, matrix)  # type: ignore[no-untyped-call]
+    return found
+
+
 class PackedLinear(nn.Module):
     """`nn.Linear` by a packed matrix; under autocast in its type, else in that of the input."""
 
@@ -144,7 +150,7 @@ class PackedLinear(nn.Module):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         with torch.autocast(kind, enabled=False):
-            flat: Tensor = _Product.apply(x.to(dtype).flatten(0, -2), self.matrix)  # type: ignore[no-untyped-call]
+            flat: Tensor = _product(x.to(dtype).flatten(0, -2), self.matrix)
             product = flat.view(*x.shape[:-1], self.out_features)
             return product if self.bias is None else product + self.bias.to(dtype)
 

@@ -4,6 +4,9 @@ They are in memory, or in a file that is mapped into memory. They are given up w
 computing them.
 """
 
+import errno
+import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,15 +73,18 @@ class KeptStates:
 
     def takes(self, rows: Sequence[Key]) -> bool:
         """Whether these rows' states would be kept."""
-        return self._count > 0 and all(row in self._first for row in rows)
+        return all(row in self._first for row in rows)
 
     def done(self, rows: Sequence[Key]) -> None:
         """All tokens of these rows were run, or read."""
-        self._full.update(rows)
-        if self._passes >= _TRIED and self._reading * self._computed > self._computing * self._read:
-            self._report("reading the kept states takes longer than computing them; they are given up")
+        if self.takes(rows):
+            self._full.update(rows)
+        if (
+            self._first
+            and self._passes >= _TRIED
+            and self._reading * self._computed > self._computing * self._read
+        ):
             self._give_up()
-            self._count = 0
 
     @contextmanager
     def attached(self, model: Any) -> Iterator[None]:
@@ -118,6 +124,9 @@ class KeptStates:
         assert self._rows is not None
         if self._states is None:
             self._states = self._room(hidden.dtype)
+        if self._states is None:
+            self._give_up()
+            return
         for row, key in enumerate(self._rows):
             count = min(len(key) - self._start, hidden.shape[1])
             first = self._first[key] + self._start
@@ -138,15 +147,29 @@ class KeptStates:
         self._passes += 1
         return found.to(ids.device)
 
-    def _room(self, dtype: torch.dtype) -> Tensor:
-        shape = (self._count, self._size)
+    def _room(self, dtype: torch.dtype) -> Tensor | None:
+        """For all rows; None, told, where the disk has not so much."""
+        shape, count = (self._count, self._size), self._count * self._size
         if self.file is None:
             return torch.empty(shape, dtype=dtype)
-        count = self._count * self._size
+        try:
+            with self.file.open("wb") as file:
+                # A mapped file that the disk has no room for would end the process when it is written to.
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, count * dtype.itemsize)
+                elif shutil.disk_usage(self.file.parent).free < count * dtype.itemsize:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self._report(
+                f"no hidden states are kept: {self.nbytes / 1e6:,.0f} MB do not go into {self.file.parent.parent}: "
+                f"{error.strerror}"
+            )
+            return None
         return torch.from_file(str(self.file), shared=True, size=count, dtype=dtype).view(shape)
 
     def _give_up(self) -> None:
-        self._states, self._reads = None, None
+        self._states = self._reads = self._rows = None
+        self._first.clear()
         self._full.clear()
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reft_edge.errors import ReftEdgeError
 from reft_edge.model.blocks import decoder_layers
 from reft_edge.steering.hooks import Steering
 from reft_edge.steering.interventions import Interventions, dropout_off
@@ -50,10 +51,10 @@ class Passes:
         self._model, self._interventions, self._report = model, interventions, report
         # Several processes that share a base must run the same passes; compiled blocks are one code for all of them; what a
         # checkpointed block computes again belongs to the last pass.
-        alone = not execution.processes.sharded and not execution.compile
-        self._shares = execution.shared_prefix and alone and not execution.checkpointing and can_share(model)
-        self._needed = NeededTokens() if execution.needed_tokens and alone else None
-        self._kept = _kept_states(model, interventions, data, settings, execution, report)
+        free = not execution.processes.sharded and not execution.compile
+        self._shares = execution.shared_prefix and free and not execution.checkpointing and can_share(model)
+        self._needed = NeededTokens() if execution.needed_tokens and free else None
+        self._kept = _kept_states(model, interventions, data, settings, execution, report) if free else None
         self._folder = execution.frozen_cache_in
         self._layers = len(decoder_layers(model))
         takes = inspect.signature(model.forward).parameters
@@ -68,10 +69,7 @@ class Passes:
                 stack.enter_context(self._needed.attached(self._model))
             if self._kept is not None:
                 if self._folder is not None:
-                    temporary = tempfile.TemporaryDirectory(
-                        prefix="reft-edge-", dir=self._folder, ignore_cleanup_errors=True
-                    )
-                    self._kept.file = Path(stack.enter_context(temporary)) / _FILE
+                    self._kept.file = Path(stack.enter_context(_folder_in(self._folder))) / _FILE
                 stack.enter_context(self._kept.attached(self._model))
             yield
 
@@ -99,12 +97,15 @@ class Passes:
         """Leave all ideas if the model does not give the same logits with them."""
         with torch.no_grad(), dropout_off(self._interventions):
             expected = self._plain(steering, batch, autocast)
-            try:
-                found = [self._quick(steering, rows, batch, autocast) for _ in range(2 if self._kept else 1)]
-            except Exception:  # what a model's own code raises where it meets what it does not expect
-                found = []
             near = _NEAR[autocast] * expected.abs().max()
-            if not found or any(bool((logits - expected).abs().max() > near) for logits in found):
+            try:
+                same = all(
+                    bool((self._quick(steering, rows, batch, autocast) - expected).abs().max() <= near)
+                    for _ in range(2 if self._kept else 1)
+                )
+            except Exception:  # what a model's own code raises where it meets what it does not expect
+                same = False
+            if not same:
                 self._report("this model has passes of its own: the quicker ones are not used")
                 self._leave()
 
@@ -141,7 +142,7 @@ class Passes:
             prefix.known = True
             self._tell(keys, length, rest, reads)
             logits = batch_logits(self._model, steering, rest, autocast, **with_prefix)
-        if self._kept is not None and self._kept.takes(keys):
+        if self._kept is not None:
             self._kept.done(keys)
         return logits
 
@@ -164,6 +165,15 @@ class Passes:
             self._kept.nothing()
 
 
+def _folder_in(folder: Path) -> tempfile.TemporaryDirectory[str]:
+    try:
+        return tempfile.TemporaryDirectory(prefix="reft-edge-", dir=folder, ignore_cleanup_errors=True)
+    except OSError as error:
+        raise ReftEdgeError(
+            f"cannot keep hidden states in {folder}: {error.strerror}; name a folder that can be written, or none"
+        ) from error
+
+
 def _kept_states(
     model: Any,
     interventions: Interventions,
@@ -179,7 +189,7 @@ def _kept_states(
     repeated = (
         settings.epochs > 1 if settings.max_steps is None else settings.max_steps * size > len(data.examples)
     )
-    if not execution.frozen_cache or last < 0 or not repeated or execution.processes.sharded:
+    if not execution.frozen_cache or last < 0 or not repeated:
         return None
     lengths = {key: len(key) for key in examples}
     kept = KeptStates(last, lengths, model.config.hidden_size, report)

@@ -162,6 +162,10 @@ class Execution:
     frozen_cache_in: Path | None = None
     """A folder for a file that holds them in place of memory."""
 
+    def __post_init__(self) -> None:
+        if self.frozen_cache < 0:
+            raise ReftEdgeError(f"frozen_cache is {self.frozen_cache!r}; expected 0 MB or more")
+
     def place(self) -> torch.device:
         """The device of this process. Raises ReftEdgeError if it cannot be used."""
         if self.processes.accelerator is None:

@@ -134,6 +134,20 @@ def test_json_of_train_and_export(hf, rows, tmp_path):
     assert result["verification"]["rank0_bitwise"] is True
 
 
+def test_quicker_passes_have_switches(hf, rows, tmp_path):
+    off = ("--no-shared-prefix", "--all-tokens", "--frozen-cache", 0)
+    losses = [
+        json.loads(
+            call(
+                "train", hf, rows, "-o", tmp_path / name, "--layers", 2, "--max-steps", 3, "--json", *options
+            ).stdout
+        )["loss"]
+        for name, options in (("plain", off), ("quick", ()), ("mapped", ("--frozen-cache-in", tmp_path)))
+    ]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mapped", "plain", "quick"]
+
+
 def test_raw_training_runs_raw(hf, rows, device_folder, tmp_path):
     call("train", hf, rows, "-o", tmp_path / "raw.safetensors", "--raw", "--max-steps", 1)
     assert load_adapter(tmp_path / "raw.safetensors").config.prompt_format == "raw"

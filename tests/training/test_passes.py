@@ -1,6 +1,8 @@
 """Passes that leave out what changes nothing: their losses and gradients are those of plain passes."""
 
 import dataclasses
+import errno
+import os
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import torch
 
 from reft_edge.adapter.file import load_adapter
 from reft_edge.adapter.positions import parse_positions
+from reft_edge.errors import ReftEdgeError
 from reft_edge.model.blocks import decoder_layers
 from reft_edge.model.loading import load_model
 from reft_edge.model.places import Place
@@ -19,7 +22,7 @@ from reft_edge.steering.interventions import Interventions
 from reft_edge.training.data import Dataset
 from reft_edge.training.description import adapter_config
 from reft_edge.training.frozen_base import checkpointed, frozen
-from reft_edge.training.kept_states import last_untouched
+from reft_edge.training.kept_states import KeptStates, last_untouched
 from reft_edge.training.objectives import objective_of
 from reft_edge.training.passes import Passes
 from reft_edge.training.preference import PreferencePair, Preferences
@@ -229,6 +232,27 @@ def test_a_file_in_place_of_memory(model, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_place_that_holds_nothing(model, tmp_path, monkeypatch):
+    missing = dataclasses.replace(ONLY["kept"], frozen_cache_in=tmp_path / "missing")
+    with pytest.raises(
+        ReftEdgeError, match=r"cannot keep hidden states in .*missing: No such file or directory"
+    ):
+        losses(model, missing, layers="1;2")
+    with pytest.raises(ReftEdgeError, match="frozen_cache is -1; expected 0 MB or more"):
+        Execution(frozen_cache=-1)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    told = []
+    execution = dataclasses.replace(Execution(), frozen_cache_in=tmp_path)
+    found = losses(model, execution, told=told, layers="1;2")
+    assert_same(found, losses(model, NONE, layers="1;2"))
+    assert told == [f"no hidden states are kept: 0 MB do not go into {tmp_path}: No space left on device"]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_too_little_room(model):
     told = []
     rows = [Example((*SYSTEM, first, second), (1, 2)) for first in range(100) for second in range(3)]
@@ -245,10 +269,11 @@ def test_too_little_room(model):
 def test_slow_reading_is_given_up(model, monkeypatch):
     clock = iter(range(10_000))
     monkeypatch.setattr(CLOCK, lambda: next(clock) ** 2)  # reading comes later, and so takes longer
-    told = []
+    reads, padded = [], KeptStates._padded
+    monkeypatch.setattr(KeptStates, "_padded", lambda self, ids: reads.append(1) or padded(self, ids))
     execution = dataclasses.replace(ONLY["kept"], shared_prefix=True)
-    found = losses(model, execution, told=told, passes=5, layers="1;2")
-    assert told == ["reading the kept states takes longer than computing them; they are given up"]
+    found = losses(model, execution, passes=5, layers="1;2")
+    assert len(reads) == 4  # two passes of the check's second time, and of the first step
     assert_same(found, losses(model, NONE, passes=5, layers="1;2"))
 
 
