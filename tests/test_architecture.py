@@ -54,6 +54,7 @@ MAY_IMPORT = {
     "inspection": SHARED | {"adapter", "model", "rows", "steering", "training"},
     "convert": SHARED | {"adapter", "model", "runtime", "steering"},
     "arguments": SHARED | {"signing"},
+    "lm_eval": SHARED | {"model", "runtime"},
     "frozen_model": SHARED | {"adapter", "arguments", "evaluation", "model", "signing", "training"},
     "adapter_files": SHARED | {"adapter", "arguments", "convert", "model", "shipping", "signing"},
     "api": SHARED
