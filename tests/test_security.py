@@ -307,6 +307,11 @@ PROMISES = [
         "runtime/test_mixes::test_a_mix_that_is_too_large_is_refused_and_the_others_stay",
     ),
     (
+        "KV caches of running requests | `--cache-memory` together",
+        f"{SERVER}::test_requests_share_the_memory_for_kv_caches",
+        "runtime/test_cache_budget::test_answers_under_a_budget_are_those_without_and_never_use_more",
+    ),
+    (
         "position groups of an adapter | 64",
         "adapter/test_positions::test_specs_without_end_are_refused_before_they_are_read",
     ),

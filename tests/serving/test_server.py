@@ -316,6 +316,30 @@ def test_a_client_that_leaves_frees_its_slot(served):
     assert engine_is_free in metrics()
 
 
+@pytest.mark.parametrize("cache_type", ["auto", "int8"])
+def test_requests_share_the_memory_for_kv_caches(device_folder, model, cache_type):
+    room = 48
+    token = model.graph.token_bytes // (4 if cache_type == "int8" else 1)
+    settings = ServerSettings("tiny", slots=4, hosts=("*",), cache_budget=room * token, cache_type=cache_type)
+    with TestClient(create_app(device_folder / "export", None, settings, "cpu")) as client:
+
+        def answer(prompt):
+            body = {"model": "tiny", "prompt": prompt, "max_tokens": 200, "temperature": 0}
+            body["logit_bias"] = {"1": -100}
+            return client.post("/v1/completions", json=body)
+
+        prompts = [[5, 80, 33 + number] for number in range(6)]
+        alone = [answer(prompt).json() for prompt in prompts]
+        with ThreadPoolExecutor(6) as threads:
+            together = [found.json() for found in threads.map(answer, prompts)]
+        assert [found["choices"] for found in together] == [found["choices"] for found in alone]
+        assert {found["usage"]["completion_tokens"] for found in together} == {room - 3}
+        refused = answer([5] * room)
+        assert refused.status_code == 400
+        assert "the memory for KV caches holds 48" in refused.json()["error"]["message"]
+        assert answer([5] * (room - 1)).status_code == 200
+
+
 @pytest.mark.parametrize(("slots", "queue"), [(2, 0), (1, 1), (1, 0)])
 def test_what_neither_runs_nor_may_wait_is_told_when_to_come_back(device_folder, slots, queue):
     settings = ServerSettings("tiny", slots=slots, queue_limit=queue, hosts=("*",))
@@ -893,6 +917,8 @@ def test_a_decoder_has_no_embeddings(client):
         (["--name", "a\nb"], "cannot be shown"),
         (["--max-inputs", "0"], "max-inputs"),
         (["--adapter-memory", "0"], "adapter-memory"),
+        (["--cache-memory", "0"], "cache-memory"),
+        (["--cache-type", "int2"], "unknown type of cache 'int2'; choose one of auto, int8"),
     ],
 )
 def test_the_command_refuses(device_folder, options, message):
