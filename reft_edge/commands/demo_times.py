@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from os.path import commonprefix
+from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -71,6 +71,7 @@ def answer_seconds(runtime: SteeredModel, question: str, tokens: int) -> float:
 
 def _tokens(data: Dataset) -> int:
     """That a step runs: those with which all prompts begin run once."""
-    shared = len(commonprefix([row.prompt for row in data.examples]))
+    columns = zip(*(row.prompt for row in data.examples), strict=False)
+    shared = len(list(takewhile(lambda tokens: len(set(tokens)) == 1, columns)))
     whole = sum(len(row.prompt) + len(row.completion) for row in data.examples)
     return whole - shared * (len(data.examples) - 1)
