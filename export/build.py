@@ -18,6 +18,7 @@ PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
 DEVICES = ("cpu", "cuda")
 ALGORITHMS = ("rtn", "k_quant", "k_quant_mixed", "gguf")
 BLOCK_SIZES = (16, 32, 64, 128, 256)
+_LARGE = 1_000_000_000
 _HEAD_IN_8_BITS = "matmul_mixed_precision=last_matmul:int8"
 _MIXED = f"{_HEAD_IN_8_BITS},mixed_layers:int8"
 
@@ -29,8 +30,8 @@ class Quantisation:
     algorithm: str = "auto"
     """auto: gguf where the model is a file that has such blocks, else k_quant_mixed for int4 and k_quant for int8. rtn: round to nearest. k_quant: each block's scale is searched for the least error. k_quant_mixed: the layers
     that suffer most get 8 bits. gguf: a GGUF file's own blocks are kept, and what they do not cover is k_quant."""
-    block_size: int = 32
-    """Weights that share a scale."""
+    block_size: int | None = None
+    """Weights that share a scale; none: what `usual_block_size` says."""
     accuracy_level: int = 4
     """Activations in quantised products: 4 rounds them to int8, which is fastest on a CPU; 1 keeps float32."""
 
@@ -50,12 +51,13 @@ class Target:
         _choice("precision", self.precision, PRECISIONS)
         _choice("device", self.device, DEVICES)
         _choice("quantisation algorithm", self.quantisation.algorithm, ("auto", *ALGORITHMS))
-        _choice("block size", self.quantisation.block_size, BLOCK_SIZES)
+        _choice("block size", self.quantisation.block_size, (None, *BLOCK_SIZES))
         _choice("accuracy level", self.quantisation.accuracy_level, (1, 4))
-        if self.quantised and self.quantisation.algorithm == "gguf" and self.quantisation.block_size != 32:
+        own_size = self.quantisation.block_size in (None, 32)
+        if self.quantised and self.quantisation.algorithm == "gguf" and not own_size:
             raise ReftEdgeError(
                 f"a GGUF's blocks keep their own sizes, 16 or 32 weights, not {self.quantisation.block_size}; "
-                "leave --block-size at 32, or choose another --algorithm"
+                "leave --block-size out, or choose another --algorithm"
             )
         if self.precision == "fp32" and self.device == "cuda":
             raise ReftEdgeError(
@@ -81,7 +83,7 @@ class Target:
         if self.quantised:
             algorithm = self.quantisation.algorithm
             extra = [
-                f"block_size={self.quantisation.block_size}",
+                f"block_size={self.quantisation.block_size or 32}",
                 f"algo_config={'rtn' if algorithm == 'rtn' else 'k_quant'}",
                 f"accuracy_level={self.quantisation.accuracy_level if self.device == 'cpu' else 0}",
             ]
@@ -164,6 +166,15 @@ def stop_at(config: Path, tokens: Sequence[int]) -> None:
     config.write_text(json.dumps(settings, indent=4), encoding="utf-8")
 
 
+def usual_block_size(weights: int, hidden_size: int) -> int:
+    """32, and 128 for models of a billion weights or more, whose files get a seventh smaller.
+
+    A table of embeddings has whole blocks only, so `hidden_size` has to be a multiple.
+    """
+    return 128 if weights >= _LARGE and hidden_size % 128 == 0 else 32
+
+
 def _choice(what: str, given: object, known: tuple[object, ...]) -> None:
     if given not in known:
-        raise ReftEdgeError(f"unknown {what} {given!r}; choose one of {', '.join(map(str, known))}")
+        words = ", ".join(str(choice) for choice in known if choice is not None)
+        raise ReftEdgeError(f"unknown {what} {given!r}; choose one of {words}")

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from reft_edge.errors import ReftEdgeError
 from reft_edge.export.architectures import check_architecture
-from reft_edge.export.build import Quantisation, Target, build_graph, stop_at
+from reft_edge.export.build import Quantisation, Target, build_graph, stop_at, usual_block_size
 from reft_edge.export.carry import can_carry, kinds_that_cannot
 from reft_edge.export.check_decoder import GraphLogits, Verification, compare, run_graphs
 from reft_edge.export.checks import TEXTS
@@ -26,6 +26,7 @@ from reft_edge.model.prompts import load_prompts
 from reft_edge.model.source import ModelFolder, class_name, load_config
 
 _LEAST_CONTEXT = 32
+_NOT_ROUNDED = ("F32", "F16", "BF16", "F64")
 _FIXED_ROPE = ("default", "linear", "llama3")
 """Kinds of rotary tables that are the same, only shorter, for a shorter context."""
 
@@ -45,9 +46,10 @@ def export_decoder(
 
     Raises ReftEdgeError if the model cannot be built, ported or verified.
     """
-    target = Target(precision, device, _quantisation(model, precision, quantisation), context)
+    quantised = Target(precision, device, quantisation or Quantisation(), context).quantised
     config = load_config(model)
-    check_architecture(config, model.name, target.quantised)
+    check_architecture(config, model.name, quantised)
+    target = Target(precision, device, _quantisation(model, precision, quantisation, config), context)
     if context is not None:
         _check_context(model, config, context)
     chosen = parse_layers(layers, int(config.num_hidden_layers))
@@ -153,16 +155,45 @@ def _check_context(model: ModelFolder, config: Any, context: int) -> None:
             )
 
 
-def _quantisation(model: ModelFolder, precision: str, chosen: Quantisation | None) -> Quantisation:
+def _quantisation(
+    model: ModelFolder, precision: str, chosen: Quantisation | None, config: Any
+) -> Quantisation:
     """What was chosen, or the file's own blocks where the model is a GGUF that has them, or the default."""
-    if chosen is None or chosen.algorithm == "auto":
-        chosen = chosen or Quantisation()
-        own = model.gguf is not None and chosen.block_size == 32 and can_carry(model.gguf)
-        rounded = "k_quant_mixed" if precision == "int4" else "k_quant"
-        return replace(chosen, algorithm="gguf" if own else rounded)
+    chosen = chosen or Quantisation()
     if chosen.algorithm == "gguf":
         _require_blocks(model)
-    return chosen
+    if precision not in ("int4", "int8"):
+        return chosen
+    if chosen.algorithm == "auto":
+        _refuse_tables(model)
+        own = model.gguf is not None and chosen.block_size in (None, 32) and can_carry(model.gguf)
+        rounded = "k_quant_mixed" if precision == "int4" else "k_quant"
+        chosen = replace(chosen, algorithm="gguf" if own else rounded)
+    if chosen.block_size is not None:
+        return chosen
+    size = 32 if chosen.algorithm == "gguf" else usual_block_size(_weights_of(config), config.hidden_size)
+    return replace(chosen, block_size=size)
+
+
+def _weights_of(config: Any) -> int:
+    """How many numbers a model of this configuration has."""
+    from accelerate import init_empty_weights
+    from transformers.models.auto import AutoModelForCausalLM
+
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return int(model.num_parameters())
+
+
+def _refuse_tables(model: ModelFolder) -> None:
+    """Raise ReftEdgeError for a GGUF with matrices that would be rounded a second time without anybody having said so."""
+    found = [] if model.gguf is None else kinds_that_cannot(model.gguf)
+    if rounded := [kind for kind in found if kind not in _NOT_ROUNDED]:
+        raise ReftEdgeError(
+            f"{model.name} has matrices of the kind {', '.join(rounded)}, which no graph can hold as they are; take a file of "
+            "another kind, such as Q4_K_M, or have them rounded a second time: --algorithm k_quant rounds all matrices, gguf "
+            "only these (where they are fewer than half)"
+        )
 
 
 def _require_blocks(model: ModelFolder) -> None:

@@ -234,8 +234,9 @@ def export(
     components: Sequence[str] = ("block",),
     device: str = "cpu",
     algorithm: str = "auto",
-    block_size: int = 32,
+    block_size: int | None = None,
     accuracy_level: int = 4,
+    context: int | None = None,
     report: Report = silent,
 ) -> "Manifest":
     """Export a frozen base to ONNX with intervention ports, checked against PyTorch. Done once: all its adapters run there.
@@ -243,7 +244,8 @@ def export(
     `base`: one that is loaded, or what `load` takes. `folder` is replaced only by a success. `precision`: fp32, fp16, bf16,
     int8 or int4. `layers`: which get a port: `all`, `3;9;18`, `0-5`, a mix, or a list of numbers. `components`: of each layer, its block,
     attention or mlp. `device`: cpu or cuda, where the graph will run. `algorithm`, `block_size` (weights that share a
-    scale) and `accuracy_level` are for int4 and int8. `report` is told each step.
+    scale; by default 128 for a billion weights and more, else 32) and `accuracy_level` are for int4 and int8. `context`: the
+    most tokens that the graph takes, by default as many as the base. `report` is told each step.
 
     Gives the folder's manifest; its `verification` has the differences from PyTorch. Raises ReftEdgeError if the model cannot
     be exported or checked.
@@ -267,4 +269,5 @@ def export(
         components=[part.strip() for parts in listed(components) for part in parts.split(",")],
         device=device,
         quantisation=quantisation,
+        context=context,
     )

@@ -387,7 +387,10 @@ def test_the_documented_settings_are_those_there_are():
         (lambda: reft_edge.train("x", [], "y", resume=1), "resume is 1; expected True or False"),
         (lambda: reft_edge.evaluate("x", [], limit=2.5), "limit is 2.5; expected a whole number or None"),
         (lambda: reft_edge.evaluate("x", [], words=["a"]), r"words is \['a'\]; expected a dict or None"),
-        (lambda: reft_edge.export("x", "y", block_size=True), "block_size is True; expected a whole number"),
+        (
+            lambda: reft_edge.export("x", "y", block_size=True),
+            "block_size is True; expected a whole number or None",
+        ),
         (lambda: reft_edge.export("x", "y", components=3), "components is 3; expected a list"),
         (lambda: reft_edge.convert("x.gguf", None), "output is None; expected a text or a path"),
         (lambda: reft_edge.merge(5, "y"), "adapters is 5; expected a list"),

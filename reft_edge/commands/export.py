@@ -42,8 +42,12 @@ def export(
         ),
     ] = "auto",
     block_size: Annotated[
-        int, typer.Option(help="Weights that share a scale in int4 and int8: 16, 32, 64, 128 or 256.")
-    ] = 32,
+        int | None,
+        typer.Option(
+            help="Weights that share a scale in int4 and int8: 16, 32, 64, 128 or 256.",
+            show_default="128 for a billion weights and more, else 32",
+        ),
+    ] = None,
     accuracy_level: Annotated[
         int,
         typer.Option(

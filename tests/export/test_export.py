@@ -19,7 +19,7 @@ from reft_edge.adapter.algebra import concat, scale
 from reft_edge.adapter.config import INTERVENTIONS
 from reft_edge.adapter.linear import fold
 from reft_edge.errors import ReftEdgeError
-from reft_edge.export import ALGORITHMS, Quantisation, export_model
+from reft_edge.export import ALGORITHMS, Quantisation, build, export_model
 from reft_edge.export.check_decoder import Verification
 from reft_edge.export.residual import find_sites
 from reft_edge.export.structure import find_blocks
@@ -238,6 +238,21 @@ def test_blocks_may_be_wider_than_a_matrix(wide, tmp_path):
     manifest = export_model(wide, tmp_path / "export", "int4", quantisation=Quantisation("k_quant", 256, 1))
     assert manifest.verification["steered_error"] <= TOLERANCE < manifest.verification["effect"]
     assert 0 < manifest.verification["rounding"] < 0.2
+
+
+def test_large_models_have_larger_blocks_where_tables_allow_it(tmp_path, monkeypatch):
+    assert [build.usual_block_size(weights, 2048) for weights in (999_999_999, 1_000_000_000)] == [32, 128]
+    assert build.usual_block_size(8_000_000_000, 2080) == 32
+    monkeypatch.setattr(build, "_LARGE", 20_000)
+    source = ModelFolder(
+        make_model(tmp_path / "hf", hidden_size=128, intermediate_size=256, tie_word_embeddings=False), "tiny"
+    )
+    manifest = export_model(source, tmp_path / "e", "int4", quantisation=Quantisation("rtn"))
+    assert manifest.quantisation["block_size"] == 128
+    graph = ir.load(tmp_path / "e/model.onnx").graph
+    sizes = [node.attributes["block_size"].as_int() for node in graph if "block_size" in node.attributes]
+    assert set(sizes) == {128}
+    assert any(node.op_type == "GatherBlockQuantized" for node in graph)
 
 
 def test_a_shorter_context_has_shorter_tables(wide, tmp_path):

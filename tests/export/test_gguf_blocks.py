@@ -1,5 +1,7 @@
 """A GGUF's own blocks in the exported graph: its weights, offsets to a small part of a step, and its answers."""
 
+from dataclasses import replace
+
 import gguf
 import numpy as np
 import onnx_ir as ir
@@ -7,9 +9,10 @@ import pytest
 import torch
 
 from reft_edge.errors import ReftEdgeError
-from reft_edge.export import Quantisation, export_model
+from reft_edge.export import Quantisation, carry, export_model
 from reft_edge.export.checks import largest_difference, torch_logits
-from reft_edge.export.gguf_blocks import KINDS, read_rows
+from reft_edge.export.gguf_blocks import KINDS, Stored, read_rows
+from reft_edge.export.nbits import Form
 from reft_edge.model.loading import load_model
 from reft_edge.model.source import resolve_model
 from reft_edge.runtime.model import SteeredModel
@@ -120,6 +123,33 @@ def test_blocks_are_read_as_gguf_reads_them(kind):
     expected = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[kind])
     np.testing.assert_array_equal(read_rows(blocks, KINDS[kind], slice(None)).dequantised(), expected)
     np.testing.assert_array_equal(read_rows(blocks, KINDS[kind], rows).dequantised(), expected[rows])
+
+
+@pytest.mark.parametrize("precision", ["int4", "int8"])
+@pytest.mark.parametrize("kind", [*KINDS])
+def test_codes_and_scales_of_each_kind_are_stored_as_they_are(tmp_path, kind, precision):
+    """In 4 bits where the kind has 4 or fewer; of the rest only a block's offset is rounded, to a part of its step."""
+    blocks = random_blocks((5, 512), kind, seed=1)
+    (tmp_path / "file").write_bytes(b"before" + blocks.tobytes())
+    stored = Stored(kind, 5, 512, tmp_path / "file", 6, blocks.shape[1])
+    plain = carry._Matrix(stored, KINDS[kind], np.array([1, 0, 2, 4, 3]), Form(8, KINDS[kind].size))
+    how = carry.Carrying(precision, 4, whole_blocks=False)
+    form = carry._choose_form(plain, how, gathered=False)
+    (rows,) = replace(plain, form=form).stored()
+    own = read_rows(blocks, KINDS[kind], np.array([1, 0, 2, 4, 3]))
+    count, whole = own.scales.shape[1], own.scales != 0
+    np.testing.assert_array_equal(rows.scales[:, :count][whole], own.scales[whole])
+    added = (rows.codes[:, :count] - own.codes)[whole]
+    assert (added == added[:, :1]).all()
+    values = (rows.codes.astype(np.float32) - rows.zeros[..., None]) * rows.scales[..., None]
+    of_means = values[:, count:].reshape(5, -1)[:, : form.means]
+    found = values[:, :count] + (of_means / form.size)[..., None] if form.means else values[:, :count]
+    off = np.abs(found.reshape(5, -1) - own.dequantised())
+    assert (form.bits == 4) == (precision == "int4" and KINDS[kind].levels <= 16) or KINDS[kind].has_offsets
+    if KINDS[kind].has_offsets:
+        assert off.max() <= np.abs(own.scales).max() * (1 / 15 if form.bits == 4 else 1 / 250)
+    else:
+        np.testing.assert_array_equal(off, 0)
 
 
 @pytest.mark.parametrize(
@@ -248,8 +278,14 @@ def test_files_without_blocks_to_keep(gguf_model, tmp_path):
         export_model(gguf_model("tables"), tmp_path / "a", "int4", quantisation=Quantisation("gguf"))
     with pytest.raises(ReftEdgeError, match="blocks keep their own sizes, 16 or 32 weights, not 64"):
         export_model(gguf_model("exact"), tmp_path / "a", "int4", quantisation=Quantisation("gguf", 64))
-    rounded = export_model(gguf_model("tables"), tmp_path / "a", "int4")
-    assert rounded.quantisation["algorithm"] == "k_quant_mixed"
+    for precision in ("int4", "int8"):
+        with pytest.raises(
+            ReftEdgeError, match=r"tables has matrices of the kind IQ4_NL, which no graph can hold as"
+        ):
+            export_model(gguf_model("tables"), tmp_path / "a", precision)
+    assert not (tmp_path / "a").exists()
+    chosen = Quantisation("k_quant_mixed")
+    rounded = export_model(gguf_model("tables"), tmp_path / "a", "int4", quantisation=chosen)
     assert rounded.verification["base_error"] <= 1e-3
 
 
