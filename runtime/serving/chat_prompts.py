@@ -1,6 +1,8 @@
 """Conversations as prompts: with the tools that the answer may call, and the form that it must have."""
 
 import json
+from collections.abc import Callable
+from functools import partial
 
 from reft_edge.errors import ReftEdgeError
 from reft_edge.runtime.constraints import Constraint
@@ -24,11 +26,16 @@ class ChatPrompts:
 
     def prepare(self, body: ChatRequest) -> Prepared:
         """A chat completion's prompt. Raises ApiError."""
+        return self.prepare_with_reader(body)[0]
+
+    def prepare_with_reader(self, body: ChatRequest) -> tuple[Prepared, Callable[[], AnswerReader | None]]:
+        """The same, and what makes a reader of one answer."""
         prompt, thinks = self._rendered(body)
         wants_usage = body.stream_options is not None and body.stream_options.include_usage
         scores = [ChatScores(self._names) for _ in range(body.n)] if body.logprobs else None
-        answer = ChatAnswer(body.model, wants_usage, scores, lambda: self._reader(body, thinks))
-        return Prepared([prompt], answer, self._constraint(body, thinks), self._shown(body))
+        reader = partial(self._reader, body, thinks)
+        answer = ChatAnswer(body.model, wants_usage, scores, reader)
+        return Prepared([prompt], answer, self._constraint(body, thinks), self._shown(body)), reader
 
     def _rendered(self, body: ChatRequest) -> tuple[list[int], bool]:
         """A conversation's tokens, and whether they end where thoughts begin."""

@@ -15,6 +15,7 @@ from reft_edge.runtime.serving.guard import Metrics
 from reft_edge.runtime.serving.logprobs import CompletionScores
 from reft_edge.runtime.serving.openai_api import CompletionRequest
 from reft_edge.runtime.serving.prompt_tokens import encoded
+from reft_edge.runtime.serving.responses import add_responses_route
 from reft_edge.runtime.serving.served import Decoder
 from reft_edge.runtime.token_bytes import TokenBytes
 
@@ -23,9 +24,10 @@ _MOST_SCORED = 2048
 
 
 def add_decoder_routes(app: FastAPI, served: Decoder, metrics: Metrics) -> None:
-    """/v1/chat/completions and /v1/completions."""
+    """/v1/chat/completions, /v1/responses and /v1/completions."""
     names = TokenBytes(served.model.prompts.tokenizer)
     chats = ChatPrompts(served.model, names)
+    add_responses_route(app, served, metrics, chats)
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:

@@ -1,9 +1,9 @@
 """What a client asks of the model itself: tokens of a text, text of tokens, what the model is."""
 
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import FastAPI, Request
-from pydantic import Field, field_validator, model_validator
+from pydantic import FailFast, Field, field_validator, model_validator
 
 from reft_edge.model.prompts import encode_batch
 from reft_edge.runtime.serving.chat_api import ChatMessage, Tool
@@ -19,8 +19,8 @@ class TokenizeRequest(Body):
     model: str | None = None
     prompt: str | None = None
     content: str | None = None
-    messages: list[ChatMessage] = Field(default_factory=list)
-    tools: list[Tool] = Field(default_factory=list)
+    messages: Annotated[list[ChatMessage], FailFast()] = Field(default_factory=list)
+    tools: Annotated[list[Tool], FailFast()] = Field(default_factory=list)
     add_special_tokens: bool = True
     return_token_strs: bool = False
     with_pieces: bool = False
@@ -36,7 +36,7 @@ class DetokenizeRequest(Body):
     """POST /detokenize."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: Annotated[list[int], FailFast()]
 
     @field_validator("tokens")
     @classmethod

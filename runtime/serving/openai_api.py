@@ -31,6 +31,14 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "best_of": (1,),
     "reasoning_effort": (),
+    "reasoning": ({},),
+    "background": (False,),
+    "conversation": (),
+    "include": ([],),
+    "max_tool_calls": (),
+    "previous_response_id": (),
+    "top_logprobs": (0,),
+    "truncation": ("disabled",),
     "web_search_options": (),
 }
 """Parameters that are known and not supported, with the values under which they ask for nothing."""

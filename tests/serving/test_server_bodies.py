@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from reft_edge.runtime.serving import bodies, chat_api, openai_api, prompt_tokens
+from reft_edge.runtime.serving import bodies, chat_api, model_routes, openai_api, prompt_tokens, responses_api
 from reft_edge.runtime.serving.app import create_app
 from reft_edge.runtime.serving.errors import ApiError
 from reft_edge.runtime.serving.served import ServerSettings
@@ -21,6 +21,9 @@ KINDS = {
     "/v1/completions": openai_api.CompletionRequest,
     "/v1/embeddings": openai_api.EmbeddingRequest,
     "/v1/classify": openai_api.ClassifyRequest,
+    "/v1/rerank": openai_api.RerankRequest,
+    "/v1/responses": responses_api.ResponsesRequest,
+    "/tokenize": model_routes.TokenizeRequest,
 }
 VALID = {
     "/v1/chat/completions": {
@@ -31,7 +34,11 @@ VALID = {
     "/v1/completions": {"model": "tiny", "prompt": "ice", "max_tokens": 1},
     "/v1/embeddings": {"model": "tiny", "input": "ice"},
     "/v1/classify": {"model": "tiny:labels", "input": ["ice", ["a", "b"]]},
+    "/v1/rerank": {"model": "tiny", "query": "ice", "documents": ["a", "b"]},
+    "/v1/responses": {"model": "tiny", "input": "ice", "max_output_tokens": 1},
+    "/tokenize": {"prompt": "ice"},
 }
+ENCODED = ("/v1/embeddings", "/v1/classify", "/v1/rerank")
 FIELDS = [
     (path, name) for path, kind in KINDS.items() for name in [*kind.model_fields, "functions", "unknown"]
 ]
@@ -45,7 +52,7 @@ def clients(device_folder, tmp_path_factory):
     limits = ServerSettings("tiny", hosts=("*",))
     apps = [create_app(device_folder / kind, folder, limits, "cpu") for kind in ("export", "encoder")]
     with TestClient(apps[0]) as decoder, TestClient(apps[1]) as encoder:
-        yield {path: encoder if path in ("/v1/embeddings", "/v1/classify") else decoder for path in KINDS}
+        yield {path: encoder if path in ENCODED else decoder for path in KINDS}
 
 
 def refuse(text):
@@ -71,7 +78,7 @@ def check(client, path, content, headers=JSON):
     else:
         found = [json.loads(answer.text, parse_constant=refuse)]
     for part in found:
-        if "error" in part:
+        if part.get("error"):
             assert set(part["error"]) == {"message", "type", "param", "code"}
             assert 0 < len(part["error"]["message"]) < 5000
     assert ("error" in found[0]) == (answer.status_code >= 400 or "error" in found[-1])
