@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from reft_edge.errors import ReftEdgeError
-from reft_edge.model.source import class_name
+from reft_edge.json_files import read_object
+from reft_edge.model.source import ModelFolder, class_name
 
 SAME_GRAPH = {
     "CwmForCausalLM": "LlamaForCausalLM",
@@ -24,6 +25,19 @@ _EXPERTS = ("gpt_oss", "lfm2_moe")
 _ELSEWHERE = (
     "export it with another tool, such as Optimum, and give that graph ports with `reft-edge add-ports`"
 )
+
+
+def check_text_alone(model: ModelFolder) -> None:
+    """Raise ReftEdgeError for a model in which the text part is one of several, as in models that see or hear."""
+    config = read_object(model.path / "config.json")
+    if isinstance(config.get("text_config"), dict):
+        named = config.get("architectures")
+        architecture = named[0] if isinstance(named, list) and named else config.get("model_type")
+        raise ReftEdgeError(
+            f"{model.name} cannot be exported: {architecture!s:.100} holds a text model among other parts (text_config in its "
+            "config.json); save the text model in a folder of its own, with the class of transformers whose name ends in "
+            "ForCausalLM, and train and export that"
+        )
 
 
 def check_architecture(config: Any, name: str, quantised: bool = False) -> None:

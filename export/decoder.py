@@ -9,7 +9,7 @@ from typing import Any
 import onnx_ir as ir
 
 from reft_edge.errors import ReftEdgeError
-from reft_edge.export.architectures import check_architecture
+from reft_edge.export.architectures import check_architecture, check_text_alone
 from reft_edge.export.build import Quantisation, Target, build_graph, stop_at, usual_block_size
 from reft_edge.export.carry import can_carry, kinds_that_cannot
 from reft_edge.export.check_decoder import GraphLogits, Verification, compare, run_graphs
@@ -48,6 +48,7 @@ def export_decoder(
     """
     quantised = Target(precision, device, quantisation or Quantisation(), context).quantised
     config = load_config(model)
+    check_text_alone(model)
     check_architecture(config, model.name, quantised)
     target = Target(precision, device, _quantisation(model, precision, quantisation, config), context)
     if context is not None:

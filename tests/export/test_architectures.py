@@ -157,6 +157,19 @@ def test_every_architecture_of_the_parity_table_is_let_through():
     assert {"Qwen3_5ForCausalLM", "Gemma4ForCausalLM"} < set(SAME_GRAPH)
 
 
+def test_a_text_model_among_other_parts_is_refused_by_name(tmp_path, device_folder):
+    shutil.copytree(device_folder / "hf", tmp_path / "hf")
+    text = json.loads((tmp_path / "hf/config.json").read_text())
+    whole = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]}
+    whole["text_config"] = {**text, "model_type": "gemma3_text"}
+    (tmp_path / "hf/config.json").write_text(json.dumps(whole))
+    with pytest.raises(
+        ReftEdgeError, match=r"Gemma3ForConditionalGeneration holds a text model .* ForCausalLM, and"
+    ):
+        export_model(ModelFolder(tmp_path / "hf", "hf"), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
 def test_an_architecture_that_is_unknown_is_named_before_anything_is_built(tmp_path, device_folder):
     shutil.copytree(device_folder / "hf", tmp_path / "hf")
     config = json.loads((tmp_path / "hf/config.json").read_text())
