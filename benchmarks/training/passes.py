@@ -59,11 +59,12 @@ class Way:
         stack.enter_context(passes.attached())
         self.steering = stack.enter_context(steered(model, (interventions, 1.0)))
 
-    def step(self, number: int) -> tuple[float, float, float]:
+    def step(self, number: int, learn: bool = True) -> tuple[float, float, float]:
         """Seconds, the processor's seconds, and the loss."""
         clocks = time.perf_counter(), time.process_time()
         loss = self.trainer._gradients(self.steering, self.trainer.rows(number))
-        self.trainer.optimizer.step()
+        if learn:
+            self.trainer.optimizer.step()
         self.trainer.optimizer.zero_grad(set_to_none=True)
         return time.perf_counter() - clocks[0], time.process_time() - clocks[1], loss
 
@@ -96,10 +97,10 @@ def main() -> None:
     with ExitStack() as stack:
         ways = {name: Way(model, data, settings, how, stack) for name, how in WAYS.items()}
         for number in range(epoch):
-            ways["kept states"].step(number)
-            ways["all three"].step(number)
+            ways["kept states"].step(number, learn=False)
+            ways["all three"].step(number, learn=False)
         for name in ("plain", "shared prefix", "needed tokens"):
-            ways[name].step(0)
+            ways[name].step(0, learn=False)
         rounds = [
             {name: way.step(number) for name, way in ways.items()}
             for number in range(epoch, epoch + given.steps)
