@@ -1,6 +1,6 @@
 """lm-evaluation-harness gives the accuracy that `reft-edge eval` gives: by its own model, and over the server.
 
-The harness is no part of the extra `dev`: pip install 'reft-edge[lm-eval]' 'lm-eval[api]'
+The harness is no part of the extra `dev`: pip install 'reft-edge[lm-eval]'
 """
 
 import json

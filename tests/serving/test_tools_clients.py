@@ -1,6 +1,6 @@
 """Tools of the server through other libraries' clients: LangChain's agents, pydantic-ai and instructor.
 
-They are no part of the extra `dev`: pip install langchain langchain-openai 'pydantic-ai-slim[openai]' instructor
+They are no part of the extra `dev`: pip install 'reft-edge[clients]'
 """
 
 import socket
@@ -78,7 +78,8 @@ def test_langchain(url):
     assert {call["name"] for call in streamed.tool_calls} == {"count"}
     assert model.with_structured_output(Fruit, method="function_calling").invoke("A fruit").count < 10
     assert model.with_structured_output(Fruit, method="json_schema").invoke("A fruit").count < 10
-    agent = create_agent(model, [], response_format=ToolStrategy(Fruit))
+    one = model.model_copy(update={"model_kwargs": {"parallel_tool_calls": False}})
+    agent = create_agent(one, [], response_format=ToolStrategy(Fruit))
     assert isinstance(agent.invoke({"messages": messages})["structured_response"], Fruit)
 
 
