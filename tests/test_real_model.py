@@ -95,18 +95,31 @@ def answer_tokens(model, prompt, adapter):
     return answer.tokens
 
 
-@pytest.mark.parametrize(("name", "count"), [(None, 5), ("emoji", 20), ("prompt", 20)])
-def test_greedy_answers_are_pytorchs(model, torch_model, adapters, name, count):
-    chosen = (
-        []
-        if name is None
-        else [(Interventions.from_adapter(load_adapter(adapters / f"{name}.safetensors")), 1.0)]
-    )
-    with steered(torch_model, *chosen):
-        for prompt in PROMPTS[:count]:
-            assert answer_tokens(model, prompt, name) == greedy(
-                torch_model, model.prompts.encode_prompt(prompt, "chat"), TOKENS
-            ), prompt
+def chosen(adapters, name):
+    if name is None:
+        return []
+    return [(Interventions.from_adapter(load_adapter(adapters / f"{name}.safetensors")), 1.0)]
+
+
+@pytest.mark.parametrize("name", [None, "emoji", "prompt"])
+def test_greedy_answers_are_pytorchs(model, torch_model, adapters, name):
+    with steered(torch_model, *chosen(adapters, name)):
+        for prompt in PROMPTS[:2]:
+            ids = model.prompts.encode_prompt(prompt, "chat")
+            assert answer_tokens(model, prompt, name) == greedy(torch_model, ids, TOKENS), prompt
+
+
+@pytest.mark.parametrize("name", [None, "emoji", "prompt"])
+def test_every_token_of_an_answer_is_pytorchs_likeliest_there(model, torch_model, adapters, name):
+    """What a greedy answer is, by one run over prompt and answer."""
+    with steered(torch_model, *chosen(adapters, name)) as steering:
+        for prompt in PROMPTS:
+            ids = model.prompts.encode_prompt(prompt, "chat")
+            tokens = answer_tokens(model, prompt, name)
+            with steering.prompts(torch.tensor([len(ids)])):
+                likeliest = logits(torch_model, ids + tokens)[len(ids) - 1 :].argmax(-1).tolist()
+            assert likeliest[:-1] == tokens, prompt
+            assert len(tokens) == TOKENS or likeliest[-1] in model.manifest.eos_token_ids, prompt
 
 
 @pytest.mark.parametrize("name", ["prompt", "everywhere"])
