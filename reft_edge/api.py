@@ -237,6 +237,7 @@ def export(
     block_size: int | None = None,
     accuracy_level: int = 4,
     context: int | None = None,
+    exporter: str = "genai",
     report: Report = silent,
 ) -> "Manifest":
     """Export a frozen base to ONNX with intervention ports, checked against PyTorch. Done once: all its adapters run there.
@@ -245,7 +246,8 @@ def export(
     int8 or int4. `layers`: which get a port: `all`, `3;9;18`, `0-5`, a mix, or a list of numbers. `components`: of each layer, its block,
     attention or mlp. `device`: cpu or cuda, where the graph will run. `algorithm`, `block_size` (weights that share a
     scale; by default 128 for a billion weights and more, else 32) and `accuracy_level` are for int4 and int8. `context`: the
-    most tokens that the graph takes, by default as many as the base. `report` is told each step.
+    most tokens that the graph takes, by default as many as the base. `exporter`: genai, or optimum, which writes fp32 for
+    the CPU with ports after whole blocks, and takes none of the other choices but `layers`. `report` is told each step.
 
     Gives the folder's manifest; its `verification` has the differences from PyTorch. Raises ReftEdgeError if the model cannot
     be exported or checked.
@@ -258,16 +260,39 @@ def export(
     from reft_edge.model.places import named_layers
     from reft_edge.model.source import resolve_model
 
-    source = base.folder if isinstance(base, FrozenModel) else resolve_model(str(base), report)
+    parts = [part.strip() for parts in listed(components) for part in parts.split(",")]
     quantisation = Quantisation(algorithm, block_size, accuracy_level)
+    if exporter != "genai":
+        _check_optimum(exporter, (precision, parts, device, quantisation, context))
+    source = base.folder if isinstance(base, FrozenModel) else resolve_model(str(base), report)
+    if exporter == "optimum":
+        from reft_edge.export.optimum import export_with_optimum
+        from reft_edge.model.manifest import load_manifest
+
+        with extra("optimum"):
+            export_with_optimum(source, Path(folder), named_layers(layers), report)
+        return load_manifest(Path(folder))
     return export_model(
         source,
         Path(folder),
         precision,
         named_layers(layers),
         report,
-        components=[part.strip() for parts in listed(components) for part in parts.split(",")],
+        components=parts,
         device=device,
         quantisation=quantisation,
         context=context,
     )
+
+
+def _check_optimum(exporter: str, chosen: tuple[Any, ...]) -> None:
+    """Raise ReftEdgeError for an unknown exporter, or for choices that Optimum's has not."""
+    from reft_edge.export import Quantisation
+
+    if exporter != "optimum":
+        raise ReftEdgeError(f"unknown exporter {exporter!r}; choose one of genai, optimum")
+    if chosen != ("fp32", ["block"], "cpu", Quantisation(), None):
+        raise ReftEdgeError(
+            "exporter='optimum' writes fp32 graphs for the CPU with ports after whole blocks, at the model's own context; "
+            "of the choices, only layers goes with it"
+        )

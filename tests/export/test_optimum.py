@@ -14,6 +14,7 @@ import pytest
 import transformers
 from typer.testing import CliRunner
 
+import reft_edge
 from reft_edge.cli import app
 from reft_edge.errors import ReftEdgeError
 from reft_edge.export import optimum
@@ -81,6 +82,19 @@ def test_export_and_ports_in_one_step(stand_in, device_folder, tmp_path):
     answer = model.stream("Who are you?", max_tokens=24)
     answer.text()
     assert answer.tokens == json.loads((device_folder / "expected.json").read_text())["base"]
+
+
+def test_the_api_has_it_too(stand_in, device_folder, tmp_path):
+    manifest = reft_edge.export(device_folder / "hf", tmp_path / "e", exporter="optimum", layers=[0, 2])
+    assert list(manifest.layers) == [0, 2]
+    assert SteeredModel(tmp_path / "e", device="cpu").manifest == manifest
+    for choice in ({"precision": "int4"}, {"components": "mlp"}, {"context": 64}, {"block_size": 64}):
+        with pytest.raises(reft_edge.ReftEdgeError, match="only layers goes with it"):
+            reft_edge.export(device_folder / "hf", tmp_path / "e", exporter="optimum", **choice)
+    with pytest.raises(
+        reft_edge.ReftEdgeError, match="unknown exporter 'onnx'; choose one of genai, optimum"
+    ):
+        reft_edge.export(device_folder / "hf", tmp_path / "e", exporter="onnx")
 
 
 def test_json(stand_in, device_folder, tmp_path):
