@@ -1,6 +1,7 @@
 """How many tokens of KV cache the rows of a batch may have together."""
 
 import os
+import sys
 
 from reft_edge.errors import ReftEdgeError
 from reft_edge.runtime.session import GraphSession
@@ -32,7 +33,9 @@ def tokens_in(graph: GraphSession, budget: int) -> int:
 
 def _memory() -> int:
     """Bytes of the machine's memory; 0 where the system does not say."""
+    if sys.platform == "win32":
+        return 0
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
+    except (OSError, ValueError):
         return 0

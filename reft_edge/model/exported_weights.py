@@ -2,6 +2,7 @@
 
 import mmap
 import re
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -275,7 +276,7 @@ def _targets(block: nn.Module, name: str) -> list[tuple[Any, int, int]]:
 
 def _forget_pages(stored: ir.ExternalTensor) -> None:
     """Have what was read of a mapped file no longer count as this process's memory; it is read again when it is used."""
-    if stored.raw is not None and hasattr(mmap, "MADV_DONTNEED"):
+    if sys.platform != "win32" and stored.raw is not None and hasattr(mmap, "MADV_DONTNEED"):
         stored.raw.madvise(mmap.MADV_DONTNEED)
 
 
