@@ -3,6 +3,8 @@
 import ast
 import importlib
 from collections.abc import Iterator
+from contextlib import suppress
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -106,9 +108,20 @@ def part(module: str) -> str:
     return names[1] if len(names) > 1 else "reft_edge"
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    """A file's syntax tree. Python 3.11 counts the depth of all threads' trees together, and stops where two meet; threads
+    of other tests may still run."""
+    source = path.read_text(encoding="utf-8")
+    for _ in range(20):
+        with suppress(SystemError):
+            return ast.parse(source)
+    raise AssertionError(f"{path} cannot be parsed")
+
+
 def imports(module: str, only_at_the_top: bool = False) -> Iterator[str]:
     """Full names of the modules that a module imports."""
-    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    tree = parsed(MODULES[module])
     for node in tree.body if only_at_the_top else ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (name.name for name in node.names)
@@ -188,7 +201,7 @@ def test_functions_are_short() -> None:
 
 def function_lines(path: Path, heads: bool) -> Iterator[tuple[str, int]]:
     """Name and lines of every function and method, with or without the line of `def` and its parameters."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             yield node.name, (node.end_lineno or 0) - (node if heads else node.body[0]).lineno + 1
 
@@ -228,7 +241,7 @@ def test_what_scripts_import_is_there(folder: str) -> None:
     missing = [
         f"{path.name}: {node.module}.{alias.name}"
         for path in sorted((ROOT / folder).rglob("*.py"))
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(parsed(path))
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("reft_edge")
         for alias in node.names
         if not _is_there(node.module or "", alias.name)
