@@ -19,6 +19,10 @@ def pytest_configure(config: pytest.Config) -> None:
     """On tiny models several threads wait for each other: three times the work. The real model has them all."""
     if "not real" in config.getoption("markexpr"):
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if config.getoption("dist", "no") == "load":
+        config.option.dist = (
+            "worksteal"  # neighbours stay together, and with them the fixtures that they share
+        )
 
 
 @pytest.fixture(
