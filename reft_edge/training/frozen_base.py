@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from reft_edge.errors import ReftEdgeError
 from reft_edge.model.blocks import decoder_layers
+from reft_edge.training.replaced_forwards import replaced_forwards
 
 SHORT = 200
 """Tokens a row below which plain matrix products are faster than torch's fused attention on CPUs (measured: torch 2.13)."""
@@ -91,22 +92,10 @@ def compiled(model: Any) -> Iterator[None]:
         yield
 
 
-@contextmanager
 def _blocks_run_by(
     run: Callable[[Callable[..., Any]], Callable[..., Any]], model: Any, every: int = 1
-) -> Iterator[None]:
-    blocks = list(decoder_layers(model))[::every]
-    own = [vars(block).get("forward") for block in blocks]
-    for block in blocks:
-        block.forward = run(block.forward)
-    try:
-        yield
-    finally:
-        for block, forward in zip(blocks, own, strict=True):
-            if forward is None:
-                del block.forward
-            else:
-                block.forward = forward
+) -> AbstractContextManager[None]:
+    return replaced_forwards((block, run(block.forward)) for block in list(decoder_layers(model))[::every])
 
 
 @contextmanager

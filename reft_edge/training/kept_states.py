@@ -18,6 +18,7 @@ from torch import Tensor
 
 from reft_edge.model.blocks import decoder_layers
 from reft_edge.model.places import Place
+from reft_edge.training.replaced_forwards import replaced_forwards
 
 Key = tuple[int, ...]
 """A row's tokens."""
@@ -90,17 +91,11 @@ class KeptStates:
     def attached(self, model: Any) -> Iterator[None]:
         """Inside the block, the model's lowest blocks only run where their states are not kept."""
         blocks = list(decoder_layers(model))[: self._last + 1]
-        own = [vars(block).get("forward") for block in blocks]
-        for number, block in enumerate(blocks):
-            block.forward = self._instead(block.forward, number)
+        instead = ((block, self._instead(block.forward, number)) for number, block in enumerate(blocks))
         try:
-            yield
+            with replaced_forwards(instead):
+                yield
         finally:
-            for block, forward in zip(blocks, own, strict=True):
-                if forward is None:
-                    del block.forward
-                else:
-                    block.forward = forward
             self._give_up()
 
     def _instead(self, forward: Callable[..., Any], number: int) -> Callable[..., Any]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from reft_edge.errors import ReftEdgeError
 from reft_edge.model.blocks import component_module, decoder_layers
+from reft_edge.training.replaced_forwards import replaced_forwards
 
 _PADDING = 0.05
 """Share of padding from which it is left out: gathering the other tokens costs something, too."""
@@ -44,20 +45,16 @@ class NeededTokens:
     def attached(self, model: Any) -> Iterator[None]:
         """Inside the block, the model works so."""
         blocks = list(decoder_layers(model))
-        own: list[tuple[nn.Module, Any]] = []
+        some = (
+            (module, self._only(module, block is blocks[-1]))
+            for block in blocks
+            for module in _by_token(block, block is blocks[-1])
+        )
         try:
-            for block in blocks:
-                for module in _by_token(block, block is blocks[-1]):
-                    own.append((module, vars(module).get("forward")))
-                    module.forward = self._only(module, block is blocks[-1])
-            yield
+            with replaced_forwards(some):
+                yield
         finally:
             self.nothing()
-            for module, forward in own:
-                if forward is None:
-                    del module.forward
-                else:
-                    module.forward = forward
 
     def _only(self, module: nn.Module, last: bool) -> Any:
         forward = module.forward
