@@ -3,8 +3,6 @@
 import json
 from typing import Literal
 
-import httpx
-import openai
 import pytest
 from fastapi.testclient import TestClient
 from pydantic import BaseModel, ConfigDict
@@ -18,6 +16,7 @@ from reft_edge.runtime.serving.errors import ApiError
 from reft_edge.runtime.serving.responses import ResponseAnswer
 from reft_edge.runtime.serving.responses_api import ResponsesRequest
 from reft_edge.runtime.serving.served import ServerSettings
+from tests.helpers.openai_client import openai_over
 from tests.helpers.tiny import make_model
 
 pytest.importorskip("llguidance")
@@ -61,13 +60,7 @@ def server(export):
 
 @pytest.fixture(scope="module")
 def client(server):
-    def send(request: httpx.Request) -> httpx.Response:
-        headers = {"content-type": "application/json"}
-        answer = server.request(request.method, request.url.path, content=request.read(), headers=headers)
-        return httpx.Response(answer.status_code, headers=answer.headers, content=answer.content)
-
-    http = httpx.Client(transport=httpx.MockTransport(send))
-    return openai.OpenAI(base_url="http://testserver/v1", api_key="x", max_retries=0, http_client=http)
+    return openai_over(server)
 
 
 def test_text_is_the_models_own(client, export):

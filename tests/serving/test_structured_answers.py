@@ -5,7 +5,6 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
-import httpx
 import openai
 import pytest
 from fastapi.testclient import TestClient
@@ -13,8 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from reft_edge.runtime.serving.app import create_app
 from reft_edge.runtime.serving.served import ServerSettings
+from tests.helpers.openai_client import openai_over
 
 jsonschema = pytest.importorskip("jsonschema")
+
 pytest.importorskip("llguidance")
 
 CHAT = [{"role": "user", "content": "Who are you?"}]
@@ -45,18 +46,7 @@ def client(device_folder):
 
 @pytest.fixture(scope="module")
 def openai_client(client):
-    def send(request: httpx.Request) -> httpx.Response:
-        answer = client.request(
-            request.method,
-            request.url.path,
-            content=request.read(),
-            headers={"content-type": "application/json"},
-        )
-        return httpx.Response(answer.status_code, headers=answer.headers, content=answer.content)
-
-    transport = httpx.MockTransport(send)
-    http = httpx.Client(transport=transport)
-    return openai.OpenAI(base_url="http://testserver/v1", api_key="x", max_retries=0, http_client=http)
+    return openai_over(client)
 
 
 def ask(client, path="/v1/chat/completions", **fields):

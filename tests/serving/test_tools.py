@@ -3,7 +3,6 @@
 import json
 import shutil
 
-import httpx
 import openai
 import pytest
 from fastapi.testclient import TestClient
@@ -13,6 +12,7 @@ from reft_edge.export import export_model
 from reft_edge.model.source import ModelFolder
 from reft_edge.runtime.serving.app import create_app
 from reft_edge.runtime.serving.served import ServerSettings
+from tests.helpers.openai_client import openai_over
 from tests.helpers.tiny import make_model
 
 pytest.importorskip("llguidance")
@@ -68,13 +68,7 @@ def client(export, tmp_path_factory, request):
 
 @pytest.fixture
 def openai_client(client):
-    def send(request: httpx.Request) -> httpx.Response:
-        headers = {"content-type": "application/json"}
-        answer = client.request(request.method, request.url.path, content=request.read(), headers=headers)
-        return httpx.Response(answer.status_code, headers=answer.headers, content=answer.content)
-
-    http = httpx.Client(transport=httpx.MockTransport(send))
-    return openai.OpenAI(base_url="http://testserver/v1", api_key="x", max_retries=0, http_client=http)
+    return openai_over(client)
 
 
 def ask(client, **fields):
