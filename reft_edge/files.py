@@ -7,6 +7,7 @@ import hashlib
 import os
 import stat
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -115,10 +116,12 @@ def same_file(one: Path, other: Path) -> bool:
         return os.path.realpath(one) == os.path.realpath(other)
 
 
-def write_atomically(path: Path, content: bytes, mode: int | None = None) -> None:
+def write_atomically(
+    path: Path, content: bytes | Iterable[bytes | memoryview], mode: int | None = None
+) -> None:
     """Write to a temporary name beside `path`, flush to disk, rename.
 
-    `mode`: its permissions, by default those of the file that it replaces.
+    `content`: all of it, or its pieces one after the other. `mode`: its permissions, by default those of the file that it replaces.
 
     Raises ReftEdgeError if the folder is missing or cannot be written, or if `path` is something else than a file; it is
     then as it was before.
@@ -132,7 +135,7 @@ def write_atomically(path: Path, content: bytes, mode: int | None = None) -> Non
         raise ReftEdgeError(f"cannot write {path}: {error.strerror}; choose another place") from error
     try:
         with held(temporary), os.fdopen(handle, "wb") as file:
-            file.write(content)
+            file.writelines((content,) if isinstance(content, bytes) else content)
             file.flush()
             os.fsync(file.fileno())
         if kept is not None:

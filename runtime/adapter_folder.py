@@ -23,6 +23,8 @@ _REFUSALS = 1024
 _SIGNATURE_SECONDS = 60.0
 """A signature that is not valid yet can become so: for this long a refusal for it stands, others until the file changes."""
 _LONGEST_NAME = 200
+_TRIES = 8
+"""Files that are replaced while they are loaded are loaded again so often."""
 _HEADER = 1 << 20
 """Most bytes of a file that are no weights."""
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO)
@@ -147,7 +149,9 @@ class AdapterFolder:
             yield {}
             return
         entries = self._held(names)
-        if entries is None:
+        for _ in range(_TRIES):
+            if entries is not None:
+                break
             with self._loading:
                 for name in names:
                     self._refresh(name, names)

@@ -5,12 +5,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
 
 from reft_edge.errors import ReftEdgeError
 from reft_edge.runtime.model import SteeredModel
+from reft_edge.runtime.prompt_files import BUDGET, open_prompts
 from reft_edge.runtime.request import Piece, Request, Row, as_reason
-
-PREFIX_BUDGET = 64 << 20
+from reft_edge.runtime.room import PREFIX_SHARE, usual_budget
 
 
 class QueueFullError(ReftEdgeError):
@@ -71,13 +73,25 @@ class Engine:
         model: SteeredModel,
         slots: int = 8,
         queue_limit: int = 64,
-        prefix_budget: int = PREFIX_BUDGET,
+        prefix_budget: int | None = None,
         cache_budget: int | None = None,
+        prompt_cache: Path | str | None = None,
+        prompt_cache_size: int = BUDGET,
     ) -> None:
         """`slots`: requests that run at once; `queue_limit`: requests that may wait; `prefix_budget`: bytes of prompts
-        to remember; `cache_budget`: bytes of keys and values of all that run. Where these have no room together, some wait;
-        none: they have as much as they need."""
+        to remember, none: a quarter of `cache_budget`; `cache_budget`: bytes of keys and values of all that run. Where
+        these have no room together, some wait; none: they have as much as they need. `prompt_cache`: a folder that keeps
+        long prompts for the next start, at most `prompt_cache_size` bytes. Raises ReftEdgeError for a folder that cannot be
+        used."""
+        if prefix_budget is None:
+            prefix_budget = (cache_budget or usual_budget(model.graph)) // PREFIX_SHARE
         self.batch = model.batch(slots, prefix_budget, cache_budget)
+        self._files = None
+        if prompt_cache is not None:
+            self._files = open_prompts(
+                Path(prompt_cache), model.folder, model.manifest, model.graph, prompt_cache_size
+            )
+            self.batch.prefixes.files = self._files
         self._arrived: deque[Row] = deque()
         self._model, self._queue_limit = model, queue_limit
         self._changed = threading.Condition()
@@ -104,6 +118,9 @@ class Engine:
         with self._changed:
             self._check_room()  # before the work that a row is
         row = self._model.row(request, deliver or pieces.put, self.batch.room)
+        if self._files is not None:
+            with suppress(MemoryError):
+                self.batch.prefixes.fetch(request.ids, row.bound.edit)
         with self._changed:
             self._check_room()
             self._arrived.append(row)
@@ -128,6 +145,8 @@ class Engine:
             self._closing = float("inf") if timeout is None else time.monotonic() + timeout
             self._changed.notify()
         self._thread.join()
+        if self._files is not None:
+            self._files.close()
 
     def _run(self) -> None:
         while True:

@@ -124,7 +124,7 @@ class SteeredModel:
         the signature is in time. `provider_options`: of the device's execution provider. `mix_budget`: bytes of one mix of
         adapters at most, and of all mixes that are kept. `cache_type`: auto, what the graph has, or int8, a quarter of the
         memory. Raises ReftEdgeError if the folder is not an export or cannot be loaded."""
-        path = Path(folder)
+        self.folder = path = Path(folder)
         self.manifest = load_manifest(path)
         self.manifest.check_kind("decoder", path)
         self.prompts: Prompts = load_prompts(path)

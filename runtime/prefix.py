@@ -1,10 +1,13 @@
 """The prefix cache: keys and values of prompts that ran before, for later prompts that begin alike."""
 
+import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from reft_edge.adapter.algebra import Edit
 from reft_edge.adapter.positions import active
@@ -41,12 +44,24 @@ class _Kept:
         return not self.gone and (self._edit() if self._edit is not None else None) is edit
 
 
-class PrefixCache:
-    """Prompts by recent use, under a budget of bytes."""
+class Files(Protocol):
+    """Prompts that outlast the process."""
 
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
+    def find(self, ids: Sequence[int], edit: Edit | None, beyond: int, most: int) -> Prefix | None:
+        """One that shares clearly more than `beyond` tokens with a prompt, of at most `most` bytes."""
+
+    def save(self, prefix: Prefix) -> None:
+        """Keep one; it returns at once."""
+
+
+class PrefixCache:
+    """Prompts by recent use, under a budget of bytes. Any number of threads may use it."""
+
+    def __init__(self, budget: int, files: Files | None = None) -> None:
+        """`files`: where prompts are kept, too."""
+        self.budget, self.files = budget, files
         self._entries: list[_Kept] = []
+        self._lock = threading.Lock()
         self.hits = 0
         """Tokens that did not have to be prefilled."""
 
@@ -60,36 +75,64 @@ class PrefixCache:
         They are a multiple of ALIGNMENT, and at least the last two tokens are always left to run: the last one's logits are
         needed, and a token that runs alone is rounded in another way.
         """
-        best, found = 0, None
-        for entry in self._entries:
-            if entry.under(edit):
-                count = min(shared(entry.ids, ids, edit), len(ids) - 2) // ALIGNMENT * ALIGNMENT
-                if count > best:
-                    best, found = count, entry
-        if found is None:
-            return 0, None
-        self._entries.remove(found)
-        self._entries.append(found)
-        self.hits += best
-        return best, found.content
+        with self._lock:
+            count, found = self._best(ids, edit)
+            if found is None:
+                return 0, None
+            self._entries.remove(found)
+            self._entries.append(found)
+            self.hits += count
+            return count, found.content
+
+    def fetch(self, ids: Sequence[int], edit: Edit | None) -> None:
+        """Read from the files what they have of a prompt that is to run, where that is more than what is in memory. It can
+        take a while: call it before the prompt has its turn."""
+        if self.files is None or not self.budget:
+            return
+        with self._lock:
+            count = self._best(ids, edit)[0]
+        prefix = self.files.find(ids, edit, count, self.budget)
+        if prefix is not None:
+            self._keep(prefix)
 
     def add(self, entry: Prefix) -> None:
         """Remember a prompt; those it makes needless, those of edits that are gone, and the least recently used beyond the
         budget are forgotten."""
         if entry.size > self.budget or len(entry.ids) < ALIGNMENT:
             return
-        self._entries = [
-            other
-            for other in self._entries
-            if not other.gone
-            and (not other.under(entry.edit) or shared(entry.ids, other.ids, entry.edit) < len(other.ids) - 1)
-        ]
-        self._entries.append(_Kept(entry))
-        while self.size > self.budget:
-            self._entries.pop(0)
+        self._keep(entry)
+        if self.files is not None:
+            self.files.save(entry)
+
+    def _best(self, ids: Sequence[int], edit: Edit | None) -> tuple[int, _Kept | None]:
+        best, found = 0, None
+        for entry in self._entries:
+            if entry.under(edit):
+                count = min(shared(entry.ids, ids, edit), len(ids) - 2) // ALIGNMENT * ALIGNMENT
+                if count > best:
+                    best, found = count, entry
+        return best, found
+
+    def _keep(self, entry: Prefix) -> None:
+        with self._lock:
+            self._entries = [
+                other
+                for other in self._entries
+                if not other.gone
+                and (
+                    not other.under(entry.edit)
+                    or shared(entry.ids, other.ids, entry.edit) < len(other.ids) - 1
+                )
+            ]
+            self._entries.append(_Kept(entry))
+            while self.size > self.budget:
+                self._entries.pop(0)
 
 
-def shared(before: Sequence[int], ids: Sequence[int], edit: Edit | None) -> int:
+Tokens = Sequence[int] | NDArray[np.int64]
+
+
+def shared(before: Tokens, ids: Tokens, edit: Edit | None) -> int:
     """How many tokens at the start of two prompts have the same keys and values: they are the same tokens, and every
     gate that acts on one of them does so in both prompts, whose lengths may differ."""
     count = min(len(before), len(ids))

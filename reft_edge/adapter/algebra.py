@@ -4,9 +4,11 @@
 per column, a subspace is a slice of r, and rank 0 changes nothing.
 """
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -50,6 +52,16 @@ class Edit:
     def nbytes(self) -> int:
         """Bytes of all weights."""
         return sum(part.A.nbytes + part.b.nbytes + part.B.nbytes for part in self.places.values())
+
+    @cached_property
+    def digest(self) -> str:
+        """Hex SHA-256 of where it acts, how strongly, and of all weights."""
+        digest = hashlib.sha256(repr((self.hidden_size, self.gates)).encode())
+        for place, part in sorted(self.places.items()):
+            digest.update(f"{place!r} {part.A.shape} ".encode())
+            for array in (part.A, part.b, part.B, part.gates):
+                digest.update(np.ascontiguousarray(array).data.cast("B"))
+        return digest.hexdigest()
 
     @property
     def on_generated(self) -> bool:

@@ -58,6 +58,17 @@ def serve(
     cache_type: Annotated[
         str, typer.Option(help="auto, what the graph has, or int8: a quarter of the memory, on the CPU.")
     ] = "auto",
+    prompt_cache: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Keep long prompts in this folder, so that they need not run again after a restart.",
+            show_default=False,
+        ),
+    ] = None,
+    prompt_cache_size: Annotated[
+        int, typer.Option(min=1, help="MB that this folder may take; what was not used for longest goes.")
+    ] = 2048,
     cors_origin: Annotated[
         list[str] | None,
         typer.Option(help="A web origin whose pages may call the server; repeatable.", show_default=False),
@@ -95,6 +106,8 @@ def serve(
             adapter_budget=adapter_memory << 20,
             cache_type=cache_type,
             cache_budget=None if cache_memory is None else cache_memory << 20,
+            prompt_cache=prompt_cache,
+            prompt_cache_size=prompt_cache_size << 20,
             trusted=trusted_keys(require_signed),
         )
         if ":" in settings.name:

@@ -42,6 +42,8 @@ def create_app(
     if manifest.kind == "encoder":
         if provider_options:
             raise ReftEdgeError("provider options are for decoders; this folder holds an encoder")
+        if settings.prompt_cache is not None:
+            raise ReftEdgeError("a prompt cache is for decoders; this folder holds an encoder")
         served = Encoder(SteeredEncoder(folder, device, threads, settings.trusted), adapters, settings)
     else:
         model = SteeredModel(

@@ -58,8 +58,7 @@ async def answer_request(
         raise too_many(body.n, served.settings.max_inputs)
     async with AsyncExitStack() as stack:
         adapters = await stack.enter_async_context(served.holding(_mix(served, body)))
-        prepared = await served.work(prepare, adapters)
-        _check_bias(body, served.model)
+        prepared = await served.work(_prepared, served.model, body, prepare, adapters)
         context = served.model.manifest.context_length
         requests = [
             EngineRequest(
@@ -104,10 +103,17 @@ def _mix(served: Decoder, body: Generate) -> dict[str, float]:
     return {named: 1.0} if named is not None else dict(body.adapters or {})
 
 
-def _check_bias(body: Generate, model: SteeredModel) -> None:
-    limit = model.prompts.token_limit
-    if body.logit_bias and max(body.logit_bias) >= limit:
-        raise ApiError(400, f"logit_bias: a token id is not from 0 to {limit - 1}", param="logit_bias")
+def _prepared(
+    model: SteeredModel,
+    body: Generate,
+    prepare: Callable[[dict[str, float]], Prepared],
+    adapters: dict[str, float],
+) -> Prepared:
+    prepared = prepare(adapters)
+    if body.logit_bias and max(body.logit_bias) >= model.prompts.token_limit:
+        last = model.prompts.token_limit - 1
+        raise ApiError(400, f"logit_bias: a token id is not from 0 to {last}", param="logit_bias")
+    return prepared
 
 
 def too_many(count: int, most: int) -> ApiError:

@@ -14,6 +14,7 @@ from reft_edge.runtime.adapter_folder import BUDGET, AdapterFolder, UnknownAdapt
 from reft_edge.runtime.encoder import SteeredEncoder
 from reft_edge.runtime.engine import Engine
 from reft_edge.runtime.model import SteeredModel
+from reft_edge.runtime.prompt_files import BUDGET as PROMPT_BUDGET
 from reft_edge.runtime.room import usual_budget
 from reft_edge.runtime.serving.bodies import check_type, parse
 from reft_edge.runtime.serving.errors import ApiError
@@ -55,6 +56,10 @@ class ServerSettings:
     """Bytes of keys and values of running requests; none: `usual_budget`."""
     cache_type: str = "auto"
     """`SteeredModel`'s."""
+    prompt_cache: Path | None = None
+    """A folder that keeps long prompts for the next start."""
+    prompt_cache_size: int = PROMPT_BUDGET
+    """Bytes of all files in it."""
     trusted: TrustedKeys | None = None
     """Only adapters that one of these keys signed are used."""
 
@@ -156,7 +161,14 @@ class Decoder(Served):
         """Choices of one request that the engine holds at a time: as many as can run, and one to follow."""
         at_most = (settings.slots + settings.queue_limit) * self.together
         budget = usual_budget(model.graph) if settings.cache_budget is None else settings.cache_budget
-        self.engine = Engine(model, settings.slots, at_most, cache_budget=budget)
+        self.engine = Engine(
+            model,
+            settings.slots,
+            at_most,
+            cache_budget=budget,
+            prompt_cache=settings.prompt_cache,
+            prompt_cache_size=settings.prompt_cache_size,
+        )
 
     def close(self) -> None:
         self.engine.close(self.settings.shutdown_seconds)
