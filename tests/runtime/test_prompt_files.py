@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
@@ -19,8 +18,6 @@ from reft_edge.runtime import Engine, Request, SteeredModel
 from reft_edge.runtime.prefix import Prefix
 from reft_edge.runtime.prompt_files import PromptFiles, fingerprint_of
 from reft_edge.runtime.rows import BoundRows
-from reft_edge.runtime.serving.app import create_app
-from reft_edge.runtime.serving.served import ServerSettings
 
 SYSTEM = (
     "The quick brown fox jumps over the lazy dog. Water boils when it is hot; ice melts when it is warm. " * 5
@@ -241,18 +238,3 @@ def test_a_fingerprint_tells_types_of_caches_apart(device_folder):
         model = SteeredModel(Path(export), device="cpu", cache_type=kind)
         found.add(fingerprint_of(export, model.manifest, model.graph))
     assert len(found) == 2
-
-
-def test_a_server_takes_its_prompts_over_and_an_encoder_has_none(device_folder, tmp_path):
-    fields = {"model": "tiny", "prompt": SYSTEM, "max_tokens": 6, "temperature": 0}
-    answers, hits = [], []
-    for _ in range(2):
-        settings = ServerSettings("tiny", hosts=("*",), prompt_cache=tmp_path / "prompts")
-        app = create_app(device_folder / "export", None, settings, "cpu")
-        with TestClient(app) as client:
-            answers.append(client.post("/v1/completions", json=fields).json()["choices"])
-            hits.append(app.state.served.engine.batch.prefixes.hits)
-    assert answers[0] == answers[1]
-    assert hits[0] == 0 < 190 < hits[1]
-    with pytest.raises(ReftEdgeError, match="a prompt cache is for decoders"):
-        create_app(device_folder / "encoder", None, settings, "cpu")
