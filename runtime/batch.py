@@ -171,8 +171,8 @@ class Batch:
 
     def _remember(self, row: Row) -> None:
         """Keep a prompt for those that begin alike, where there is memory for it."""
-        if self.prefixes.budget:
-            ids = row.request.ids
+        ids = row.request.ids
+        if self.prefixes.wants(ids, row.bound.edit, len(ids) * self._graph.token_bytes):
             with suppress(MemoryError):
                 content = self._cache.read(len(self.decoding) - 1, len(ids))
                 self.prefixes.add(Prefix(ids, row.bound.edit, content))

@@ -14,6 +14,10 @@ from reft_edge.adapter.positions import active
 from reft_edge.runtime.rows import ALIGNMENT, KeysAndValues
 
 
+_FEW = 16
+"""Tokens, and a part of a prompt, that may run again rather than be remembered with all that comes before them."""
+
+
 @dataclass(frozen=True, eq=False)
 class Prefix:
     """A prompt that was prefilled, and what its tokens left in the KV cache."""
@@ -94,6 +98,14 @@ class PrefixCache:
         prefix = self.files.find(ids, edit, count, self.budget)
         if prefix is not None:
             self._keep(prefix)
+
+    def wants(self, ids: Sequence[int], edit: Edit | None, size: int) -> bool:
+        """Whether a prompt that ran is worth a copy of `size` bytes: it fits the budget, and has more than a few tokens that
+        none before it had."""
+        if size > self.budget or len(ids) < ALIGNMENT:
+            return False
+        with self._lock:
+            return len(ids) - self._best(ids, edit)[0] > max(_FEW, len(ids) // _FEW)
 
     def add(self, entry: Prefix) -> None:
         """Remember a prompt; those it makes needless, those of edits that are gone, and the least recently used beyond the

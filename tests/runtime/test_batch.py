@@ -328,6 +328,18 @@ def fold_of(path):
     return fold(load_adapter(path))
 
 
+def test_a_prompt_is_remembered_for_what_is_new_in_it():
+    values = {"k": np.zeros((1, 320, 1), np.float32)}
+    cache = PrefixCache(10_000)
+    assert cache.wants(range(320), None, 1280)
+    assert not cache.wants(range(320), None, 10_001)
+    cache.add(Prefix(tuple(range(320)), None, values))
+    assert not cache.wants(range(320), None, 1280)
+    assert not cache.wants([*range(320), *range(1000, 1010)], None, 1280)
+    assert cache.wants([*range(320), *range(1000, 1030)], None, 1280)
+    assert not cache.wants(range(5), None, 20)
+
+
 def test_prefixes_of_an_edit_that_is_gone_go_with_the_next():
     cache = PrefixCache(10_000)
     ids = tuple(range(16))
