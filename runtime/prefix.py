@@ -13,7 +13,6 @@ from reft_edge.adapter.algebra import Edit
 from reft_edge.adapter.positions import active
 from reft_edge.runtime.rows import ALIGNMENT, KeysAndValues
 
-
 _FEW = 16
 """Tokens, and a part of a prompt, that may run again rather than be remembered with all that comes before them."""
 
