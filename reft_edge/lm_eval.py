@@ -17,7 +17,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from reft_edge.errors import ReftEdgeError
 from reft_edge.model.prompts import encode
-from reft_edge.runtime.model import Generation, SteeredModel
+from reft_edge.runtime.generation import Generation
+from reft_edge.runtime.model import SteeredModel
 from reft_edge.runtime.request import Request
 from reft_edge.runtime.sampling import Sampling
 

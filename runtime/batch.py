@@ -5,6 +5,7 @@ running rows keep flowing while prompts are prefilled. Row i of the KV cache is 
 prefilled is in the row after them.
 """
 
+import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
@@ -26,6 +27,7 @@ from reft_edge.runtime.rows import (
     part_end,
 )
 from reft_edge.runtime.session import PREFILL_CHUNK, GraphSession, Logits
+from reft_edge.runtime.speculation import StepCosts, guess_ahead, take_guessed
 
 _CHUNK_BESIDE_OTHERS = 128
 """Tokens of a prompt that run between two decode steps of others."""
@@ -46,10 +48,12 @@ class Batch:
         slots: int,
         prefix_budget: int,
         cache_budget: int | None = None,
+        costs: StepCosts | None = None,
     ) -> None:
         """`slots`: rows at most; `prefix_budget`: bytes of prompts to remember; `cache_budget`: bytes of keys and values of
-        all rows, none for as many as they need. Raises ReftEdgeError for fewer than 1 slot, a graph without a KV cache,
-        or a budget that holds next to nothing."""
+        all rows, none for as many as they need. `costs`: what steps of this graph took; with them, tokens are guessed where
+        that pays, which takes a graph that `steps_back`. Raises ReftEdgeError for fewer than 1 slot, a graph without a KV
+        cache, or a budget that holds next to nothing."""
         if slots < 1:
             raise ReftEdgeError(f"slots is {slots}; expected 1 or more")
         self._graph, self._eos = graph, eos_token_ids
@@ -59,12 +63,14 @@ class Batch:
         self.prefixes = PrefixCache(prefix_budget if graph.cuts_cache else 0)
         self.room = None if cache_budget is None else tokens_in(graph, cache_budget)
         """Tokens that all rows may have together; none: as many as they need."""
+        self._costs = costs
         self._started = 0
         self.waiting: deque[Row] = deque()
         self.decoding: list[Row] = []
         self.prefilling: Row | None = None
         self._bound_decode: tuple[list[Row], RowsTogether | RowsInTurn] | None = None
         self._bound_prefill: tuple[int, BoundRows | RowInTurn] | None = None
+        self._bound_alone: dict[tuple[int, bool], tuple[Row, BoundRows | RowInTurn]] = {}
 
     @property
     def running(self) -> int:
@@ -122,6 +128,7 @@ class Batch:
 
     def _unbind(self) -> None:
         self._bound_decode = self._bound_prefill = None
+        self._bound_alone = {}
 
     def _drop_cancelled(self) -> None:
         for row in [row for row in self.waiting if row.cancelled]:
@@ -188,11 +195,18 @@ class Batch:
         if not self.decoding:
             return
         rows = list(self.decoding)
+        if self._costs is not None and self._guesses(self._costs):
+            for row in rows:
+                self._run_ahead(row, self._costs)
+            return
         ids = np.array([[row.tokens[-row.behind]] for row in rows], np.int64)
         beside = self.prefilling.length if self.prefilling is not None else 0
         if self._bound_decode is None or self._bound_decode[0] != rows:
             self._bound_decode = rows, self._cache.bind_decode([row.bound.decode for row in rows])
+        started = time.perf_counter()
         outcomes = self._bound_decode[1].step(ids, [*(row.length for row in rows), beside])
+        if self._costs is not None:
+            self._costs.ran_together(len(rows), time.perf_counter() - started)
         for row, outcome in zip(rows, outcomes, strict=True):
             row.length += not isinstance(outcome, Exception)
         for row, outcome in zip(rows, outcomes, strict=True):
@@ -229,6 +243,48 @@ class Batch:
         row.length += row.behind
         if not self._take(row, logits[0]):
             self._leave(row)
+
+    def _guesses(self, costs: StepCosts) -> bool:
+        """Guess what the rows' next tokens are; whether they are to run with them, for which there is room then."""
+        room = None if self.room is None else self.room - sum(self._needs(self._running()))
+        if not guess_ahead(self.decoding, costs, room):
+            return False
+        try:
+            self._reserve()
+        except Exception:
+            for row in self.decoding:
+                row.guesses = []
+            return False
+        return True
+
+    def _run_ahead(self, row: Row, costs: StepCosts) -> None:
+        """Run a row's last token and the guesses behind it, and choose as many tokens as were guessed rightly, and the next."""
+        guesses, row.guesses = row.guesses, []
+        slot = self.decoding.index(row)
+        behind = [*self._running(), None][slot + 1]
+        try:
+            started = time.perf_counter()
+            bound = self._bind_alone(slot, row, bool(guesses))
+            ids = np.array([[row.tokens[-1], *guesses]], np.int64)
+            logits = bound.step_all(ids, [row.length, behind.length if behind else 0])[0]
+            costs.ran_alone(ids.shape[1], time.perf_counter() - started)
+        except Exception as error:
+            _end(row, "error", error=as_reason(error))
+            self._leave(row)
+            return
+        if take_guessed(row, guesses, logits, self._take):
+            self._cache.cut(slot, row.length)
+        else:
+            self._leave(row)
+
+    def _bind_alone(self, slot: int, row: Row, several: bool) -> BoundRows | RowInTurn:
+        """A decoding row by itself, for one token a step or for several."""
+        held, bound = self._bound_alone.get((slot, several), (None, None))
+        if bound is None or held is not row:
+            bind = self._cache.bind_tokens if several else self._cache.bind_alone
+            bound = bind(slot, row.bound.decode)
+            self._bound_alone[slot, several] = row, bound
+        return bound
 
     def _make_room(self) -> None:
         """Room for one more token of every decoding row; where there is none, the longest rows end."""

@@ -10,7 +10,8 @@ from typing import Any
 from reft_edge.errors import ReftEdgeError
 from reft_edge.model.prompts import Message
 from reft_edge.runtime.adapter_folder import AdapterFolder
-from reft_edge.runtime.model import Generation, SteeredModel
+from reft_edge.runtime.generation import Generation
+from reft_edge.runtime.model import SteeredModel
 from reft_edge.runtime.sampling import Sampling
 
 HELP = """\
@@ -38,6 +39,8 @@ class Chat:
     max_tokens: int = 512
     schema: Mapping[str, Any] | None = None
     """A JSON schema that every answer is valid under."""
+    speculate: bool | None = None
+    """Whether to guess tokens, as `SteeredModel.batch` says."""
 
     def __post_init__(self) -> None:
         if self.model.prompts.template is None:
@@ -127,6 +130,7 @@ class Chat:
                 max_tokens=self.max_tokens,
                 sampling=self.sampling,
                 schema=self.schema,
+                speculate=self.speculate,
             )
             self._last = generation
             if len(kept) < len(turns):

@@ -77,15 +77,16 @@ class Engine:
         cache_budget: int | None = None,
         prompt_cache: Path | str | None = None,
         prompt_cache_size: int = BUDGET,
+        speculate: bool | None = None,
     ) -> None:
         """`slots`: requests that run at once; `queue_limit`: requests that may wait; `prefix_budget`: bytes of prompts
         to remember, none: a quarter of `cache_budget`; `cache_budget`: bytes of keys and values of all that run. Where
         these have no room together, some wait; none: they have as much as they need. `prompt_cache`: a folder that keeps
-        long prompts for the next start, at most `prompt_cache_size` bytes. Raises ReftEdgeError for a folder that cannot be
-        used."""
+        long prompts for the next start, at most `prompt_cache_size` bytes. `speculate`: as for `SteeredModel.batch`. Raises
+        ReftEdgeError for a folder that cannot be used."""
         if prefix_budget is None:
             prefix_budget = (cache_budget or usual_budget(model.graph)) // PREFIX_SHARE
-        self.batch = model.batch(slots, prefix_budget, cache_budget)
+        self.batch = model.batch(slots, prefix_budget, cache_budget, speculate)
         self._files = None
         if prompt_cache is not None:
             self._files = open_prompts(

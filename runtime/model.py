@@ -1,9 +1,7 @@
 """`SteeredModel`: one exported model, many adapters, text in and out."""
 
 import threading
-import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +18,13 @@ from reft_edge.model.prompts import Message, Prompts, choose_format, load_prompt
 from reft_edge.runtime.batch import Batch
 from reft_edge.runtime.binding import Bound, PortInputs, port_inputs
 from reft_edge.runtime.constraints import Constraint, Constraints
+from reft_edge.runtime.generation import Generation
 from reft_edge.runtime.int8_cache import open_session
 from reft_edge.runtime.mixes import BUDGET, Mixes
 from reft_edge.runtime.request import Piece, Request, Row
 from reft_edge.runtime.sampling import Sampling
 from reft_edge.runtime.session import Logits
+from reft_edge.runtime.speculation import StepCosts, speculates
 from reft_edge.signing.keys import TrustedKeys
 from reft_edge.signing.signatures import Signature, load_verified
 
@@ -37,65 +37,6 @@ class _Loaded:
     config: AdapterConfig
     edit: Edit
     signature: Signature | None
-
-
-class Generation(Iterator[str]):
-    """An answer as it comes: iterate for text pieces; figures are final when it ends."""
-
-    def __init__(self, batch: Batch, make_row: Callable[[Callable[[Piece], None]], Row]) -> None:
-        """`batch`: one of its own, of one slot. Raises ReftEdgeError as `make_row` does."""
-        self._batch = batch
-        self._pieces: deque[Piece] = deque()
-        self._row = make_row(self._pieces.append)
-        batch.add(self._row)
-        self.prompt_tokens = len(self._row.request.ids)
-        self.prefill_seconds = 0.0
-        self.decode_steps = self._decode_tokens = 0
-        self.decode_seconds = 0.0
-        """Time in decode steps and sampling; what the reader does between pieces does not count."""
-
-    @property
-    def tokens(self) -> list[int]:
-        """Generated token ids, the end-of-sequence token left out."""
-        return self._row.tokens
-
-    @property
-    def finish_reason(self) -> str | None:
-        """`stop` (end of sequence, a stop string or the end of the constraint), `length` or `error`; None while it runs."""
-        return self._row.finish_reason
-
-    def __next__(self) -> str:
-        """Raises ReftEdgeError if the answer cannot go on; what came before is whole."""
-        while True:
-            while self._pieces:
-                piece = self._pieces.popleft()
-                if piece.error is not None:
-                    raise piece.error
-                if piece.text:
-                    return piece.text
-            if self._batch.idle:
-                raise StopIteration
-            self._step()
-
-    def _step(self) -> None:
-        begun, started = len(self._row.tokens), time.perf_counter()
-        self._batch.step()
-        seconds = time.perf_counter() - started
-        if begun:
-            self.decode_steps += 1
-            self._decode_tokens += len(self._row.tokens) - begun
-            self.decode_seconds += seconds
-        else:
-            self.prefill_seconds += seconds
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Decode speed; the first token comes from the prompt's pass and does not count."""
-        return self._decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
-
-    def text(self) -> str:
-        """The rest of the answer at once."""
-        return "".join(self)
 
 
 class SteeredModel:
@@ -136,6 +77,7 @@ class SteeredModel:
         self._adapters: dict[str, _Loaded] = {}
         self._mixes = Mixes(self.graph, self.manifest, mix_budget)
         self._constraints = Constraints(self.prompts.tokenizer, self.manifest.eos_token_ids)
+        self._costs = StepCosts()
 
     @property
     def adapters(self) -> dict[str, AdapterConfig]:
@@ -195,6 +137,7 @@ class SteeredModel:
         sampling: Sampling | None = None,
         schema: Mapping[str, Any] | None = None,
         constraint: Constraint | None = None,
+        speculate: bool | None = None,
     ) -> Generation:
         """The answer piece by piece.
 
@@ -203,6 +146,7 @@ class SteeredModel:
         template, if there is one). `max_tokens`: at most that many new tokens. `stop`: strings that end the answer
         and are left out of it. `schema`: a JSON schema that the answer is valid under; `constraint`: any form that it
         must have. Both need the extra `structured`. An answer that `max_tokens` cuts has the finish_reason `length`.
+        `speculate`: guess tokens from the prompt and the answer, as `batch` says.
 
         Raises ReftEdgeError for an unknown adapter, a prompt that leaves no room in the context, or bad options.
         """
@@ -211,7 +155,7 @@ class SteeredModel:
         ids = tuple(self.encode(prompt, chosen, raw))
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         return Generation(
-            self.batch(1),
+            self.batch(1, speculate=speculate),
             lambda deliver: self.row(
                 Request(ids, chosen, max_tokens, stops, sampling or Sampling(), constraint=form), deliver
             ),
@@ -228,6 +172,7 @@ class SteeredModel:
         sampling: Sampling | None = None,
         constraints: Sequence[Constraint | None] | None = None,
         batch_size: int = 8,
+        speculate: bool | None = None,
     ) -> list[str]:
         """Whole answers to several prompts, up to `batch_size` of them run together, each with its own adapters.
 
@@ -254,7 +199,7 @@ class SteeredModel:
             ids = tuple(self.encode(prompt, chosen, raw))
             request = Request(ids, chosen, max_tokens, stops, sampling or Sampling(), constraint=form)
             requests.append(request)
-        return [text for _, text in self._run_together(requests, batch_size)]
+        return [text for _, text in self._run_together(requests, batch_size, speculate)]
 
     def prepare(self, adapter: AdapterChoice) -> Bound:
         """An adapter choice as values that any number of runs can bind. Raises ReftEdgeError for an unknown adapter."""
@@ -262,9 +207,21 @@ class SteeredModel:
             chosen = self._chosen(adapter)
             return self._mixes.bind({name: self._adapters[name].edit for name in chosen}, chosen)
 
-    def batch(self, slots: int, prefix_budget: int = 0, cache_budget: int | None = None) -> Batch:
-        """An empty batch of this model's rows; raises ReftEdgeError as `Batch` does."""
-        return Batch(self.graph, self.manifest.eos_token_ids, slots, prefix_budget, cache_budget)
+    def batch(
+        self,
+        slots: int,
+        prefix_budget: int = 0,
+        cache_budget: int | None = None,
+        speculate: bool | None = None,
+    ) -> Batch:
+        """An empty batch of this model's rows.
+
+        `speculate`: guess tokens that stood in the prompt or the answer before, and run several at once where that is
+        faster; None does so where a longer step rounds as finely as a short one, in folders of fp32. Raises ReftEdgeError as
+        `Batch` does, and where this is asked for and the model cannot take tokens back.
+        """
+        costs = self._costs if speculates(speculate, self.graph, self.manifest) else None
+        return Batch(self.graph, self.manifest.eos_token_ids, slots, prefix_budget, cache_budget, costs)
 
     def row(self, request: Request, deliver: Callable[[Piece], None], room: int | None = None) -> Row:
         """A request made ready for a batch of so much `room`; adapters are taken as they are now. Raises ReftEdgeError as
@@ -330,9 +287,11 @@ class SteeredModel:
         requests = [Request(tuple(prompt), chosen, max_tokens) for prompt in prompts]
         return [tokens for tokens, _ in self._run_together(requests, len(requests))]
 
-    def _run_together(self, requests: Sequence[Request], slots: int) -> list[tuple[list[int], str]]:
+    def _run_together(
+        self, requests: Sequence[Request], slots: int, speculate: bool | None = False
+    ) -> list[tuple[list[int], str]]:
         """Tokens and text of every answer."""
-        batch = self.batch(max(1, min(slots, len(requests))))
+        batch = self.batch(max(1, min(slots, len(requests))), speculate=speculate)
         pieces: list[list[Piece]] = [[] for _ in requests]
         rows = [self.row(request, found.append) for request, found in zip(requests, pieces, strict=True)]
         for row in rows:

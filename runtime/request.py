@@ -8,6 +8,7 @@ from tokenizers import Tokenizer
 from reft_edge.errors import ReftEdgeError
 from reft_edge.runtime.binding import Bound
 from reft_edge.runtime.constraints import Constraint, Progress
+from reft_edge.runtime.drafts import Lookup
 from reft_edge.runtime.logprobs import TokenScore
 from reft_edge.runtime.memory import NoMemoryError
 from reft_edge.runtime.sampling import Sampler, Sampling
@@ -80,6 +81,10 @@ class Row:
         self.tokens: list[int] = []
         self.together = 1
         """The last of them that may run at once: one that was chosen, and those that had to follow."""
+        self.lookup: Lookup | None = None
+        """Of what comes next, where that is guessed."""
+        self.guesses: list[int] = []
+        """Tokens that run behind the last one, and count if they are chosen."""
         self.started = 0
         """Of rows that started one after another, which this is."""
         self.finish_reason: str | None = None
@@ -87,8 +92,8 @@ class Row:
 
     @property
     def need(self) -> int:
-        """Tokens in the KV cache after the next step that gives a token."""
-        return len(self.request.ids) + max(1, len(self.tokens))
+        """Tokens in the KV cache after the next step that gives a token, with those that are guessed."""
+        return len(self.request.ids) + max(1, len(self.tokens)) + len(self.guesses)
 
     @property
     def behind(self) -> int:

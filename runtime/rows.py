@@ -96,6 +96,9 @@ class JoinedRows:
         for values in self._values.values():
             give_back(values[row])
 
+    def cut(self, row: int, tokens: int) -> None:
+        """Only a row's first `tokens` tokens hold: others are written over, and nothing looks at them."""
+
     def read(self, row: int, tokens: int) -> KeysAndValues:
         """A copy of a row's first `tokens` tokens."""
         return {name: values[row, :, :tokens].copy() for name, values in self._values.items()}
@@ -118,6 +121,10 @@ class JoinedRows:
         beside = self._beside if leaves_one(len(edits)) else 0
         ports = self.graph.to_device(decode_inputs([*edits, *[{}] * beside], self.graph.dtype))
         return self._bind(first, len(edits), beside, ports)
+
+    def bind_alone(self, row: int, edit: DecodeEdit) -> "BoundRows":
+        """One row, to be decoded by itself."""
+        return self.bind_edits(row, [edit])
 
     def bind_tokens(self, row: int, edit: DecodeEdit) -> "BoundRows":
         """One row, of which several generated tokens are to be run at a time."""
@@ -143,7 +150,7 @@ class BoundRows:
             place = ("cpu", 0, graph.cache_dtype, value.shape, value.ctypes.data)
             self._binding.bind_input(name, *place)
             self._binding.bind_output(present_name(name), *place)
-        self._logits = graph.bind_logits(self._binding, self._bound)
+        self._logits, self._kept = graph.bind_logits(self._binding, self._bound), 1
 
     def step(self, ids: Ids, lengths: Sequence[int]) -> Logits:
         """Run `ids [rows, tokens]`; logits of the last token, `[rows, vocabulary]`.
@@ -151,6 +158,15 @@ class BoundRows:
         `lengths`: the tokens that each row has, and then those of the row after them, 0 for none: it may run beside them,
         and keeps what it has. Several tokens at a time are for one row only.
         """
+        return self._run(ids, lengths, 1)[:, -1]
+
+    def step_all(self, ids: Ids, lengths: Sequence[int]) -> Logits:
+        """As `step`; logits of every token, `[rows, tokens, vocabulary]`."""
+        return self._run(ids, lengths, ids.shape[1])
+
+    def _run(self, ids: Ids, lengths: Sequence[int], kept: int) -> Logits:
+        if kept != self._kept:
+            self._logits, self._kept = self._graph.bind_logits(self._binding, self._bound, kept), kept
         if self._bound > self._count:
             ids = np.concatenate([ids, np.zeros((self._bound - self._count, ids.shape[1]), ids.dtype)])
         ends = np.array(lengths[: self._bound], np.int64)[:, None] + ids.shape[1]
@@ -159,8 +175,8 @@ class BoundRows:
         positions = ends - ids.shape[1] + np.arange(ids.shape[1])
         self._graph.run_bound(self._binding, ids, mask, positions)
         logits = self._logits or self._binding.get_outputs()[-1]
-        last: Logits = logits.numpy()[: self._count, -1].astype(np.float32, copy=False)
-        return last
+        found: Logits = logits.numpy()[: self._count, -kept:].astype(np.float32, copy=False)
+        return found
 
 
 class RowsTogether:
@@ -239,6 +255,10 @@ class SeparateRows:
         """The row is no longer needed."""
         self._caches[row] = None
 
+    def cut(self, row: int, tokens: int) -> None:
+        """Only a row's first `tokens` tokens hold."""
+        self._at(row).length = tokens
+
     def read(self, row: int, tokens: int) -> KeysAndValues:
         """A copy of a row's first `tokens` tokens."""
         return {name: value.numpy()[0, :, :tokens].copy() for name, value in self._at(row).values.items()}
@@ -266,9 +286,13 @@ class SeparateRows:
         """The first rows, one an edit, to be decoded."""
         return RowsInTurn(self, edits)
 
+    def bind_alone(self, row: int, edit: DecodeEdit) -> "RowInTurn":
+        """One row, to be decoded by itself."""
+        return RowInTurn(self.bind_edit(row, edit))
+
     def bind_tokens(self, row: int, edit: DecodeEdit) -> "RowInTurn":
         """One row, of which several generated tokens are to be run at a time."""
-        return RowInTurn(self.bind_edit(row, edit))
+        return self.bind_alone(row, edit)
 
     def bind_edit(self, row: int, edit: DecodeEdit) -> BoundSession:
         """One row, to be decoded."""
@@ -289,6 +313,10 @@ class RowInTurn:
     def step(self, ids: Ids, lengths: Sequence[int]) -> Logits:
         """As `BoundRows.step`; the row's cache knows its length itself."""
         return self._row.step(ids)
+
+    def step_all(self, ids: Ids, lengths: Sequence[int]) -> Logits:
+        """As `BoundRows.step_all`, for a cache whose last tokens may have been taken back."""
+        return self._row.step_all(ids, lengths[0])
 
 
 class RowsInTurn:

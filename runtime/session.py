@@ -104,7 +104,7 @@ class GraphSession:
         self._axes = 3 if self._has_positions and len(inputs["position_ids"].shape) == 3 else 1
         """For which a model has positions: time, height and width, which are the same in text."""
         self._own_keep = [1] * len(inputs[OWN_KEEP].shape) if OWN_KEEP in inputs else None
-        self._own_keep_last = np.ones(self._own_keep or [1], np.int64)
+        self._kept: dict[int, tuple[Any, Ids]] = {}
         self._keeps_logits = "reft.logits_to_keep" in manifest.ports
         self.dtype = HOST_TYPES[manifest.float_type]
         """Of float arrays given to this session; where the graph has bf16, which numpy lacks, they are converted."""
@@ -114,10 +114,11 @@ class GraphSession:
         """Whether the cache's numbers are of a type that numpy has."""
         self.cuts_cache = self.cache_in_numpy and not self._states
         """Whether the first tokens of a cache are the cache of these tokens."""
+        self.steps_back = self.shares_cache and not self._states
+        """Whether a cache's last tokens can be taken back."""
         logits = next(value for value in self.session.get_outputs() if value.name == "logits")
         self._logits_dtype = ELEMENT_TYPES[logits.type]
         self._vocabulary = logits.shape[2]
-        self._keep_last = self._to_device(np.array(1, np.int64))
         self._default_values = self.to_device(self._defaults)
         self._spare: list[KVCache] = []
         if chosen.needs_all_inputs:
@@ -206,21 +207,31 @@ class GraphSession:
         ports = {**self._default_values, **ports}
         for name, value in ports.items():
             binding.bind_ortvalue_input(name, value)
-        if self._keeps_logits:
-            binding.bind_ortvalue_input("reft.logits_to_keep", self._keep_last)
-        if self._own_keep is not None:
-            binding.bind_cpu_input(OWN_KEEP, self._own_keep_last)
+        self._keep(binding, 1)
         return binding
 
-    def bind_logits(self, binding: Any, rows: int) -> Any:
-        """Memory for the logits of every run with this binding, or None where the graph gives them for all tokens."""
+    def bind_logits(self, binding: Any, rows: int, tokens: int = 1) -> Any:
+        """Memory for the logits of the last `tokens` tokens of every run with this binding, or None where the graph gives
+        them for all tokens."""
         if not self._keeps_logits and self._own_keep is None:
             binding.bind_output("logits", "cpu")
             return None
-        shape = [rows, 1, self._vocabulary]
+        self._keep(binding, tokens)
+        shape = [rows, tokens, self._vocabulary]
         value = self._ort.OrtValue.ortvalue_from_shape_and_type(shape, self._logits_dtype, "cpu")
         binding.bind_ortvalue_output("logits", value)
         return value
+
+    def _keep(self, binding: Any, tokens: int) -> None:
+        """Ask for the logits of the last `tokens` tokens, where the graph can be asked."""
+        if tokens not in self._kept:
+            own = np.full(self._own_keep or [1], tokens, np.int64)
+            self._kept[tokens] = self._to_device(np.array(tokens, np.int64)), own
+        kept, own = self._kept[tokens]
+        if self._keeps_logits:
+            binding.bind_ortvalue_input("reft.logits_to_keep", kept)
+        if self._own_keep is not None:
+            binding.bind_cpu_input(OWN_KEEP, own)
 
     def run_bound(self, binding: Any, ids: Ids, mask: Ids, positions: Ids) -> None:
         """Run with what is bound and these tokens `[rows, tokens]`, mask `[rows, past and tokens]` and positions."""
@@ -291,16 +302,27 @@ class BoundSession:
         for name, value in cache.values.items():
             self._binding.bind_ortvalue_input(name, value)
             self._binding.bind_ortvalue_output(present_name(name), value)
-        self._logits = graph.bind_logits(self._binding, cache.batch)
+        self._logits, self._kept = graph.bind_logits(self._binding, cache.batch), 1
 
     def step(self, ids: Ids) -> Logits:
         """Run `ids [batch, tokens]` after what the cache holds; logits of the last token, `[batch, vocabulary]`."""
+        return self._run(ids, 1)[:, -1]
+
+    def step_all(self, ids: Ids, length: int) -> Logits:
+        """Run `ids [batch, tokens]` after the first `length` tokens of a shared cache; logits of each,
+        `[batch, tokens, vocabulary]`."""
+        self._cache.length = length
+        return self._run(ids, ids.shape[1])
+
+    def _run(self, ids: Ids, kept: int) -> Logits:
         cache = self._cache
         total = cache.length + ids.shape[1]
         if total > cache.capacity:
             raise ReftEdgeError(f"the KV cache holds {cache.capacity} tokens; {total} were asked for")
         if not self._graph.shares_cache:
             self._bind_grown()
+        elif kept != self._kept:
+            self._logits, self._kept = self._graph.bind_logits(self._binding, cache.batch, kept), kept
         mask = np.ones((cache.batch, total), np.int64)
         positions = np.tile(np.arange(cache.length, total), (cache.batch, 1))
         self._graph.run_bound(self._binding, ids, mask, positions)
@@ -310,8 +332,8 @@ class BoundSession:
         else:
             *presents, logits = self._binding.get_outputs()
             cache.values = dict(zip(cache.values, presents, strict=True))
-        last: Logits = logits.numpy()[:, -1].astype(np.float32, copy=False)
-        return last
+        found: Logits = logits.numpy()[:, -kept:].astype(np.float32, copy=False)
+        return found
 
     def _bind_grown(self) -> None:
         """The last run's outputs become the cache; this run's are made anew."""

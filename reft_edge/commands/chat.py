@@ -16,6 +16,7 @@ from reft_edge.commands.options import (
     RepetitionPenalty,
     RequireSigned,
     Seed,
+    Speculate,
     Temperature,
     Threads,
     TopK,
@@ -45,6 +46,7 @@ def chat(
         Path | None,
         typer.Option(help="File with a JSON schema; every answer is valid under it.", show_default=False),
     ] = None,
+    speculate: Speculate = None,
     require_signed: RequireSigned = None,
     device: Device = "auto",
     threads: Threads = None,
@@ -69,6 +71,7 @@ def chat(
             Sampling(temperature, top_k, top_p, 0.0, repetition_penalty, seed),
             max_tokens,
             schema,
+            speculate,
         )
         conversation.system = system
         loaded = [split_scale(given) for given in adapter or []]

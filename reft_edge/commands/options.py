@@ -37,6 +37,14 @@ Seed = Annotated[
     int | None, typer.Option(min=0, max=MOST_SEED, help="Makes sampling repeatable.", show_default=False)
 ]
 Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads.", show_default="one a core")]
+Speculate = Annotated[
+    bool | None,
+    typer.Option(
+        "--speculate/--no-speculate",
+        help="Guess tokens from the prompt and the answer, and run several at once where that is faster.",
+        show_default="for fp32",
+    ),
+]
 ProviderOptions = Annotated[
     list[str] | None,
     typer.Option(

@@ -23,6 +23,7 @@ from reft_edge.commands.options import (
     RepetitionPenalty,
     RequireSigned,
     Seed,
+    Speculate,
     Temperature,
     Threads,
     TopK,
@@ -45,6 +46,7 @@ _GENERATION = (
     "seed",
     "stop",
     "json_schema",
+    "speculate",
     "stats",
     "provider_option",
 )
@@ -85,6 +87,7 @@ def run(
         Path | None,
         typer.Option(help="File with a JSON schema; the answer is valid under it.", show_default=False),
     ] = None,
+    speculate: Speculate = None,
     text2: Annotated[
         str | None, typer.Option(help="The second text of a pair to classify.", show_default=False)
     ] = None,
@@ -121,7 +124,14 @@ def run(
         if prompt == "-":
             prompt = _without_last_line_end(read_input())
         generation = model.stream(
-            prompt, scales, raw=raw, max_tokens=max_tokens, stop=stop or (), sampling=sampling, schema=schema
+            prompt,
+            scales,
+            raw=raw,
+            max_tokens=max_tokens,
+            stop=stop or (),
+            sampling=sampling,
+            schema=schema,
+            speculate=speculate,
         )
         pieces = []
         for piece in generation:

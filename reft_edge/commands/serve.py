@@ -8,7 +8,14 @@ from typing import Annotated
 import typer
 
 from reft_edge.commands.console import extra, plain_errors, provider_options, say, trusted_keys
-from reft_edge.commands.options import Device, Folder, ProviderOptions, RequireSigned, Threads
+from reft_edge.commands.options import (
+    Device,
+    Folder,
+    ProviderOptions,
+    RequireSigned,
+    Speculate,
+    Threads,
+)
 from reft_edge.errors import ReftEdgeError
 from reft_edge.files import read_text
 
@@ -69,6 +76,7 @@ def serve(
     prompt_cache_size: Annotated[
         int, typer.Option(min=1, help="MB that this folder may take; what was not used for longest goes.")
     ] = 2048,
+    speculate: Speculate = None,
     cors_origin: Annotated[
         list[str] | None,
         typer.Option(help="A web origin whose pages may call the server; repeatable.", show_default=False),
@@ -105,6 +113,7 @@ def serve(
             shutdown_seconds=grace,
             adapter_budget=adapter_memory << 20,
             cache_type=cache_type,
+            speculate=speculate,
             cache_budget=None if cache_memory is None else cache_memory << 20,
             prompt_cache=prompt_cache,
             prompt_cache_size=prompt_cache_size << 20,

@@ -60,6 +60,8 @@ class ServerSettings:
     """A folder that keeps long prompts for the next start."""
     prompt_cache_size: int = PROMPT_BUDGET
     """Bytes of all files in it."""
+    speculate: bool | None = None
+    """Whether to guess tokens, as `SteeredModel.batch` says."""
     trusted: TrustedKeys | None = None
     """Only adapters that one of these keys signed are used."""
 
@@ -168,6 +170,7 @@ class Decoder(Served):
             cache_budget=budget,
             prompt_cache=settings.prompt_cache,
             prompt_cache_size=settings.prompt_cache_size,
+            speculate=settings.speculate,
         )
 
     def close(self) -> None:

@@ -175,6 +175,14 @@ def test_prompt_from_standard_input_stop_and_stats(device_folder):
     assert sampled[0] == sampled[1]
 
 
+def test_guessing_tokens_changes_no_answer(device_folder):
+    ask = ("run", device_folder / "export", "Who are you? Who are you?", "--max-tokens", 40)
+    plain = call(*ask, "--no-speculate").stdout
+    assert call(*ask, "--speculate").stdout == call(*ask).stdout == plain
+    encoder = call("run", device_folder / "encoder", "A", "--speculate", ok=False)
+    assert "--speculate is for models that continue text" in encoder.stderr.replace("\n", " ")
+
+
 def test_run_holds_an_answer_to_a_json_schema(device_folder, tmp_path):
     pytest.importorskip("llguidance")
     schema = tmp_path / "schema.json"

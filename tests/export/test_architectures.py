@@ -16,8 +16,9 @@ from reft_edge.export.architectures import SAME_GRAPH, check_architecture
 from reft_edge.model.loading import load_model
 from reft_edge.model.manifest import load_manifest
 from reft_edge.model.source import ModelFolder
-from reft_edge.runtime import Request, SteeredModel
+from reft_edge.runtime import Request, Sampling, SteeredModel
 from reft_edge.runtime.binding import port_inputs
+from reft_edge.runtime.speculation import StepCosts
 from reft_edge.steering.hooks import steered
 from reft_edge.steering.interventions import Interventions
 from tests.helpers.tiny import ARCHITECTURES, SHARED, make_model
@@ -62,6 +63,32 @@ def test_prompts_in_parts_and_in_batches_have_the_answers_of_each_alone(exported
         while not batch.idle:
             batch.step()
         assert [row.tokens for row in rows] == [tokens for tokens, _ in alone]
+
+
+def test_states_cannot_be_stepped_back_and_sliding_windows_can(exported):
+    """Guessed tokens that turn out wrong are taken back."""
+    _, _, model = exported
+    if model.manifest.cache == "growing":
+        with pytest.raises(ReftEdgeError, match="cannot guess tokens ahead: some of its layers keep a state"):
+            model.batch(1, speculate=True)
+        assert model.batch(1)._costs is None
+        return
+
+    class Free(StepCosts):
+        def together(self, rows):
+            return 1.0 * rows
+
+        def alone(self, tokens):
+            return 0.1
+
+    model._costs = Free()
+    requests = [
+        Request(tuple(ROWS[0] * 20), chosen, 60, sampling=Sampling(temperature, seed=1))
+        for chosen in ({}, {"a": 1.0})
+        for temperature in (0.0, 0.4)
+    ]
+    for request in requests:
+        assert model._run_together([request], 1, True) == model._run_together([request], 1)
 
 
 def test_a_prompt_in_parts_has_the_logits_of_the_whole(exported):

@@ -89,7 +89,7 @@ def test_interrupting_an_answer_keeps_the_conversation(chat, monkeypatch):
     def interrupted(self):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("reft_edge.runtime.model.Generation.__next__", interrupted)
+    monkeypatch.setattr("reft_edge.runtime.generation.Generation.__next__", interrupted)
     assert chat.say("Who are you?") == " …\n"
     monkeypatch.undo()
     assert chat.say("ice")

@@ -158,6 +158,23 @@ def test_seeds_choices_and_stop(client, model):
     assert text == whole[: whole.index(stop)]
 
 
+@pytest.mark.parametrize("speculate", [True, False])
+def test_answers_are_the_same_with_guessed_tokens(device_folder, client, speculate):
+    settings = ServerSettings("tiny", hosts=("testserver",), speculate=speculate)
+    app = create_app(device_folder / "export", None, settings, "cpu")
+    fields = {"messages": [{"role": "user", "content": "ice ice ice ice"}], "max_tokens": 40, "seed": 4}
+    with TestClient(app) as other:
+        assert (app.state.served.engine.batch._costs is not None) == speculate
+        for temperature in (0, 0.6):
+            answers = [
+                each.post(
+                    "/v1/chat/completions", json={"model": "tiny", **fields, "temperature": temperature}
+                )
+                for each in (client, other)
+            ]
+            assert answers[0].json()["choices"] == answers[1].json()["choices"]
+
+
 def test_log_probabilities_of_both_kinds(client, model):
     answer = ask(client, logprobs=True, top_logprobs=2, max_tokens=4).json()
     content = answer["choices"][0]["logprobs"]["content"]
