@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from reft_edge.errors import ReftEdgeError
@@ -73,13 +73,16 @@ class ToolUse:
         """Special tokens whose text is needed to read calls and thoughts."""
         return special_marks(self.form, self._prompts.tokenizer, self.marks or ())
 
-    def render(self, messages: Sequence[Message], tools: Sequence[Tool]) -> str:
+    def render(
+        self, messages: Sequence[Message], tools: Sequence[Tool], arguments: Mapping[str, Any] | None = None
+    ) -> str:
         """The conversation as text, with the tools where there are any. Raises ReftEdgeError as `Prompts.render`."""
+        render = partial(self._prompts.render, arguments=arguments)
         if self.knows_tools:
-            return self._prompts.render([self._known(message) for message in messages], tools=tools)
+            return render([self._known(message) for message in messages], tools=tools)
         plain = _merged([self._plain(message, messages) for message in messages])
         if not tools:
-            return self._prompts.render(plain)
+            return render(plain)
         told = instruction(self.form, tools)
         system = plain[0]["role"] == "system"
         if system:
@@ -88,10 +91,10 @@ class ToolUse:
         else:
             with_system = [{"role": "system", "content": told}, *plain]
         try:
-            return self._prompts.render(with_system)
+            return render(with_system)
         except ReftEdgeError:  # templates that refuse system messages
             first = {"role": "user", "content": with_system[0]["content"]}
-            return self._prompts.render(_merged([first, *with_system[1:]]))
+            return render(_merged([first, *with_system[1:]]))
 
     def _known(self, message: Message) -> dict[str, Any]:
         """For a template that knows tools: arguments as objects, and ids that the family takes."""

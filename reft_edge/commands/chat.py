@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from reft_edge.commands.console import fail, plain_errors, provider_options, say, split_scale, trusted_keys
+from reft_edge.commands.console import (
+    fail,
+    plain_errors,
+    provider_options,
+    say,
+    split_scale,
+    template_arguments,
+    trusted_keys,
+)
 from reft_edge.commands.options import (
     Adapters,
     Device,
@@ -18,6 +26,7 @@ from reft_edge.commands.options import (
     Seed,
     Speculate,
     Temperature,
+    TemplateArguments,
     Threads,
     TopK,
     TopP,
@@ -47,6 +56,7 @@ def chat(
         typer.Option(help="File with a JSON schema; every answer is valid under it.", show_default=False),
     ] = None,
     speculate: Speculate = None,
+    chat_template_kwargs: TemplateArguments = None,
     require_signed: RequireSigned = None,
     device: Device = "auto",
     threads: Threads = None,
@@ -63,6 +73,7 @@ def chat(
         model = SteeredModel(
             folder, device, threads, trusted_keys(require_signed), provider_options(provider_option)
         )
+        model.prompts = model.prompts.with_arguments(template_arguments(chat_template_kwargs))
         conversation = Chat(
             model,
             folder.resolve().name,

@@ -106,6 +106,15 @@ def provider_options(given: Sequence[str] | None) -> dict[str, str]:
     return found
 
 
+def template_arguments(text: str | None) -> dict[str, Any]:
+    """The object of --chat-template-kwargs; empty without one. Raises ReftEdgeError for a text that is none."""
+    if text is None:
+        return {}
+    from reft_edge.json_files import parse_object
+
+    return parse_object(text.encode(errors="surrogateescape"), "the text of --chat-template-kwargs")
+
+
 def trusted_keys(path: Path | None) -> "TrustedKeys | None":
     """The keys of --require-signed; from then on it is printed who signed the adapters that are loaded."""
     if path is None:

@@ -54,6 +54,15 @@ ProviderOptions = Annotated[
         show_default=False,
     ),
 ]
+TemplateArguments = Annotated[
+    str | None,
+    typer.Option(
+        "--chat-template-kwargs",
+        metavar="JSON",
+        help="What the chat template gets beside the conversation, such as '{\"enable_thinking\": false}'.",
+        show_default=False,
+    ),
+]
 RequireSigned = Annotated[
     Path | None,
     typer.Option(

@@ -12,6 +12,7 @@ from reft_edge.commands.console import (
     provider_options,
     say,
     split_scale,
+    template_arguments,
     trusted_keys,
 )
 from reft_edge.commands.options import (
@@ -25,6 +26,7 @@ from reft_edge.commands.options import (
     Seed,
     Speculate,
     Temperature,
+    TemplateArguments,
     Threads,
     TopK,
     TopP,
@@ -47,6 +49,7 @@ _GENERATION = (
     "stop",
     "json_schema",
     "speculate",
+    "chat_template_kwargs",
     "stats",
     "provider_option",
 )
@@ -91,6 +94,7 @@ def run(
     text2: Annotated[
         str | None, typer.Option(help="The second text of a pair to classify.", show_default=False)
     ] = None,
+    chat_template_kwargs: TemplateArguments = None,
     require_signed: RequireSigned = None,
     device: Device = "auto",
     threads: Threads = None,
@@ -117,6 +121,7 @@ def run(
         schema = None if json_schema is None else read_object(json_schema)
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
         model = SteeredModel(folder, device, threads, trusted, provider_options(provider_option))
+        model.prompts = model.prompts.with_arguments(template_arguments(chat_template_kwargs))
         scales: dict[str, float] = {}
         for number, given in enumerate(adapter or []):
             path, factor = split_scale(given)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,9 @@ Message = Mapping[str, Any]
 
 ANSWER = "~0answer0~"
 """Stands for an answer where it is asked what a template writes around one."""
+_LONGEST_NAME = 100
 _TEXTS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_GIVEN = ("messages", "tools", "add_generation_prompt", *_TEXTS)
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,13 @@ class Prompts:
     """The template of conversations with tools, where the model has one of its own for them."""
     end_ids: tuple[int, ...] = field(default=())
     """Tokens that end an answer by the model's generation_config.json or config.json."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """For the template beside the conversation, such as `enable_thinking`; `check_arguments` says which there are."""
+
+    def with_arguments(self, arguments: Mapping[str, Any]) -> "Prompts":
+        """The same with arguments for the chat template. Raises ReftEdgeError as `check_arguments` does."""
+        check_arguments(arguments)
+        return replace(self, arguments=dict(arguments))
 
     def encode_raw(self, text: str) -> list[int]:
         """Token ids of text as it stands, with the special tokens the tokenizer adds by itself.
@@ -103,13 +112,16 @@ class Prompts:
         messages: Sequence[Message],
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        arguments: Mapping[str, Any] | None = None,
     ) -> str:
-        """The conversation as text, as transformers' `apply_chat_template` writes it.
+        """The conversation as text, as transformers' `apply_chat_template` writes it. `arguments`: beside or in place of those
+        of the model.
 
         Templates come with models from strangers: they run in a sandbox, with bounds. Raises ReftEdgeError if there is no
         template, or it refuses the messages or does not end.
         """
-        return self._template_for(tools).render(messages, **self._variables(add_generation_prompt, tools))
+        variables = self._variables(add_generation_prompt, tools)
+        return self._template_for(tools).render(messages, **{**variables, **(arguments or {})})
 
     def render_marked(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None
@@ -132,6 +144,7 @@ class Prompts:
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
             **self.special_tokens,
+            **self.arguments,
         }
 
     def _template_for(self, tools: Sequence[Mapping[str, Any]] | None) -> "Template":
@@ -199,6 +212,17 @@ class Prompts:
     def token_limit(self) -> int:
         """One more than the largest token id."""
         return token_limit(self.tokenizer)
+
+
+def check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Raise ReftEdgeError for arguments that no template takes: names that are none or that stand for something else already,
+    and texts with half a character."""
+    for name in arguments:
+        if not name.isidentifier() or len(name) > _LONGEST_NAME or name == "self":
+            raise ReftEdgeError(f"{name[:_LONGEST_NAME]!r} is no name of an argument for a chat template")
+        if name in _GIVEN:
+            raise ReftEdgeError(f"{name} comes from the conversation or the model; it cannot be given")
+    check_texts(arguments, "the arguments for the chat template")
 
 
 def encode(

@@ -3,8 +3,10 @@
 import re
 from typing import Annotated, Any
 
-from pydantic import FailFast, Field, PrivateAttr, field_validator, model_validator
+from pydantic import AfterValidator, FailFast, Field, PrivateAttr, field_validator, model_validator
 
+from reft_edge.errors import ReftEdgeError
+from reft_edge.model.prompts import check_arguments
 from reft_edge.runtime.serving.openai_api import Body, Generate
 from reft_edge.runtime.tool_use import ToolChoice
 
@@ -164,6 +166,18 @@ def _part_text(part: Any) -> str:
     return text
 
 
+def _template_arguments(given: dict[str, Any]) -> dict[str, Any]:
+    try:
+        check_arguments(given)
+    except ReftEdgeError as error:
+        raise ValueError(str(error)) from error
+    return given
+
+
+TemplateArguments = Annotated[dict[str, Any], AfterValidator(_template_arguments)]
+"""What a client gives the chat template beside the conversation, as vLLM's and llama.cpp's servers take it."""
+
+
 class ChatRequest(Generate):
     """POST /v1/chat/completions."""
 
@@ -175,6 +189,7 @@ class ChatRequest(Generate):
     tools: Annotated[list[Tool], FailFast()] = Field(default_factory=list, max_length=MOST_TOOLS)
     tool_choice: str | dict[str, Any] = "auto"
     parallel_tool_calls: bool = True
+    chat_template_kwargs: TemplateArguments = Field(default_factory=dict)
     _choice: ToolChoice | None = PrivateAttr(None)
 
     @model_validator(mode="after")

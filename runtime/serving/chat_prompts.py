@@ -43,7 +43,7 @@ class ChatPrompts:
             raise ApiError(400, "this model has no chat template; use /v1/completions with a prompt")
         messages = [message.plain() for message in body.messages]
         tools = body.choice.tools if body.choice is not None else ()
-        text = self._tools.render(messages, tools)
+        text = self._tools.render(messages, tools, body.chat_template_kwargs)
         [ids] = encoded([text], self._model, special=False, what="messages")
         return ids, self._tools.thinks(text)
 

@@ -6,7 +6,7 @@ from fastapi import FastAPI, Request
 from pydantic import FailFast, Field, field_validator, model_validator
 
 from reft_edge.model.prompts import encode_batch
-from reft_edge.runtime.serving.chat_api import ChatMessage, Tool
+from reft_edge.runtime.serving.chat_api import ChatMessage, TemplateArguments, Tool
 from reft_edge.runtime.serving.errors import ApiError
 from reft_edge.runtime.serving.openai_api import Body
 from reft_edge.runtime.serving.served import Decoder
@@ -21,6 +21,7 @@ class TokenizeRequest(Body):
     content: str | None = None
     messages: Annotated[list[ChatMessage], FailFast()] = Field(default_factory=list)
     tools: Annotated[list[Tool], FailFast()] = Field(default_factory=list)
+    chat_template_kwargs: TemplateArguments = Field(default_factory=dict)
     add_special_tokens: bool = True
     return_token_strs: bool = False
     with_pieces: bool = False
@@ -57,7 +58,8 @@ def add_model_routes(app: FastAPI, served: Decoder) -> None:
             if prompts.template is None:
                 raise ApiError(400, "this model has no chat template; send a prompt")
             listed = [tool.model_dump(exclude_none=True) for tool in body.tools]
-            text = tools.render([message.plain() for message in body.messages], listed)
+            messages = [message.plain() for message in body.messages]
+            text = tools.render(messages, listed, body.chat_template_kwargs)
             return list(encode_batch(prompts.tokenizer, [text], False)[0].ids)
         text = body.prompt if body.prompt is not None else body.content or ""
         return list(encode_batch(prompts.tokenizer, [text], body.add_special_tokens)[0].ids)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import FailFast, Field, field_validator
 
-from reft_edge.runtime.serving.chat_api import ChatRequest
+from reft_edge.runtime.serving.chat_api import ChatRequest, TemplateArguments
 from reft_edge.runtime.serving.errors import ApiError
 from reft_edge.runtime.serving.openai_api import Body, Generate, read_body
 
@@ -40,6 +40,7 @@ class ResponsesRequest(Body):
     structured_outputs: dict[str, Any] | None = None
     grammar: str | None = None
     adapters: dict[str, Any] | None = None
+    chat_template_kwargs: TemplateArguments = Field(default_factory=dict)
 
     @field_validator("input")
     @classmethod
@@ -61,6 +62,7 @@ class ResponsesRequest(Body):
             "tool_choice": self.tool_choice,
             "parallel_tool_calls": self.parallel_tool_calls,
             "max_completion_tokens": self.max_output_tokens,
+            "chat_template_kwargs": self.chat_template_kwargs,
         }
         if self.text.get("format"):
             fields["response_format"] = _response_format(self.text["format"])
