@@ -27,7 +27,7 @@ from reft_edge.runtime.rows import (
     part_end,
 )
 from reft_edge.runtime.session import PREFILL_CHUNK, GraphSession, Logits
-from reft_edge.runtime.speculation import StepCosts, guess_ahead, take_guessed
+from reft_edge.runtime.speculation import Speculation, StepCosts, take_guessed
 
 _CHUNK_BESIDE_OTHERS = 128
 """Tokens of a prompt that run between two decode steps of others."""
@@ -48,11 +48,11 @@ class Batch:
         slots: int,
         prefix_budget: int,
         cache_budget: int | None = None,
-        costs: StepCosts | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         """`slots`: rows at most; `prefix_budget`: bytes of prompts to remember; `cache_budget`: bytes of keys and values of
-        all rows, none for as many as they need. `costs`: what steps of this graph took; with them, tokens are guessed where
-        that pays, which takes a graph that `steps_back`. Raises ReftEdgeError for fewer than 1 slot, a graph without a KV
+        all rows, none for as many as they need. `speculation`: guesses tokens, which takes a graph that
+        `steps_back`. Raises ReftEdgeError for fewer than 1 slot, a graph without a KV
         cache, or a budget that holds next to nothing."""
         if slots < 1:
             raise ReftEdgeError(f"slots is {slots}; expected 1 or more")
@@ -63,7 +63,7 @@ class Batch:
         self.prefixes = PrefixCache(prefix_budget if graph.cuts_cache else 0)
         self.room = None if cache_budget is None else tokens_in(graph, cache_budget)
         """Tokens that all rows may have together; none: as many as they need."""
-        self._costs = costs
+        self.speculation = speculation
         self._started = 0
         self.waiting: deque[Row] = deque()
         self.decoding: list[Row] = []
@@ -195,9 +195,9 @@ class Batch:
         if not self.decoding:
             return
         rows = list(self.decoding)
-        if self._costs is not None and self._guesses(self._costs):
+        if self.speculation is not None and self._guesses(self.speculation):
             for row in rows:
-                self._run_ahead(row, self._costs)
+                self._run_ahead(row, self.speculation.costs)
             return
         ids = np.array([[row.tokens[-row.behind]] for row in rows], np.int64)
         beside = self.prefilling.length if self.prefilling is not None else 0
@@ -205,8 +205,8 @@ class Batch:
             self._bound_decode = rows, self._cache.bind_decode([row.bound.decode for row in rows])
         started = time.perf_counter()
         outcomes = self._bound_decode[1].step(ids, [*(row.length for row in rows), beside])
-        if self._costs is not None:
-            self._costs.ran_together(len(rows), time.perf_counter() - started)
+        if self.speculation is not None:
+            self.speculation.costs.ran_together(len(rows), time.perf_counter() - started)
         for row, outcome in zip(rows, outcomes, strict=True):
             row.length += not isinstance(outcome, Exception)
         for row, outcome in zip(rows, outcomes, strict=True):
@@ -244,10 +244,10 @@ class Batch:
         if not self._take(row, logits[0]):
             self._leave(row)
 
-    def _guesses(self, costs: StepCosts) -> bool:
+    def _guesses(self, speculation: Speculation) -> bool:
         """Guess what the rows' next tokens are; whether they are to run with them, for which there is room then."""
         room = None if self.room is None else self.room - sum(self._needs(self._running()))
-        if not guess_ahead(self.decoding, costs, room):
+        if not speculation.guess(self.decoding, room):
             return False
         try:
             self._reserve()

@@ -24,7 +24,7 @@ from reft_edge.runtime.mixes import BUDGET, Mixes
 from reft_edge.runtime.request import Piece, Request, Row
 from reft_edge.runtime.sampling import Sampling
 from reft_edge.runtime.session import Logits
-from reft_edge.runtime.speculation import StepCosts, speculates
+from reft_edge.runtime.speculation import StepCosts, speculation_for
 from reft_edge.signing.keys import TrustedKeys
 from reft_edge.signing.signatures import Signature, load_verified
 
@@ -217,11 +217,12 @@ class SteeredModel:
         """An empty batch of this model's rows.
 
         `speculate`: guess tokens that stood in the prompt or the answer before, and run several at once where that is
-        faster; None does so where a longer step rounds as finely as a short one, in folders of fp32. Raises ReftEdgeError as
-        `Batch` does, and where this is asked for and the model cannot take tokens back.
+        faster; None does so where answers are the same: in folders of fp32, and where this machine's kernels round several
+        tokens as they round one. Raises ReftEdgeError as `Batch` does, and where this is asked for and the model cannot take
+        tokens back.
         """
-        costs = self._costs if speculates(speculate, self.graph, self.manifest) else None
-        return Batch(self.graph, self.manifest.eos_token_ids, slots, prefix_budget, cache_budget, costs)
+        ahead = speculation_for(self.graph, self.manifest, self._costs, speculate)
+        return Batch(self.graph, self.manifest.eos_token_ids, slots, prefix_budget, cache_budget, ahead)
 
     def row(self, request: Request, deliver: Callable[[Piece], None], room: int | None = None) -> Row:
         """A request made ready for a batch of so much `room`; adapters are taken as they are now. Raises ReftEdgeError as

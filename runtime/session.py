@@ -26,6 +26,7 @@ from reft_edge.runtime.onnx_runtime import (
     zero_value,
 )
 from reft_edge.runtime.required_ports import require_ports
+from reft_edge.runtime.rounding import check_steps, rows_alike, steps_alike
 
 PREFILL_CHUNK = 512
 _CACHE_STEP = 256
@@ -33,8 +34,6 @@ _MOST_TOKENS = 1 << 31
 """ONNX Runtime counts the tokens of a cache in 32 bits."""
 _MOST_HEAD = 1 << 16
 _MOST_STATE = 1 << 28
-_STEPS_AGREE = 0.1
-"""Of the largest logit; arithmetic in bfloat16 stays below a tenth of this."""
 
 Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
@@ -122,7 +121,7 @@ class GraphSession:
         self._default_values = self.to_device(self._defaults)
         self._spare: list[KVCache] = []
         if chosen.needs_all_inputs:
-            self._check_steps()
+            check_steps(self)
 
     def to_device(self, arrays: Mapping[str, NDArray[np.generic]]) -> dict[str, Any]:
         """Arrays as values that can be bound again and again without a copy."""
@@ -144,38 +143,13 @@ class GraphSession:
 
     @cached_property
     def rounds_rows_alike(self) -> bool:
-        """Whether a row that is decoded alone has, bit for bit, the numbers that it has beside another.
+        """Whether a row that is decoded alone has, bit for bit, the numbers that it has beside another."""
+        return rows_alike(self)
 
-        Some processors have kernels for one row of a quantised matrix that round in another way than those for several:
-        one step of this very graph tells.
-        """
-        if self.context_length < 8:
-            return False
-        found = []
-        for rows in (1, 2):
-            bound = self.bind(self.take_cache(rows, 8), {})
-            bound.step(np.tile(np.array([[0, 1, 0, 1, 1]]), (rows, 1)))
-            found.append([bound.step(np.full((rows, 1), token))[0].tobytes() for token in (0, 1)])
-        return found[0] == found[1]
-
-    def _check_steps(self) -> None:
-        """Raise ReftEdgeError if tokens get other logits after a cached prompt than together with it.
-
-        That tells a provider that does not carry the KV cache on as ONNX Runtime's own do.
-        """
-        if not self.cache_shapes or self.context_length < 8:
-            return
-        ids = np.array([[0, 1, 0, 1, 1]])
-        at_once = self.bind(self.take_cache(1, 8), {}).step(ids)
-        bound = self.bind(self.take_cache(1, 8), {})
-        bound.step(ids[:, :3])
-        in_steps = [bound.step(ids[:, at : at + 1]) for at in (3, 4)][-1]
-        error, most = float(np.abs(at_once - in_steps).max()), float(np.abs(at_once).max())
-        if not error <= _STEPS_AGREE * most:
-            raise ReftEdgeError(
-                f"{self.device} gives wrong answers with this model: five tokens get other logits at once than one by one "
-                f"({error:.2g} apart, the largest is {most:.2g}); use --device cpu"
-            )
+    @cached_property
+    def rounds_steps_alike(self) -> bool:
+        """Whether a token that runs with those before it has, bit for bit, the numbers that it has by itself."""
+        return steps_alike(self)
 
     def take_cache(self, batch: int, tokens: int) -> KVCache:
         """An empty cache for at least `tokens` tokens; give it back with `return_cache` when done."""

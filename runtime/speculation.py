@@ -24,27 +24,6 @@ _LOOK_AGAIN = 48
 """Steps with guesses after which one without them is measured again."""
 
 
-def speculates(wanted: bool | None, graph: GraphSession, manifest: Manifest) -> bool:
-    """Whether tokens are guessed. None: where a step of several tokens rounds as finely as one of a single token, so that the
-    same tokens are chosen. Raises ReftEdgeError where that is wanted and cannot be."""
-    if not graph.steps_back:
-        if wanted:
-            raise ReftEdgeError(
-                f"{manifest.base_name} ({manifest.architecture}) cannot guess tokens ahead: {_why_not(graph)}; leave "
-                "speculation off (--no-speculate)"
-            )
-        return False
-    if wanted is None:
-        return manifest.precision == "fp32" and graph.cache_dtype == np.float32
-    return wanted
-
-
-def _why_not(graph: GraphSession) -> str:
-    if graph.cache_in_numpy and not graph.cuts_cache:
-        return "some of its layers keep a state, out of which wrong guesses cannot be taken"
-    return "its KV cache is made anew at every step"
-
-
 class StepCosts:
     """Seconds that steps of one session take: of several rows together, and of one row that runs several tokens."""
 
@@ -81,9 +60,62 @@ def _blend(before: float | None, seconds: float) -> float:
     return seconds if before is None else before + _WEIGHT * (min(seconds, 3 * before) - before)
 
 
-def guess_ahead(rows: Sequence[Row], costs: StepCosts, room: int | None) -> bool:
-    """Whether each of these rows, that are one token behind, is to run by itself, with guesses (`row.guesses`), since all
-    get more tokens a second so than in a step together. `room`: tokens that the rows may have beyond what they need."""
+class Speculation:
+    """Guesses for the rows of one batch."""
+
+    def __init__(self, costs: StepCosts, allowed: Callable[[], bool]) -> None:
+        """`allowed`: asked when guesses first promise something."""
+        self.costs, self._ask = costs, allowed
+        self._allowed: bool | None = None
+
+    def guess(self, rows: Sequence[Row], room: int | None) -> bool:
+        """Whether each of these rows is to run by itself, with guesses (`row.guesses`), since all get more tokens a second so
+        than in a step together. `room`: tokens that the rows may have beyond what they need."""
+        if self._allowed is False:
+            return False
+        found = _best_guesses(rows, self.costs)
+        if not any(found) or (room is not None and sum(map(len, found)) > room):
+            return False
+        if self._allowed is None:
+            self._allowed = self._ask()
+            if not self._allowed:
+                return False
+        for row, guesses in zip(rows, found, strict=True):
+            row.guesses = guesses
+        return True
+
+
+def speculation_for(
+    graph: GraphSession, manifest: Manifest, costs: StepCosts, wanted: bool | None
+) -> Speculation | None:
+    """Guesses for one batch. `wanted`: None for where they change no answer. Raises ReftEdgeError where they are wanted and
+    cannot be taken back."""
+    if not graph.steps_back:
+        if wanted:
+            raise ReftEdgeError(
+                f"{manifest.base_name} ({manifest.architecture}) cannot guess tokens ahead: {_why_not(graph)}; leave "
+                "speculation off (--no-speculate)"
+            )
+        return None
+    if wanted is None:
+        return Speculation(costs, lambda: _rounds_finely(graph, manifest))
+    return Speculation(costs, lambda: True) if wanted else None
+
+
+def _why_not(graph: GraphSession) -> str:
+    if graph.cache_in_numpy and not graph.cuts_cache:
+        return "some of its layers keep a state, out of which wrong guesses cannot be taken"
+    return "its KV cache is made anew at every step"
+
+
+def _rounds_finely(graph: GraphSession, manifest: Manifest) -> bool:
+    """Whether steps of one token and of several choose the same tokens: their numbers are the same, or those of float32, in
+    which the last bit differs. Where activations or caches are rounded to fewer bits, one such bit may move a logit by 2 %."""
+    return (manifest.precision == "fp32" and graph.cache_dtype == np.float32) or graph.rounds_steps_alike
+
+
+def _best_guesses(rows: Sequence[Row], costs: StepCosts) -> list[list[int]]:
+    """For each row, which are all one token behind, what is worth to be run behind it; nothing where no row should."""
     together = costs.together(len(rows))
     found, expected, seconds = [], 0.0, 0.0
     for row in rows:
@@ -96,15 +128,9 @@ def guess_ahead(rows: Sequence[Row], costs: StepCosts, room: int | None) -> bool
         found.append(guesses)
         expected += tokens
         seconds += costs.alone(1 + len(guesses))
-    if together is None or len(found) < len(rows) or not any(found):
-        return False
-    if expected * together < _WORTH * seconds * len(rows):
-        return False
-    if room is not None and sum(map(len, found)) > room:
-        return False
-    for row, guesses in zip(rows, found, strict=True):
-        row.guesses = guesses
-    return True
+    if together is None or len(found) < len(rows):
+        return []
+    return found if expected * together >= _WORTH * seconds * len(rows) else []
 
 
 def take_guessed(

@@ -42,7 +42,7 @@ Speculate = Annotated[
     typer.Option(
         "--speculate/--no-speculate",
         help="Guess tokens from the prompt and the answer, and run several at once where that is faster.",
-        show_default="for fp32",
+        show_default="where it changes no answer",
     ),
 ]
 ProviderOptions = Annotated[

@@ -71,7 +71,7 @@ def test_states_cannot_be_stepped_back_and_sliding_windows_can(exported):
     if model.manifest.cache == "growing":
         with pytest.raises(ReftEdgeError, match="cannot guess tokens ahead: some of its layers keep a state"):
             model.batch(1, speculate=True)
-        assert model.batch(1)._costs is None
+        assert model.batch(1).speculation is None
         return
 
     class Free(StepCosts):

@@ -225,15 +225,32 @@ def test_guesses_need_a_cache_that_can_be_cut(model, monkeypatch):
         model.stream("ice", speculate=True)
 
 
-def test_only_full_precision_guesses_unasked(device_folder):
-    model = SteeredModel(device_folder / "export", device="cpu")
-    assert model.batch(1)._costs is model._costs
-    assert model.batch(1, speculate=False)._costs is None
-    model.manifest = replace(model.manifest, precision="int4")
-    assert model.batch(1)._costs is None
-    assert model.batch(1, speculate=True)._costs is model._costs
-    small = SteeredModel(device_folder / "export", device="cpu", cache_type="int8")
-    assert small.batch(1)._costs is None
+@pytest.mark.parametrize("kind", ["auto", "int8"])
+def test_unasked_tokens_are_guessed_where_they_change_no_answer(device_folder, foresight, monkeypatch, kind):
+    model = SteeredModel(device_folder / "export", device="cpu", cache_type=kind)
+    model._costs = Free()
+    model.manifest = replace(model.manifest, eos_token_ids=())
+    [plain], _, steps = run(model, [ask(model, max_tokens=40)], False)
+    foresight[plain.request.ids] = plain.tokens
+    for precision, alike in (("fp32", False), ("fp32", True), ("int4", False), ("int4", True)):
+        monkeypatch.setattr(model, "manifest", replace(model.manifest, precision=precision))
+        model.graph.__dict__["rounds_steps_alike"] = alike
+        [row], _, fewer = run(model, [plain.request], None)
+        assert row.tokens == plain.tokens
+        assert (fewer < steps) == (alike or (precision, kind) == ("fp32", "auto"))
+        assert run(model, [plain.request], True)[2] < steps
+
+
+def test_a_step_tells_how_steps_round(device_folder):
+    """Attention to caches in 8 bits rounds one token as it rounds several, on every machine tried."""
+    small = SteeredModel(device_folder / "export", device="cpu", cache_type="int8").graph
+    ids = np.arange(2, 42)[None]
+    bound = small.bind(small.take_cache(1, 48), {})
+    bound.prefill(ids[:, :36])
+    several = bound.step_all(ids[:, 36:], 36)[0].copy()
+    single = [bound.step_all(ids[:, at : at + 1], at)[0, 0].copy() for at in range(36, 40)]
+    assert small.rounds_steps_alike == (several.tobytes() == np.stack(single).tobytes())
+    assert np.abs(several - single).max() < 0.1
 
 
 @given(st.lists(st.integers(0, 3), max_size=60), st.integers(0, 60))

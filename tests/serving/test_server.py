@@ -164,7 +164,7 @@ def test_answers_are_the_same_with_guessed_tokens(device_folder, client, specula
     app = create_app(device_folder / "export", None, settings, "cpu")
     fields = {"messages": [{"role": "user", "content": "ice ice ice ice"}], "max_tokens": 40, "seed": 4}
     with TestClient(app) as other:
-        assert (app.state.served.engine.batch._costs is not None) == speculate
+        assert (app.state.served.engine.batch.speculation is not None) == speculate
         for temperature in (0, 0.6):
             answers = [
                 each.post(
