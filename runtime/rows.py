@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reft_edge.runtime.binding import DecodeEdit, decode_inputs
-from reft_edge.runtime.memory import NoMemoryError, give_back, sparse_zeros
+from reft_edge.runtime.memory import NoMemoryError, fill, give_back, sparse_zeros
 from reft_edge.runtime.session import BoundSession, GraphSession, Ids, KVCache, Logits, present_name
 
 ALIGNMENT = 16
@@ -105,8 +105,8 @@ class JoinedRows:
 
     def write(self, row: int, content: KeysAndValues, tokens: int) -> None:
         """Put the first `tokens` tokens of `content` at the start of a row."""
-        for name, values in self._values.items():
-            values[row, :, :tokens] = content[name][:, :tokens]
+        targets = [values[row] for values in self._values.values()]
+        fill(targets, [content[name][:, :tokens] for name in self._values])
 
     def bind_prompt(self, row: int, ports: Mapping[str, Any]) -> "BoundRows":
         """One row, to be prefilled with these port inputs."""

@@ -274,3 +274,19 @@ def test_parts_of_a_prompt_end_evenly_and_never_in_a_lone_token(tokens, most, st
     assert all(end % 16 == 0 for end in ends[:-1])
     assert tokens == 1 or not any(size % 128 == 1 for size in sizes)
     assert sizes.max() <= most
+
+
+def test_much_is_copied_as_little_is():
+    """Two threads copy much, into memory that is asked for at once."""
+    random = np.random.default_rng(0)
+    for tokens in (3, 700):
+        sources = [random.normal(size=(5, tokens + 9, 65)).astype(np.float32)[:, :tokens] for _ in range(20)]
+        targets = [memory.sparse_zeros((3, 5, 1000, 65), np.float32) for _ in sources]
+        memory.fill([target[1] for target in targets], sources)
+        for target, source in zip(targets, sources, strict=True):
+            assert (target[1, :, :tokens] == source).all()
+            assert not target[1, :, tokens:].any()
+            assert not target[0].any()
+            assert not target[2].any()
+    with pytest.raises(ValueError, match="broadcast"):
+        memory.fill([targets[0][0]] * 20, [np.zeros((4, 700, 65), np.float32)] * 20)
