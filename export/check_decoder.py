@@ -152,7 +152,9 @@ def _check_types(graph: Path) -> None:
 def _logits(
     folder: Path, manifest: Manifest, rows: Sequence[Sequence[int]], *bindings: PortInputs
 ) -> list[list[Logits]]:
-    graph = GraphSession(folder, manifest, device="cpu", prepack=False)
+    # Quantised products without packed weights unpack each matrix anew in every run, which takes three to eight times as long.
+    # Other weights would be in memory twice.
+    graph = GraphSession(folder, manifest, device="cpu", prepack=bool(manifest.quantisation))
     return [graph.score(rows, ports) for ports in bindings]
 
 

@@ -16,12 +16,18 @@ _HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 def write_exact(source: Path, target: Path) -> None:
     """Write `source` with float32 in place of 16-bit floats, and with float activations in quantised products.
 
-    Weights are converted one at a time; `target.data` beside it holds them.
+    Weights are converted one at a time; `target.data` beside it holds them. Where none are in 16 bits, `target`, in the same
+    folder, reads those of `source`.
     """
     model = ir.load(source)
-    for value in model.graph.initializers.values():
-        if value.dtype in _HALF and value.const_value is not None:
-            value.const_value = _widened(value.const_value)
+    halves = [
+        value
+        for value in model.graph.initializers.values()
+        if value.dtype in _HALF and value.const_value is not None
+    ]
+    for value in halves:
+        assert value.const_value is not None
+        value.const_value = _widened(value.const_value)
     values = [*model.graph.inputs, *model.graph.initializers.values(), *model.graph.outputs]
     for node in model.graph:
         values += node.outputs
@@ -35,7 +41,7 @@ def write_exact(source: Path, target: Path) -> None:
     for value in values:
         if value.dtype in _HALF:
             value.dtype = ir.DataType.FLOAT
-    ir.save(model, target, external_data=f"{target.name}.data")
+    ir.save(model, target, external_data=f"{target.name}.data" if halves else None)
 
 
 def _widened(stored: ir.TensorProtocol) -> ir.TensorProtocol:
