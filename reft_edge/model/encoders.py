@@ -5,8 +5,8 @@ from typing import Any
 from reft_edge.errors import ReftEdgeError
 from reft_edge.json_files import read_object
 from reft_edge.model.loading import load_model_prompts
-from reft_edge.model.pretrained import from_folder
-from reft_edge.model.source import ModelFolder, check_whole
+from reft_edge.model.pretrained import check_whole, from_folder
+from reft_edge.model.source import ModelFolder
 from reft_edge.model.texts import TextTokens
 
 MODEL_TYPES = ("bert", "distilbert", "roberta")

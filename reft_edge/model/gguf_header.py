@@ -20,22 +20,24 @@ _MAX_PAIRS, _MAX_TENSORS = 1 << 12, 1 << 16
 _MAX_NAME = 1 << 10
 _MAX_ALIGNMENT = 1 << 20
 _INTEGERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 10: "Q", 11: "q"}
-_FIXED = {**{kind: struct.calcsize(f"<{code}") for kind, code in _INTEGERS.items()}, 6: 4, 7: 1, 12: 8}
+FIXED = {**{kind: struct.calcsize(f"<{code}") for kind, code in _INTEGERS.items()}, 6: 4, 7: 1, 12: 8}
 """Bytes of GGUF's metadata types of fixed size."""
 _STRING, _ARRAY = 8, 9
 _LENGTH = struct.Struct("<Q")
 _FEW = 1 << 16
 _MAX_ENTRIES = 1 << 21
 """Of all arrays. Readers take some hundred bytes for each; Gemma 3, whose vocabulary is among the largest, has 1,300,000."""
-_TOKENS = "tokenizer.ggml.tokens"
+TOKENS = "tokenizer.ggml.tokens"
 _LONG = {
-    _TOKENS: _STRING,
+    TOKENS: _STRING,
     "tokenizer.ggml.merges": _STRING,
     "tokenizer.ggml.scores": 6,
     "tokenizer.ggml.token_type": 5,
 }
 """Arrays that have an entry a token, or a few, and their types."""
 _CHARACTERS, _MAX_CHARACTERS = "tokenizer.ggml.precompiled_charsmap", 1 << 20
+LONG_LISTS = frozenset({*_LONG, _CHARACTERS})
+"""Metadata that are lists as long as the vocabulary, or longer."""
 _BLOCK = re.compile(r"(?:enc\.|dec\.)?blk\.(\d{1,5})\.")
 _MAX_EXPERTS = 1 << 12
 _CONTEXT, _WEIGHTS_A_POSITION = 1 << 18, 64
@@ -61,13 +63,13 @@ class GgufHeader:
     """What a GGUF file says before its tensors' bytes."""
 
     architecture: str
-    names: frozenset[str]
-    """Of all its metadata."""
     numbers: dict[str, int]
     """Its metadata that are single whole numbers."""
     arrays: dict[str, tuple[int, int]]
     """Type and number of entries of the metadata that are lists."""
     tensors: tuple[GgufTensor, ...]
+    places: dict[str, tuple[int, int]]
+    """Where each of the metadata begins and ends in the file, its name included."""
 
 
 def is_gguf(path: Path) -> bool:
@@ -103,8 +105,8 @@ def parse_gguf_header(file: BinaryIO, size: int, limit: int) -> GgufHeader:
         raise ReftEdgeError(
             f"it claims {tensors:,} tensors and {pairs:,} metadata entries; {_MAX_TENSORS:,} and {_MAX_PAIRS:,} are accepted"
         )
-    architecture, names, numbers, arrays = _metadata(header, pairs)
-    _check_whole("general.alignment", names, numbers)
+    architecture, places, numbers, arrays = _metadata(header, pairs)
+    _check_whole("general.alignment", places, numbers)
     alignment = numbers.get("general.alignment", 32)
     if not 0 < alignment <= _MAX_ALIGNMENT or alignment % 8:
         raise ReftEdgeError(f"it aligns tensors to {alignment} bytes; expected a multiple of 8")
@@ -113,7 +115,7 @@ def parse_gguf_header(file: BinaryIO, size: int, limit: int) -> GgufHeader:
         raise ReftEdgeError("it has two tensors of one name (twice)")
     start = -(-header.at // alignment) * alignment
     placed = tuple(_placed(described, start, alignment, size))
-    return GgufHeader(architecture, frozenset(names), numbers, arrays, placed)
+    return GgufHeader(architecture, numbers, arrays, placed, places)
 
 
 def check_model(header: GgufHeader) -> None:
@@ -122,7 +124,7 @@ def check_model(header: GgufHeader) -> None:
     embedding = shapes.get("token_embd.weight", ())
     if len(embedding) != 2:
         raise ReftEdgeError("it holds no language model: there is no matrix token_embd.weight")
-    tokens = header.arrays.get(_TOKENS, (_STRING, 0))[1]
+    tokens = header.arrays.get(TOKENS, (_STRING, 0))[1]
     if tokens > embedding[1]:
         raise ReftEdgeError(f"it names {tokens:,} tokens, and its embedding has {embedding[1]:,}")
     for name, (kind, count) in header.arrays.items():
@@ -150,7 +152,7 @@ def check_model(header: GgufHeader) -> None:
     }
     for what, most in limits.items():
         name = f"{header.architecture}.{what}"
-        _check_whole(name, header.names, header.numbers)
+        _check_whole(name, header.places, header.numbers)
         found = header.numbers.get(name, 0)
         if not 0 <= found <= most:
             raise ReftEdgeError(f"its metadata say {what} {found:,}; its tensors account for {most:,}")
@@ -246,29 +248,31 @@ class _Bytes:
         )
 
 
-def _metadata(header: _Bytes, pairs: int) -> tuple[str, set[str], dict[str, int], dict[str, tuple[int, int]]]:
-    """The architecture, all names, single whole numbers, and lists' types and lengths."""
+def _metadata(
+    header: _Bytes, pairs: int
+) -> tuple[str, dict[str, tuple[int, int]], dict[str, int], dict[str, tuple[int, int]]]:
+    """The architecture, where each of the metadata is, single whole numbers, and lists' types and lengths."""
     architecture = ""
     numbers: dict[str, int] = {}
     arrays: dict[str, tuple[int, int]] = {}
-    names: set[str] = set()
+    places: dict[str, tuple[int, int]] = {}
     for _ in range(pairs):
+        begin = header.at
         name, kind = header.name(), header.number("I")
-        if name in names:
+        if name in places:
             raise ReftEdgeError(f"its metadata name {name!r:.80} twice")
-        names.add(name)
         if name == "general.architecture" and kind == _STRING:
             architecture = header.name()
         elif kind in _INTEGERS:
             numbers[name] = header.number(_INTEGERS[kind])
-        elif kind in _FIXED:
-            header.skip(_FIXED[kind])
+        elif kind in FIXED:
+            header.skip(FIXED[kind])
         elif kind == _STRING:
             header.skip(header.number("Q"))
         elif kind == _ARRAY:
             inner, count = header.number("I"), header.number("Q")
-            if inner in _FIXED:
-                header.skip(count * _FIXED[inner])
+            if inner in FIXED:
+                header.skip(count * FIXED[inner])
             elif inner == _STRING:
                 header.skip_texts(count)
             else:
@@ -276,7 +280,8 @@ def _metadata(header: _Bytes, pairs: int) -> tuple[str, set[str], dict[str, int]
             arrays[name] = (inner, count)
         else:
             raise ReftEdgeError(f"its metadata has an unknown type {kind}; it is malformed")
-    return architecture, names, numbers, arrays
+        places[name] = begin, header.at
+    return architecture, places, numbers, arrays
 
 
 @dataclass(frozen=True)
@@ -304,7 +309,7 @@ def _placed(described: list[_Described], start: int, alignment: int, size: int) 
             raise ReftEdgeError(
                 f"tensor {part.name!r:.60} is not at a place of its own; the file is malformed"
             )
-        end = part.offset + _nbytes(part)
+        end = part.offset + stored_bytes(part)
         placed.append(GgufTensor(part.name, part.shape, part.kind, start + part.offset))
     if start + end > size:
         raise ReftEdgeError(
@@ -313,7 +318,8 @@ def _placed(described: list[_Described], start: int, alignment: int, size: int) 
     return placed
 
 
-def _nbytes(part: _Described) -> int:
+def stored_bytes(part: _Described | GgufTensor) -> int:
+    """Bytes of a tensor in a file. Raises ReftEdgeError for an unknown type, and for rows that are no whole blocks of it."""
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
     if part.kind not in set(GGMLQuantizationType):

@@ -7,9 +7,9 @@ from reft_edge.errors import ReftEdgeError
 from reft_edge.folders import scratch_folder
 from reft_edge.json_files import read_object
 from reft_edge.model.cache import cache_folder
-from reft_edge.model.pretrained import from_folder
+from reft_edge.model.pretrained import check_whole, from_folder
 from reft_edge.model.prompts import Prompts, load_prompts, read_end_ids
-from reft_edge.model.source import ModelFolder, check_whole
+from reft_edge.model.source import ModelFolder
 
 
 def load_model(folder: ModelFolder, dtype: Any = None) -> Any:

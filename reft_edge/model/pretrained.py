@@ -33,6 +33,12 @@ def from_folder(kind: Any, folder: Path, name: str, **options: Any) -> Any:
         raise ReftEdgeError(f"cannot load {name}: {str(error) or type(error).__name__}") from error
 
 
+def check_whole(name: str, missing: Any) -> None:
+    """Raise ReftEdgeError if a loaded model got random numbers for weights that its folder does not have."""
+    if missing:
+        raise ReftEdgeError(f"{name} lacks {len(missing)} of its weights, {sorted(missing)[0]} among them")
+
+
 def caps_attention(config: dict[str, Any]) -> bool:
     """Whether a config.json caps attention's logits (Gemma 2), which PyTorch's fused attention cannot: transformers 5.17 and
     older take it all the same, and leave the cap out."""

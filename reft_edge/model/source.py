@@ -4,7 +4,6 @@ Everything ends as a local folder in the Hugging Face layout. GGUF files are con
 (`reft_edge.model.cache`). Which kind a file is, its first bytes say, not its name.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +14,11 @@ from reft_edge.files import sha256_of
 from reft_edge.folders import replace_folder
 from reft_edge.json_files import read_object
 from reft_edge.model.cache import cache_folder, check_own
-from reft_edge.model.gguf_header import MAX_GGUF_HEADER, GgufHeader, check_model, is_gguf, read_gguf_header
+from reft_edge.model.gguf_conversion import write_model, write_tokenizer
+from reft_edge.model.gguf_header import MAX_GGUF_HEADER, check_model, is_gguf, read_gguf_header
 from reft_edge.model.hub import download_model
 from reft_edge.model.packaged import PACKAGED_MODELS, packaged_gguf
 from reft_edge.model.pretrained import from_folder
-
-_LARGER = 1.25
-"""Most parameters that a model may have for one number in its GGUF: some are stored once and used twice."""
 
 Report = Callable[[str], None]
 
@@ -75,24 +72,10 @@ def convert_gguf(gguf: Path, report: Report = lambda message: None) -> Path:
     except ReftEdgeError as error:
         raise ReftEdgeError(f"cannot read {gguf}: {error}") from error
     report(f"converting {gguf.name} to the Hugging Face layout (once)")
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    file = {"gguf_file": str(gguf.absolute())}
-    config = from_folder(AutoConfig, gguf.parent, str(gguf), **file)
-    _check_size(config, header, gguf)
-    tokenizer = from_folder(AutoTokenizer, gguf.parent, str(gguf), **file)
-    model = from_folder(AutoModelForCausalLM, gguf.parent, str(gguf), dtype=torch.float32, **file)
     with replace_folder(target, "config.json") as folder:
-        _save_plain(model, folder)
-        tokenizer.save_pretrained(folder)
+        write_model(gguf, header, folder)
+        write_tokenizer(gguf, folder)
     return target
-
-
-def check_whole(name: str, missing: Any) -> None:
-    """Raise ReftEdgeError if a loaded model got random numbers for weights that its folder does not have."""
-    if missing:
-        raise ReftEdgeError(f"{name} lacks {len(missing)} of its weights, {sorted(missing)[0]} among them")
 
 
 def load_config(folder: ModelFolder) -> Any:
@@ -140,32 +123,3 @@ def _check_gguf(path: Path) -> None:
 
 def _stem(gguf: Path) -> str:
     return gguf.stem if gguf.suffix.lower() == ".gguf" else gguf.name
-
-
-def _check_size(config: Any, header: GgufHeader, gguf: Path) -> None:
-    """Raise ReftEdgeError if the metadata describe a model of more parameters than the file has numbers."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # transformers and torch raise many kinds here
-        raise ReftEdgeError(f"cannot load {gguf}: {str(error) or type(error).__name__}") from error
-    described = sum(parameter.numel() for parameter in model.parameters())
-    stored = sum(math.prod(tensor.shape) for tensor in header.tensors)
-    if described > _LARGER * stored + 1024:
-        raise ReftEdgeError(
-            f"cannot read {gguf}: its metadata describe a model of {described:,} parameters, and it holds {stored:,} numbers"
-        )
-
-
-def _save_plain(model: Any, folder: Path) -> None:
-    """`save_pretrained` for a model that transformers refuses to save because it came from a GGUF."""
-    config = model.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    for attribute in ("hf_quantizer", "is_quantized", "quantization_method"):
-        if hasattr(model, attribute):
-            setattr(model, attribute, None)
-    model.save_pretrained(folder)
