@@ -1,9 +1,13 @@
 """A long run of the server under everything at once: many adapters, cancels, bad requests, a file replaced under load.
 
     python benchmarks/runtime/soak.py EXPORTED_FOLDER --requests 10000
+    python benchmarks/runtime/soak.py EXPORTED_FOLDER --requests 1000 --free
 
 Random adapters are made for the folder. Every answer that comes back whole is compared with what the model gives for that
 request alone. Exits with 1 if an answer differs, a request is lost, or memory still grows after the first fifth.
+
+With --free, requests have no max_tokens, most are conversations, and answers are sampled, so they are counted by what ended
+them. Exits with 1 if a request is lost, or the server takes more memory at rest or at the end than is allowed.
 """
 
 import argparse
@@ -47,8 +51,9 @@ def prompts() -> list[str]:
 
 class Soak:
     def __init__(
-        self, folder: Path, adapters: Path, url: str, process: int, requests: int, tokens: int
+        self, folder: Path, adapters: Path, url: str, process: int, requests: int, tokens: int, free: bool
     ) -> None:
+        self.free, self.generated = free, 0
         self.url, self.process, self.requests, self.tokens = url, process, requests, tokens
         self.adapters, self.prompts, self.choices = adapters, prompts(), random.Random(0)
         self.outcomes: Counter[str] = Counter()
@@ -75,13 +80,13 @@ class Soak:
         for name, path in names:
             if path is not None:
                 self.alone.load_adapter(path, name)
-            for prompt in self.prompts:
+            for prompt in () if self.free else self.prompts:
                 self.known[prompt, name] = self.alone.generate(prompt, name, raw=True, max_tokens=self.tokens)
 
     async def run(self, progress: Progress) -> None:
         task = progress.add_task("requests", total=self.requests)
         limits = httpx.Limits(max_connections=CLIENTS * 2)
-        async with httpx.AsyncClient(base_url=self.url, timeout=60, limits=limits) as client:
+        async with httpx.AsyncClient(base_url=self.url, timeout=1800, limits=limits) as client:
             swapping = asyncio.create_task(self.swap())
             left = iter(range(self.requests))
 
@@ -106,7 +111,39 @@ class Soak:
             turn += 1
             await asyncio.sleep(0.2)
 
+    async def freely(self, client: httpx.AsyncClient, number: int) -> None:
+        """One request without max_tokens."""
+        kind = self.choices.choices(("chat", "stream", "completion", "cancel", "bad"), (50, 20, 18, 6, 6))[0]
+        prompt = self.choices.choice(self.prompts)
+        name = self.choices.choice([None, *(f"task{n}" for n in range(ADAPTERS))])
+        body: dict = {"model": "soak" if name is None else f"soak:{name}", "temperature": 0.8, "seed": number}
+        if kind in ("chat", "stream"):
+            text = f"In one short sentence: {prompt}"
+            body |= {"messages": [{"role": "user", "content": text}], "stream": kind == "stream"}
+            path = "/v1/chat/completions"
+        else:
+            body["prompt"], path = prompt, "/v1/completions"
+        try:
+            if kind == "cancel":
+                await self.cancel(client, body)
+            elif kind == "bad":
+                await self.bad(client, body, number)
+            elif kind == "stream":
+                async with client.stream("POST", path, json=body) as stream:
+                    lines = [line async for line in stream.aiter_lines() if line.startswith("data: ")]
+                self.outcomes["streamed" if lines[-1] == "data: [DONE]" else "lost: a stream was cut"] += 1
+                self.generated += len(lines) - 2
+            else:
+                answer = (await client.post(path, json=body)).json()
+                self.outcomes[f"{kind}: {answer['choices'][0]['finish_reason']}"] += 1
+                self.generated += answer["usage"]["completion_tokens"]
+        except (httpx.HTTPError, KeyError) as error:
+            self.outcomes[f"lost: {type(error).__name__}"] += 1
+
     async def one(self, client: httpx.AsyncClient, number: int) -> None:
+        if self.free:
+            await self.freely(client, number)
+            return
         kind = self.choices.choices(("plain", "swapped", "cancel", "bad"), (80, 8, 6, 6))[0]
         prompt = self.choices.choice(self.prompts)
         name = self.choices.choice([None, *(f"task{n}" for n in range(ADAPTERS))])
@@ -182,6 +219,9 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--tokens", type=int, default=8)
     parser.add_argument("--allowed-growth", type=float, default=0.05, help="share of the warm size")
+    parser.add_argument("--free", action="store_true", help="requests without max_tokens")
+    parser.add_argument("--at-rest", type=int, default=450, help="MB, with --free")
+    parser.add_argument("--afterwards", type=int, default=1300, help="MB, with --free")
     options = parser.parse_args()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -210,15 +250,19 @@ def main() -> None:
                 server.pid,
                 options.requests,
                 options.tokens,
+                options.free,
             )
             with console.status("what each request gives alone"):
                 soak.prepare(work)
                 (adapters / "swapped.safetensors").write_bytes(soak.variants[0].read_bytes())
                 wait_for(soak.url)
+            time.sleep(2)
+            rest = memory(server.pid)
             started = time.perf_counter()
             with Progress(console=console) as progress:
                 asyncio.run(soak.run(progress))
             seconds = time.perf_counter() - started
+            end = memory(server.pid)
         finally:
             server.terminate()
             server.wait(30)
@@ -227,12 +271,18 @@ def main() -> None:
         "requests": options.requests,
         "seconds": round(seconds, 1),
         "outcomes": dict(sorted(soak.outcomes.items())),
+        "memory at rest, MB": round(rest / 1e6, 1),
+        "memory at the end, MB": round(end / 1e6, 1),
         "memory after a fifth, MB": round(warm / 1e6, 1),
         "most after that, MB": round(most / 1e6, 1),
         "memory after each tenth, MB": [round(size / 1e6, 1) for _, size in soak.memory[4::5]],
     }
     print(json.dumps(figures, indent=1))
     wrong = [name for name in soak.outcomes if name.startswith("lost") or name == "differs"]
+    if options.free:
+        print(f"tokens generated: {soak.generated:,}")
+        large = rest > options.at_rest * 1e6 or max(most, end) > options.afterwards * 1e6
+        raise SystemExit(1 if wrong or large else 0)
     raise SystemExit(1 if wrong or most > warm * (1 + options.allowed_growth) else 0)
 
 
