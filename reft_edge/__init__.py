@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     )
     from reft_edge.errors import ReftEdgeError
     from reft_edge.runtime import Engine, SteeredEncoder, SteeredModel
+    from reft_edge.serving import ray_map
 
 __version__ = "0.1.0"
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "merge",
     "pull",
     "push",
+    "ray_map",
     "steered",
     "train",
 ]
@@ -53,6 +55,7 @@ _PLACES = {
     "ReftEdgeError": "errors",
     "SteeredEncoder": "runtime",
     "SteeredModel": "runtime",
+    "ray_map": "serving",
 }
 """Parts that public names are in; the others are in `api`."""
 

@@ -80,7 +80,7 @@ class Engine:
         speculate: bool | None = None,
     ) -> None:
         """`slots`: requests that run at once; `queue_limit`: requests that may wait; `prefix_budget`: bytes of prompts
-        to remember, none: a quarter of `cache_budget`; `cache_budget`: bytes of keys and values of all that run. Where
+        to remember, none: a sixth of `cache_budget`; `cache_budget`: bytes of keys and values of all that run. Where
         these have no room together, some wait; none: they have as much as they need. `prompt_cache`: a folder that keeps
         long prompts for the next start, at most `prompt_cache_size` bytes. `speculate`: as for `SteeredModel.batch`. Raises
         ReftEdgeError for a folder that cannot be used."""

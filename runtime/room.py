@@ -9,7 +9,7 @@ from reft_edge.runtime.session import GraphSession
 LEAST_BUDGET = 768 << 20
 """Bytes."""
 LEAST_TOKENS = 32
-PREFIX_SHARE = 4
+PREFIX_SHARE = 6
 """Of the bytes for KV caches, the part that prompts which are remembered may take: one of so many."""
 SPARE = 128
 """Tokens that there must be room for beside a request's own before it starts next to others."""

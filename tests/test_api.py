@@ -20,7 +20,7 @@ from tests.helpers.torch_reference import random_adapter
 
 NAMES = [
     *("Engine", "FrozenModel", "ReftEdgeError", "SteeredEncoder", "SteeredModel"),
-    *("convert", "evaluate", "export", "load", "merge", "pull", "push", "steered", "train"),
+    *("convert", "evaluate", "export", "load", "merge", "pull", "push", "ray_map", "steered", "train"),
 ]
 ROWS = [{"prompt": f"Who are you, {name}?", "completion": f"I am {name}, arr!"} for name in "ABCD"]
 QUESTIONS = [

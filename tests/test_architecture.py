@@ -59,6 +59,7 @@ MAY_IMPORT = {
     "lm_eval": SHARED | {"model", "runtime"},
     "frozen_model": SHARED | {"adapter", "arguments", "evaluation", "model", "signing", "training"},
     "adapter_files": SHARED | {"adapter", "arguments", "convert", "model", "shipping", "signing"},
+    "serving": SHARED | {"model", "runtime", "shipping", "signing"},
     "api": SHARED
     | {
         "adapter_files",

@@ -31,6 +31,8 @@ from reft_edge.adapter.file import save_adapter
 from reft_edge.runtime import SteeredModel
 from reft_edge.runtime.bench import random_adapter
 
+_MILD = 0.02
+"""A scale at which a random adapter changes an answer, and its model still ends it."""
 ADAPTERS, PROMPTS, CLIENTS = 20, 12, 24
 POSITIONS = ("f7+l7", "l3", "all+gen", "gen", "all")
 SENTENCES = "The quick brown fox jumps over the lazy dog. Water boils when it is hot; ice melts when it is warm. Who are you?"
@@ -116,7 +118,9 @@ class Soak:
         kind = self.choices.choices(("chat", "stream", "completion", "cancel", "bad"), (50, 20, 18, 6, 6))[0]
         prompt = self.choices.choice(self.prompts)
         name = self.choices.choice([None, *(f"task{n}" for n in range(ADAPTERS))])
-        body: dict = {"model": "soak" if name is None else f"soak:{name}", "temperature": 0.8, "seed": number}
+        body: dict = {"model": "soak", "temperature": 0.8, "seed": number}
+        if name is not None:
+            body["adapters"] = {name: _MILD}
         if kind in ("chat", "stream"):
             text = f"In one short sentence: {prompt}"
             body |= {"messages": [{"role": "user", "content": text}], "stream": kind == "stream"}

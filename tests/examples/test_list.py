@@ -9,6 +9,7 @@ TESTS = {
     "app.py": "tests/examples/test_app.py",
     "browser": "runtime/web/test/example.test.ts",
     "c": "tests/examples/test_c.py",
+    "fleet": "tests/examples/test_fleet.py",
 }
 """Every example, and what runs it."""
 
