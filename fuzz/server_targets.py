@@ -65,7 +65,9 @@ class StubModel:
         self.prompts, self.manifest = make_prompts(), make_manifest()
         self.held: dict[str, bytes] = {}
 
-    def batch(self, slots: int, prefix_budget: int, cache_budget: int | None) -> StubBatch:
+    def batch(
+        self, slots: int, prefix_budget: int, cache_budget: int | None, speculate: bool | None
+    ) -> StubBatch:
         return StubBatch()
 
     def row(self, request: Any, deliver: Any, room: int | None) -> Any:

@@ -18,6 +18,7 @@ from reft_edge.commands.console import (
 )
 from reft_edge.commands.options import (
     Adapters,
+    CacheType,
     Device,
     Folder,
     ProviderOptions,
@@ -56,6 +57,7 @@ def chat(
         typer.Option(help="File with a JSON schema; every answer is valid under it.", show_default=False),
     ] = None,
     speculate: Speculate = None,
+    cache_type: CacheType = "auto",
     chat_template_kwargs: TemplateArguments = None,
     require_signed: RequireSigned = None,
     device: Device = "auto",
@@ -71,7 +73,12 @@ def chat(
 
         schema = None if json_schema is None else read_object(json_schema)
         model = SteeredModel(
-            folder, device, threads, trusted_keys(require_signed), provider_options(provider_option)
+            folder,
+            device,
+            threads,
+            trusted_keys(require_signed),
+            provider_options(provider_option),
+            cache_type=cache_type,
         )
         model.prompts = model.prompts.with_arguments(template_arguments(chat_template_kwargs))
         conversation = Chat(

@@ -37,6 +37,10 @@ Seed = Annotated[
     int | None, typer.Option(min=0, max=MOST_SEED, help="Makes sampling repeatable.", show_default=False)
 ]
 Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads.", show_default="one a core")]
+CacheType = Annotated[
+    str,
+    typer.Option(help="auto, what the graph has, or int8: KV caches in a quarter of the memory, on the CPU."),
+]
 Speculate = Annotated[
     bool | None,
     typer.Option(

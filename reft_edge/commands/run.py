@@ -17,6 +17,7 @@ from reft_edge.commands.console import (
 )
 from reft_edge.commands.options import (
     Adapters,
+    CacheType,
     Device,
     Folder,
     Json,
@@ -49,6 +50,7 @@ _GENERATION = (
     "stop",
     "json_schema",
     "speculate",
+    "cache_type",
     "chat_template_kwargs",
     "stats",
     "provider_option",
@@ -91,6 +93,7 @@ def run(
         typer.Option(help="File with a JSON schema; the answer is valid under it.", show_default=False),
     ] = None,
     speculate: Speculate = None,
+    cache_type: CacheType = "auto",
     text2: Annotated[
         str | None, typer.Option(help="The second text of a pair to classify.", show_default=False)
     ] = None,
@@ -120,7 +123,9 @@ def run(
 
         schema = None if json_schema is None else read_object(json_schema)
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        model = SteeredModel(folder, device, threads, trusted, provider_options(provider_option))
+        model = SteeredModel(
+            folder, device, threads, trusted, provider_options(provider_option), cache_type=cache_type
+        )
         model.prompts = model.prompts.with_arguments(template_arguments(chat_template_kwargs))
         scales: dict[str, float] = {}
         for number, given in enumerate(adapter or []):

@@ -9,6 +9,7 @@ import typer
 
 from reft_edge.commands.console import extra, plain_errors, provider_options, say, trusted_keys
 from reft_edge.commands.options import (
+    CacheType,
     Device,
     Folder,
     ProviderOptions,
@@ -62,9 +63,7 @@ def serve(
             show_default="a whole context, 768 or more",
         ),
     ] = None,
-    cache_type: Annotated[
-        str, typer.Option(help="auto, what the graph has, or int8: a quarter of the memory, on the CPU.")
-    ] = "auto",
+    cache_type: CacheType = "auto",
     prompt_cache: Annotated[
         Path | None,
         typer.Option(

@@ -179,6 +179,10 @@ def test_guessing_tokens_changes_no_answer(device_folder):
     ask = ("run", device_folder / "export", "Who are you? Who are you?", "--max-tokens", 40)
     plain = call(*ask, "--no-speculate").stdout
     assert call(*ask, "--speculate").stdout == call(*ask).stdout == plain
+    small = (*ask, "--cache-type", "int8")
+    assert call(*small).stdout == call(*small, "--no-speculate").stdout
+    wrong = call(*ask, "--cache-type", "int2", ok=False).stderr
+    assert "choose one of auto, int8" in wrong.replace("\n", " ")
     encoder = call("run", device_folder / "encoder", "A", "--speculate", ok=False)
     assert "--speculate is for models that continue text" in encoder.stderr.replace("\n", " ")
 
