@@ -1,8 +1,9 @@
 """What a client asks of the model itself: tokens of a text, text of tokens, what the model is."""
 
+import json
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from pydantic import FailFast, Field, field_validator, model_validator
 
 from reft_edge.model.prompts import encode_batch
@@ -64,10 +65,8 @@ def add_model_routes(app: FastAPI, served: Decoder) -> None:
         text = body.prompt if body.prompt is not None else body.content or ""
         return list(encode_batch(prompts.tokenizer, [text], body.add_special_tokens)[0].ids)
 
-    @app.post("/tokenize")
-    async def tokenize(request: Request) -> dict[str, Any]:
-        body = await served.read(request, TokenizeRequest)
-        ids = await served.work(tokens, body)
+    def told(body: TokenizeRequest) -> bytes:
+        ids = tokens(body)
         answer: dict[str, Any] = {
             "tokens": ids,
             "count": len(ids),
@@ -78,19 +77,26 @@ def add_model_routes(app: FastAPI, served: Decoder) -> None:
             answer["token_strs"] = names
         if body.with_pieces:
             answer["tokens"] = [{"id": token, "piece": name} for token, name in zip(ids, names, strict=True)]
-        return answer
+        return json.dumps(answer, ensure_ascii=False).encode()
 
-    @app.post("/detokenize")
-    async def detokenize(request: Request) -> dict[str, Any]:
-        body = await served.read(request, DetokenizeRequest)
+    def text_of(body: DetokenizeRequest) -> bytes:
         limit = prompts.token_limit
         if any(token >= limit for token in body.tokens):
             raise ApiError(400, f"tokens: a token id is not from 0 to {limit - 1}", param="tokens")
-        text = await served.work(prompts.decode, body.tokens)
-        return {"prompt": text, "content": text}
+        text = prompts.decode(body.tokens)
+        return json.dumps({"prompt": text, "content": text}, ensure_ascii=False).encode()
 
-    @app.get("/props")
-    async def props() -> dict[str, Any]:
+    @app.post("/tokenize")
+    async def tokenize(request: Request) -> Response:
+        body = await served.read(request, TokenizeRequest)
+        return Response(await served.work(told, body), media_type="application/json")
+
+    @app.post("/detokenize")
+    async def detokenize(request: Request) -> Response:
+        body = await served.read(request, DetokenizeRequest)
+        return Response(await served.work(text_of, body), media_type="application/json")
+
+    def properties() -> dict[str, Any]:
         return {
             "model": served.settings.name,
             "total_slots": served.settings.slots,
@@ -102,3 +108,7 @@ def add_model_routes(app: FastAPI, served: Decoder) -> None:
             "tools": {"format": tools.form.name, "template": tools.knows_tools},
             "reasoning": tools.marks is not None,
         }
+
+    @app.get("/props")
+    async def props() -> dict[str, Any]:
+        return await served.work(properties)

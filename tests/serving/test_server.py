@@ -749,6 +749,11 @@ BLOCKED = [
     ("reft_edge.runtime.model.load_verified", "/v1/completions", {"prompt": "ice", "model": "tiny:first"}),
     ("reft_edge.runtime.model.SteeredModel.prepare", "/v1/completions", {"prompt": "ice"}),
     ("reft_edge.runtime.serving.choices._written", "/v1/completions", {"prompt": "ice"}),
+    ("reft_edge.model.prompts.token_limit", "/v1/completions", {"prompt": "ice", "logit_bias": {"5": 1}}),
+    ("reft_edge.adapter.file._read_header", "/v1/completions", {"prompt": "ice", "model": "tiny:first"}),
+    ("reft_edge.runtime.model.fold", "/v1/completions", {"prompt": "ice", "model": "tiny:first"}),
+    ("reft_edge.runtime.tool_use.ToolUse.render", "/tokenize", {"messages": CHAT}),
+    ("reft_edge.model.prompts.Prompts.decode", "/detokenize", {"tokens": [5]}),
     ("reft_edge.runtime.adapter_folder.AdapterFolder.names", "/v1/models", None),
     ("reft_edge.runtime.adapter_folder.AdapterFolder.has", "/v1/models/tiny:first", None),
 ]
@@ -769,7 +774,10 @@ def test_others_are_answered_while_a_request_is_prepared(
 
     with TestClient(app) as client, ThreadPoolExecutor(1) as threads:
         monkeypatch.setattr(place, wait)
-        slow = threads.submit(ask, client, path, **fields) if fields else threads.submit(client.get, path)
+        if path.startswith("/v1/"):
+            slow = threads.submit(ask, client, path, **fields) if fields else threads.submit(client.get, path)
+        else:
+            slow = threads.submit(client.post, path, json=fields)
         assert begun.wait(30)
         assert client.get("/health").status_code == 200
         assert not slow.done()
