@@ -89,6 +89,13 @@ def model(folder, adapters):
     return model
 
 
+@pytest.fixture(scope="module")
+def answers(model):
+    """By adapter: the greedy answers to all prompts, run as one batch."""
+    rows = [model.prompts.encode_prompt(prompt, "chat") for prompt in PROMPTS]
+    return {name: model.generate_tokens(rows, name, TOKENS) for name in (None, "emoji", "prompt", "everywhere")}
+
+
 def answer_tokens(model, prompt, adapter):
     answer = model.stream(prompt, adapter, max_tokens=TOKENS)
     answer.text()
@@ -110,12 +117,11 @@ def test_greedy_answers_are_pytorchs(model, torch_model, adapters, name):
 
 
 @pytest.mark.parametrize("name", [None, "emoji", "prompt"])
-def test_every_token_of_an_answer_is_pytorchs_likeliest_there(model, torch_model, adapters, name):
+def test_every_token_of_an_answer_is_pytorchs_likeliest_there(model, torch_model, adapters, answers, name):
     """What a greedy answer is, by one run over prompt and answer."""
     with steered(torch_model, *chosen(adapters, name)) as steering:
-        for prompt in PROMPTS:
+        for prompt, tokens in zip(PROMPTS, answers[name], strict=True):
             ids = model.prompts.encode_prompt(prompt, "chat")
-            tokens = answer_tokens(model, prompt, name)
             with steering.prompts(torch.tensor([len(ids)])):
                 likeliest = logits(torch_model, ids + tokens)[len(ids) - 1 :].argmax(-1).tolist()
             assert likeliest[:-1] == tokens, prompt
@@ -139,14 +145,11 @@ def test_rank_0_is_bitwise_the_plain_graph(model):
     assert model.manifest.verification["rank0_bitwise"] is True
 
 
-def test_answers_do_not_depend_on_what_ran_before(model):
-    first = {
-        name: [answer_tokens(model, prompt, name) for prompt in PROMPTS[:3]]
-        for name in (None, "emoji", "prompt")
-    }
+def test_answers_do_not_depend_on_what_ran_before(model, answers):
+    """Nor on what runs beside them."""
     answer_tokens(model, PROMPTS[4], ["prompt", "everywhere"])
     for name in ("prompt", None, "emoji"):
-        assert [answer_tokens(model, prompt, name) for prompt in PROMPTS[:3]] == first[name]
+        assert [answer_tokens(model, prompt, name) for prompt in PROMPTS[:3]] == answers[name][:3]
 
 
 def test_a_right_padded_batch_equals_the_rows_alone(model):
@@ -170,7 +173,7 @@ def test_chunked_prefill_equals_whole_prefill(model):
 
 
 @pytest.mark.parametrize("name", ["emoji", "everywhere"])
-def test_stock_genai_gives_the_same_tokens(model, folder, adapters, tmp_path, name):
+def test_stock_genai_gives_the_same_tokens(model, folder, adapters, answers, tmp_path, name):
     import onnxruntime_genai as og
 
     pack_adapter(adapters / f"{name}.safetensors", folder, tmp_path / "task.onnx_adapter")
@@ -190,10 +193,10 @@ def test_stock_genai_gives_the_same_tokens(model, folder, adapters, tmp_path, na
         found = generator.get_sequence(0)[len(ids) :].tolist()
         return found[:-1] if found[-1] in model.manifest.eos_token_ids else found
 
-    for prompt in PROMPTS[:6]:
+    for i, prompt in enumerate(PROMPTS[:6]):
         ids = model.prompts.encode_prompt(prompt, "chat")
-        assert tokens(ids, True) == answer_tokens(model, prompt, name), prompt
-        assert tokens(ids, False) == answer_tokens(model, prompt, None), prompt
+        assert tokens(ids, True) == answers[name][i], prompt
+    assert tokens(ids, False) == answers[None][i]
 
 
 def test_int4_runs_the_same_adapter(source, adapters, tmp_path):

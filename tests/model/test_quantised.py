@@ -60,8 +60,7 @@ def run(command, bitsandbytes):
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("load_in", ["4bit", "8bit"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(("load_in", "dtype"), [("4bit", "fp32"), ("8bit", "bf16")])
 def test_an_adapter_is_trained_against_it(
     device_folder, tiny_model, rows, tmp_path, bitsandbytes, load_in, dtype
 ):
