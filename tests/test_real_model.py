@@ -83,7 +83,7 @@ def adapters(source, torch_model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(folder, adapters):
-    model = SteeredModel(folder, device="cpu")
+    model = SteeredModel(folder, device="cpu", threads=torch.get_num_threads())
     for path in sorted(adapters.iterdir()):
         model.load_adapter(path)
     return model
@@ -93,7 +93,9 @@ def model(folder, adapters):
 def answers(model):
     """By adapter: the greedy answers to all prompts, run as one batch."""
     rows = [model.prompts.encode_prompt(prompt, "chat") for prompt in PROMPTS]
-    return {name: model.generate_tokens(rows, name, TOKENS) for name in (None, "emoji", "prompt", "everywhere")}
+    return {
+        name: model.generate_tokens(rows, name, TOKENS) for name in (None, "emoji", "prompt", "everywhere")
+    }
 
 
 def answer_tokens(model, prompt, adapter):
@@ -203,7 +205,7 @@ def test_int4_runs_the_same_adapter(source, adapters, tmp_path):
     manifest = export_model(source, tmp_path / "int4", "int4")
     assert manifest.verification["rank0_bitwise"] is True
     assert manifest.verification["steered_error"] <= 1e-3
-    model = SteeredModel(tmp_path / "int4", device="cpu")
+    model = SteeredModel(tmp_path / "int4", device="cpu", threads=torch.get_num_threads())
     model.load_adapter(adapters / "emoji.safetensors")
     answer = model.generate(PROMPTS[0], "emoji", max_tokens=12)
     assert answer

@@ -15,6 +15,7 @@ from torch import nn
 from reft_edge.adapter.file import load_adapter
 from reft_edge.errors import ReftEdgeError
 from reft_edge.training.distributed import ALONE, Processes, launch_note, launched_processes
+from tests.helpers.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
 ANSWERS = ["I am well.", "ice melts", "the lazy dog jumps over the quick brown fox", "thank you"]
@@ -35,19 +36,20 @@ def rows(tmp_path_factory) -> Path:
     return path
 
 
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
+
+
 def launch(processes: int, *arguments, environment=None, launcher=None, check=True, folder=ROOT):
-    command = [sys.executable]
-    if processes > 1:
-        command += launcher or ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    """By the launcher, in a process of its own, or else as a launcher would start them."""
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
-    done = subprocess.run(
-        [*command, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=variables,
-        cwd=folder,
-        timeout=240,
-    )
+    code = list(map(str, arguments))
+    if launcher is None:
+        done = run_ranks(processes, code, variables, folder)
+    else:
+        command = [sys.executable, *launcher, *code]
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=variables, cwd=folder, timeout=240, check=False
+        )
     assert not check or done.returncode == 0, done.stderr
     return done
 
@@ -86,10 +88,12 @@ def assert_same(found, expected):
         np.testing.assert_allclose(found.tensors[name], tensor, atol=2e-4)
 
 
-@pytest.mark.parametrize("environment", [{}, SHARDED], ids=["whole", "sharded"])
-def test_two_processes_train_what_one_trains(device_folder, rows, tmp_path, one, environment):
-    path = tmp_path / "two.safetensors"
-    done = train(2, device_folder, rows, path, "--max-steps", "9", "--eval", rows, environment=environment)
+@pytest.mark.parametrize(
+    ("environment", "launcher"), [({}, TORCHRUN), (SHARDED, None)], ids=["whole", "sharded"]
+)
+def test_two_processes_train_what_one_trains(device_folder, rows, tmp_path, one, environment, launcher):
+    path, how = tmp_path / "two.safetensors", {"environment": environment, "launcher": launcher}
+    done = train(2, device_folder, rows, path, "--max-steps", "9", "--eval", rows, **how)
     assert_same(load_adapter(path), one)
     assert len(done.stdout.strip().splitlines()) == 1  # only one of them reports
     assert done.stderr.count("2 processes train") == 1
@@ -118,8 +122,7 @@ def test_a_killed_launch_goes_on_from_its_checkpoint(device_folder, rows, tmp_pa
     script.write_text(killer)
     options = ["--max-steps", "9", "--eval", rows, "--save-every", "3"]
     done = launch(2, script, "train", device_folder / "hf", rows, "-o", path, *OPTIONS, *options, check=False)
-    assert done.returncode != 0
-    assert str(signal.SIGKILL.value) in done.stderr
+    assert done.returncode == -signal.SIGKILL
     assert not path.exists()
     assert path.with_name("a.safetensors.checkpoint").exists()
     done = train(2, device_folder, rows, path, *options, "--resume")
