@@ -59,3 +59,11 @@ def tiny_model(device_folder: Path) -> object:
     from reft_edge.model.source import ModelFolder
 
     return load_model(ModelFolder(device_folder / "hf", "tiny-llama"))
+
+
+@pytest.fixture(scope="session")
+def torch_onnx_folder(tiny_model: object, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_model` with a growing KV cache, as torch.onnx writes it; that takes ten seconds."""
+    from tests.helpers.foreign import export_dynamo
+
+    return export_dynamo(tiny_model, tmp_path_factory.mktemp("torch_onnx") / "onnx", cached=True).parent

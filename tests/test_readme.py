@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 import reft_edge.runtime
 from reft_edge.cli import app
 from reft_edge.convert.control_vector import write_control_vector
-from tests.helpers.foreign import export_dynamo
 
 ROOT = Path(__file__).parent.parent
 ORDER = re.findall(
@@ -50,10 +49,12 @@ def run(arguments: list[str], model: Path) -> None:
     assert result.exit_code == 0, (arguments, result.output)
 
 
-def test_the_guides_run_as_written(device_folder, tiny_model, tmp_path, monkeypatch, capsys):
+def test_the_guides_run_as_written(
+    device_folder, tiny_model, torch_onnx_folder, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CI", "1")  # TRL tells its makers of every other run
-    export_dynamo(tiny_model, Path("smol_onnx"), cached=True)
+    shutil.copytree(torch_onnx_folder, "smol_onnx")
     shutil.copytree(device_folder / "encoder-hf", "minilm-hf")
     for name, rows in re.findall(
         r'^```json title="(.+?)"\n(.*?)^```', text_of(GUIDES), re.DOTALL | re.MULTILINE

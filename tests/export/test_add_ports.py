@@ -43,9 +43,8 @@ def source(device_folder):
 
 
 @pytest.fixture(scope="module")
-def cached(tmp_path_factory, tiny_model):
-    """A tiny llama with a growing KV cache, as torch.onnx writes it."""
-    return export_dynamo(tiny_model, tmp_path_factory.mktemp("cached") / "onnx", cached=True)
+def cached(torch_onnx_folder):
+    return torch_onnx_folder / "model.onnx"
 
 
 def changed(graph: Path, folder: Path, change) -> Path:
@@ -93,7 +92,13 @@ def test_a_builders_graph_keeps_its_shared_cache(source, tmp_path):
     check_parity(load_model(source), tmp_path / "ported")
 
 
-@pytest.mark.parametrize("architecture", ["qwen3", "gemma2", "olmo2", "phi", "granite"])
+MORE = [pytest.mark.real, pytest.mark.slow]  # torch.onnx takes ten seconds for a graph
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    ["gemma2", "olmo2", "phi", pytest.param("qwen3", marks=MORE), pytest.param("granite", marks=MORE)],
+)
 def test_torch_onnx_graphs_without_a_cache(tmp_path, architecture):
     source = ModelFolder(make_model(tmp_path / "hf", architecture), architecture)
     model = load_model(source)

@@ -26,16 +26,16 @@ from reft_edge.model.source import ModelFolder
 from reft_edge.runtime import SteeredModel
 from reft_edge.steering.hooks import steered
 from reft_edge.steering.interventions import Interventions
-from tests.helpers.foreign import export_dynamo
 from tests.helpers.torch_reference import logits, random_adapter
 
 ROW = [5, 80, 33, 120, 7, 61, 19, 200, 44, 3, 99, 150, 12, 77, 23, 8]
 
 
 class StandIn:
-    """In place of `main_export`: torch.onnx, which makes a graph of the same form."""
+    """In place of `main_export`: what torch.onnx made, a graph of the same form."""
 
-    def __init__(self) -> None:
+    def __init__(self, graph: Path) -> None:
+        self.graph = graph
         self.fault: Exception | None = None
         self.config: dict = {}
 
@@ -46,12 +46,13 @@ class StandIn:
             (Path(output)).mkdir()
             (Path(output) / "model.onnx").write_bytes(b"half")
             raise self.fault
-        export_dynamo(load_model(ModelFolder(Path(model), "tiny")), Path(output), cached=True)
+        load_model(ModelFolder(Path(model), "tiny"))
+        shutil.copytree(self.graph, output)
 
 
 @pytest.fixture
-def stand_in(monkeypatch):
-    found = StandIn()
+def stand_in(monkeypatch, torch_onnx_folder):
+    found = StandIn(torch_onnx_folder)
     names = ("optimum", "optimum.exporters", "optimum.exporters.onnx", "optimum.utils")
     modules = {name: ModuleType(name) for name in names}
     modules["optimum.exporters.onnx"].main_export = found

@@ -1,6 +1,6 @@
-"""The processes of a distributed training, forked from one that has imported what they need, as torchrun would start them.
+"""Processes of trainings, forked from one that has imported what they need: several as torchrun would start them.
 
-A process's imports are nine tenths of a tiny training's time; one test of torchrun's own and one of Accelerate's remain.
+A process's imports are nine tenths of a tiny training's time; torchrun and Accelerate themselves have tests of their own.
 """
 
 import multiprocessing

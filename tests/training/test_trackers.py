@@ -134,7 +134,7 @@ def test_of_several_processes_one_writes_the_log_and_the_tracker(device_folder, 
     log = rows.parent / "log.jsonl"
     options = ["--report-to", "tensorboard", "--loss-log", log, "--max-steps", "3", "--device", "cpu"]
     arguments = ["-m", "reft_edge", "train", device_folder / "hf", rows, "-o", rows.parent / "a.safetensors"]
-    launch(2, *arguments, *options, launcher=["-m", "torch.distributed.run", "--nproc_per_node", "2"])
+    launch(2, *arguments, *options)
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2, 3]
     scalars, _ = written(rows.parent / "runs")
     assert [step for step, _ in scalars["train/loss"]] == [1, 2, 3]

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,8 +17,23 @@ from reft_edge.model.source import ModelFolder
 from reft_edge.training.run import train
 from reft_edge.training.settings import TrainSettings
 from reft_edge.training.trainer import rate
+from tests.helpers.ranks import run_ranks
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "training"
+
+
+class Worker:
+    """In place of a worker's `subprocess.Popen`."""
+
+    def __init__(self, command, env, text):
+        self._done = run_ranks(1, command[1:], env, Path.cwd())
+
+    @property
+    def returncode(self):
+        return self._done.returncode
+
+    def wait(self):
+        return self._done.returncode
 
 
 @pytest.fixture
@@ -25,6 +41,7 @@ def table(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARK))
     import table
 
+    monkeypatch.setattr(table, "subprocess", SimpleNamespace(Popen=Worker))
     yield table
     for name in ("table", "tasks"):
         sys.modules.pop(name)
