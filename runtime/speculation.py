@@ -8,10 +8,9 @@ from reft_edge.errors import ReftEdgeError
 from reft_edge.model.manifest import Manifest
 from reft_edge.runtime.drafts import Lookup
 from reft_edge.runtime.request import Row
+from reft_edge.runtime.rounding import RUNS
 from reft_edge.runtime.session import GraphSession, Logits
 
-_LENGTHS = (2, 4, 8, 16)
-"""Tokens of a run with guesses, so few kinds that each is soon measured."""
 _WORTH = 1.1
 """How many more tokens a second guesses must promise."""
 _EACH = 0.33
@@ -25,7 +24,8 @@ _LOOK_AGAIN = 48
 
 
 class StepCosts:
-    """Seconds that steps of one session take: of several rows together, and of one row that runs several tokens."""
+    """Seconds that steps of one session take: of several rows together, and of one row that runs several tokens. Batches in
+    several threads may share it."""
 
     def __init__(self) -> None:
         self._together: dict[int, float] = {}
@@ -43,7 +43,7 @@ class StepCosts:
     def ran_together(self, rows: int, seconds: float) -> None:
         self._since = 0
         self._together[rows] = _blend(self._together.get(rows), seconds)
-        for tokens, held in self._alone.items():
+        for tokens, held in list(self._alone.items()):
             self._alone[tokens] = held + _FORGET * (self._guess(tokens) - held)
 
     def ran_alone(self, tokens: int, seconds: float) -> None:
@@ -124,7 +124,7 @@ def _best_guesses(rows: Sequence[Row], costs: StepCosts) -> list[list[int]]:
         row.lookup.follow(row.tokens[row.lookup.length - len(row.request.ids) :])
         if together is None or row.behind != 1:
             continue
-        guesses, tokens = row.lookup.best(row.limit - len(row.tokens) - 1, _LENGTHS, costs.alone)
+        guesses, tokens = row.lookup.best(row.limit - len(row.tokens) - 1, RUNS, costs.alone)
         found.append(guesses)
         expected += tokens
         seconds += costs.alone(1 + len(guesses))
