@@ -87,7 +87,8 @@ class Soak:
 
     async def run(self, progress: Progress) -> None:
         task = progress.add_task("requests", total=self.requests)
-        limits = httpx.Limits(max_connections=CLIENTS * 2)
+        # the server closes connections that were idle for 5 seconds, which are no longer used well before
+        limits = httpx.Limits(max_connections=CLIENTS * 2, keepalive_expiry=2)
         async with httpx.AsyncClient(base_url=self.url, timeout=1800, limits=limits) as client:
             swapping = asyncio.create_task(self.swap())
             left = iter(range(self.requests))
