@@ -1,7 +1,8 @@
 """Continuous batching: requests join and leave a running batch between decode steps, each with its own adapters.
 
 Every step of a `Batch` runs at most one chunk of one waiting prompt, then one token of every decoding row, so that
-running rows keep flowing while prompts are prefilled. Row i of the KV cache is the i-th decoding row; the prompt being
+running rows keep flowing while prompts are prefilled. Where it is faster, each decoding row runs by itself instead, with
+tokens that are guessed to come next. Row i of the KV cache is the i-th decoding row; the prompt being
 prefilled is in the row after them.
 """
 

@@ -4,6 +4,7 @@
 
 For each set of prompts: how many times faster a token is decoded (of all answers together, and the median, least and most
 of an answer's), by the clock and by the time of the process's threads; tokens a step; and how many texts are alike.
+With `--rows N`, N prompts at a time are answered in one batch, which counts as one answer.
 Other work on the machine moves the clock's figures more than those of the threads.
 """
 
@@ -12,9 +13,10 @@ import json
 import statistics
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from reft_edge.runtime import SteeredModel
+from reft_edge.runtime import Piece, Request, SteeredModel
 
 PROMPTS = json.loads(Path(__file__).with_name("copy_heavy.json").read_text(encoding="utf-8"))
 SETS = {
@@ -33,6 +35,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--adapter", type=Path)
     parser.add_argument("--cache-type", default="auto")
+    parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
     given = parser.parse_args()
     model = SteeredModel(given.export, "cpu", given.threads, cache_type=given.cache_type)
@@ -40,7 +43,7 @@ def main() -> None:
     for speculate in (False, True):
         model.generate("Repeat: one two three one two three", adapter, max_tokens=32, speculate=speculate)
     for name in given.sets:
-        measure(name, model, adapter, given.max_tokens, given.rounds)
+        measure(name, model, adapter, given.max_tokens, given.rounds, given.rows)
 
 
 @dataclass(frozen=True)
@@ -54,12 +57,15 @@ class Timed:
     steps: int
 
 
-def measure(name: str, model: SteeredModel, adapter: str | None, max_tokens: int, rounds: int) -> None:
+def measure(
+    name: str, model: SteeredModel, adapter: str | None, max_tokens: int, rounds: int, rows: int
+) -> None:
     answers: dict[bool, list[Timed]] = {False: [], True: []}
     for number in range(rounds):
-        for place, prompt in enumerate(SETS[name]):
-            for speculate in (False, True) if (number + place) % 2 else (True, False):
-                answers[speculate].append(answered(model, prompt, adapter, max_tokens, speculate))
+        for place in range(0, len(SETS[name]), rows):
+            prompts = SETS[name][place : place + rows]
+            for speculate in (False, True) if (number + place // rows) % 2 else (True, False):
+                answers[speculate].append(answered(model, prompts, adapter, max_tokens, speculate))
     pairs = list(zip(answers[False], answers[True], strict=True))
     alike = sum(plain.text == guessed.text for plain, guessed in pairs)
     rate = sum(each.tokens for each in answers[True]) / sum(each.steps for each in answers[True])
@@ -75,15 +81,31 @@ def measure(name: str, model: SteeredModel, adapter: str | None, max_tokens: int
 
 
 def answered(
-    model: SteeredModel, prompt: str, adapter: str | None, max_tokens: int, speculate: bool
+    model: SteeredModel, prompts: list[str], adapter: str | None, max_tokens: int, speculate: bool
 ) -> Timed:
-    answer = model.stream(prompt, adapter, max_tokens=max_tokens, speculate=speculate)
-    pieces = [next(answer, "")]
-    before, busy, started = len(answer.tokens), time.process_time(), time.perf_counter()
-    pieces += answer
+    """Answers of one batch; it is timed from where all have a token."""
+    batch, texts = model.batch(len(prompts), speculate=speculate), ["" for _ in prompts]
+    chosen = {adapter: 1.0} if adapter else {}
+
+    def deliver(place: int, piece: Piece) -> None:
+        texts[place] += piece.text
+
+    rows = [
+        model.row(Request(tuple(model.encode(prompt, chosen)), chosen, max_tokens), partial(deliver, place))
+        for place, prompt in enumerate(prompts)
+    ]
+    for row in rows:
+        batch.add(row)
+    while batch.waiting or batch.prefilling:
+        batch.step()
+    before, steps = sum(len(row.tokens) for row in rows), 0
+    busy, started = time.process_time(), time.perf_counter()
+    while not batch.idle:
+        batch.step()
+        steps += len(batch.decoding) or 1
     seconds, busy = time.perf_counter() - started, time.process_time() - busy
-    tokens, steps = len(answer.tokens) - before, answer.decode_steps
-    return Timed("".join(pieces), seconds, busy, max(1, tokens), max(1, steps))
+    tokens = sum(len(row.tokens) for row in rows) - before
+    return Timed("\n".join(texts), seconds, busy, max(1, tokens), max(1, steps))
 
 
 if __name__ == "__main__":
