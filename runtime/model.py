@@ -21,7 +21,11 @@ from reft_edge.runtime.constraints import Constraint, Constraints
 from reft_edge.runtime.generation import Generation
 from reft_edge.runtime.int8_cache import open_session
 from reft_edge.runtime.mixes import BUDGET, Mixes
+from reft_edge.runtime.prefix import PrefixCache
+from reft_edge.runtime.prompt_files import BUDGET as PROMPT_BUDGET
+from reft_edge.runtime.prompt_files import open_prompts
 from reft_edge.runtime.request import Piece, Request, Row
+from reft_edge.runtime.room import PREFIX_SHARE, usual_budget
 from reft_edge.runtime.sampling import Sampling
 from reft_edge.runtime.session import Logits
 from reft_edge.runtime.speculation import StepCosts, speculation_for
@@ -73,6 +77,7 @@ class SteeredModel:
         self.graph = open_session(
             path, self.manifest, self.prompts, cache_type, device, threads, provider_options
         )
+        self._prefixes: PrefixCache | None = None
         self._lock = threading.Lock()
         self._adapters: dict[str, _Loaded] = {}
         self._mixes = Mixes(self.graph, self.manifest, mix_budget)
@@ -93,6 +98,18 @@ class SteeredModel:
     def device(self) -> str:
         """`cpu` or `cuda`: where the graph runs."""
         return self.graph.device
+
+    def keep_prompts(self, folder: Path | str | None = None, size: int = PROMPT_BUDGET) -> None:
+        """From now on, `stream` remembers prompts for those that begin alike, such as the next turn of a conversation. With a
+        `folder`, long ones outlast the process, in files of at most `size` bytes together.
+
+        Raises ReftEdgeError for a folder that cannot be used, or a model whose prompts cannot be kept in one.
+        """
+        files = None
+        if folder is not None:
+            files = open_prompts(Path(folder), self.folder, self.manifest, self.graph, size)
+        budget = usual_budget(self.graph) // PREFIX_SHARE if self.graph.cuts_cache else 0
+        self._prefixes = PrefixCache(budget, files)
 
     def load_adapter(self, path: AdapterSource, name: str | None = None) -> str:
         """Read, check and fold an adapter file; returns its name (by default the file's, without its ending).
@@ -154,8 +171,11 @@ class SteeredModel:
         chosen = self._chosen(adapter)
         ids = tuple(self.encode(prompt, chosen, raw))
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        batch = self.batch(1, speculate=speculate)
+        if self._prefixes is not None:
+            batch.prefixes = self._prefixes
         return Generation(
-            self.batch(1, speculate=speculate),
+            batch,
             lambda deliver: self.row(
                 Request(ids, chosen, max_tokens, stops, sampling or Sampling(), constraint=form), deliver
             ),

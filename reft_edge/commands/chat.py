@@ -21,6 +21,7 @@ from reft_edge.commands.options import (
     CacheType,
     Device,
     Folder,
+    PromptCache,
     ProviderOptions,
     RepetitionPenalty,
     RequireSigned,
@@ -59,6 +60,7 @@ def chat(
     speculate: Speculate = None,
     cache_type: CacheType = "auto",
     chat_template_kwargs: TemplateArguments = None,
+    prompt_cache: PromptCache = None,
     require_signed: RequireSigned = None,
     device: Device = "auto",
     threads: Threads = None,
@@ -80,6 +82,7 @@ def chat(
             provider_options(provider_option),
             cache_type=cache_type,
         )
+        model.keep_prompts(prompt_cache)
         model.prompts = model.prompts.with_arguments(template_arguments(chat_template_kwargs))
         conversation = Chat(
             model,

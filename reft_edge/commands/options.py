@@ -58,6 +58,15 @@ ProviderOptions = Annotated[
         show_default=False,
     ),
 ]
+PromptCache = Annotated[
+    Path | None,
+    typer.Option(
+        "--prompt-cache",
+        metavar="FOLDER",
+        help="Keep long prompts in this folder, so that they need not run again next time.",
+        show_default=False,
+    ),
+]
 TemplateArguments = Annotated[
     str | None,
     typer.Option(

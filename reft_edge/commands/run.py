@@ -21,6 +21,7 @@ from reft_edge.commands.options import (
     Device,
     Folder,
     Json,
+    PromptCache,
     ProviderOptions,
     RepetitionPenalty,
     RequireSigned,
@@ -52,6 +53,7 @@ _GENERATION = (
     "speculate",
     "cache_type",
     "chat_template_kwargs",
+    "prompt_cache",
     "stats",
     "provider_option",
 )
@@ -98,6 +100,7 @@ def run(
         str | None, typer.Option(help="The second text of a pair to classify.", show_default=False)
     ] = None,
     chat_template_kwargs: TemplateArguments = None,
+    prompt_cache: PromptCache = None,
     require_signed: RequireSigned = None,
     device: Device = "auto",
     threads: Threads = None,
@@ -126,6 +129,8 @@ def run(
         model = SteeredModel(
             folder, device, threads, trusted, provider_options(provider_option), cache_type=cache_type
         )
+        if prompt_cache is not None:
+            model.keep_prompts(prompt_cache)
         model.prompts = model.prompts.with_arguments(template_arguments(chat_template_kwargs))
         scales: dict[str, float] = {}
         for number, given in enumerate(adapter or []):

@@ -120,6 +120,29 @@ def test_files_of_another_model_are_left_alone_with_one_line(export, tmp_path, c
     assert len(list(folder.iterdir())) == 2
 
 
+@pytest.mark.usefixtures("adapters")
+def test_a_model_keeps_prompts_of_its_own_answers_and_says_the_same(export, tmp_path, monkeypatch):
+    ran = []
+    step = BoundRows.step
+    monkeypatch.setattr(
+        BoundRows, "step", lambda self, ids, lengths: ran.append(ids.shape[1]) or step(self, ids, lengths)
+    )
+    alone = SteeredModel(export, device="cpu")
+    expected = [alone.generate(SYSTEM + end, raw=True, max_tokens=6) for end in ("Who?", "Where is it?")]
+    for place in (None, tmp_path / "prompts", tmp_path / "prompts"):
+        model = SteeredModel(export, device="cpu")
+        model.keep_prompts(place)
+        ran.clear()
+        assert model.generate(SYSTEM + "Who?", raw=True, max_tokens=6) == expected[0]
+        first = max(ran)
+        ran.clear()
+        assert model.generate(SYSTEM + "Where is it?", raw=True, max_tokens=6) == expected[1]
+        assert max(ran) < 40
+        if place is not None:
+            model._prefixes.files.close()
+    assert first < 40
+
+
 def files(folder, model="m", budget=1 << 20):
     return PromptFiles(folder, model, SHAPES, np.float32, 512, budget)
 
