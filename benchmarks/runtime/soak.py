@@ -187,7 +187,7 @@ class Soak:
 
     async def bad(self, client: httpx.AsyncClient, body: dict, number: int) -> None:
         worse = [
-            ({**body, "model": "soak:nobody"}, 404),
+            ({**body, "model": "soak:nobody", "adapters": None}, 404),
             ({**body, "temperature": -1}, 400),
             ({**body, "prompt": "word " * 100_000}, 400),
             ({**body, "tools": [1]}, 400),
