@@ -65,7 +65,7 @@ def main() -> None:
     writer.add_vocab_size(size["vocab_size"])
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
-    words = ["<s>", "</s>", *map(chr, range(33, 127))]
+    words = ["<s>", "</s>", "ab", *map(chr, range(33, 127))]
     writer.add_token_list(words + [f"<{number}>" for number in range(size["vocab_size"] - len(words))])
     writer.add_token_merges(["a b"])
     writer.add_bos_token_id(0)

@@ -45,8 +45,14 @@ def write_exact(source: Path, target: Path) -> None:
 
 
 def _widened(stored: ir.TensorProtocol) -> ir.TensorProtocol:
+    def widen() -> ir.TensorProtocol:
+        content = stored.numpy().astype(np.float32)
+        if isinstance(stored, ir.ExternalTensor):
+            stored.release()  # what was read of a mapped file counts as this process's memory until then
+        return ir.tensor(content)
+
     return ir.LazyTensor(
-        lambda: ir.tensor(stored.numpy().astype(np.float32)),
+        widen,
         dtype=ir.DataType.FLOAT,
         shape=ir.Shape(stored.shape.numpy()),
         name=stored.name,

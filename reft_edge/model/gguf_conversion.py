@@ -44,7 +44,7 @@ class _IndivisibleError(Exception):
 
 
 def write_model(gguf: Path, header: GgufHeader, folder: Path) -> None:
-    """Write config.json, generation_config.json, the tokenizer and the weights of a checked file to a folder.
+    """Write config.json, generation_config.json and the weights of a checked file to a folder.
 
     Raises ReftEdgeError if transformers cannot read the file, if its metadata describe another model than its tensors, or if
     some of the model's weights are not in it.

@@ -73,8 +73,8 @@ def convert_gguf(gguf: Path, report: Report = lambda message: None) -> Path:
         raise ReftEdgeError(f"cannot read {gguf}: {error}") from error
     report(f"converting {gguf.name} to the Hugging Face layout (once)")
     with replace_folder(target, "config.json") as folder:
-        write_model(gguf, header, folder)
         write_tokenizer(gguf, folder)
+        write_model(gguf, header, folder)
     return target
 
 
