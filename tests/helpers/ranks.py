@@ -3,7 +3,6 @@
 A process's imports are nine tenths of a tiny training's time; torchrun and Accelerate themselves have tests of their own.
 """
 
-import multiprocessing
 import os
 import runpy
 import socket
@@ -14,8 +13,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from subprocess import CompletedProcess
 
-_FORKS = multiprocessing.get_context("forkserver")
-_PRELOADED = ["reft_edge.commands.train", "reft_edge.training.run", "reft_edge.model.loading", "accelerate"]
+from tests.helpers.forks import FORKS
 
 
 def run_ranks(
@@ -26,7 +24,6 @@ def run_ranks(
     `code` is a script with its arguments, or `-m`, a module and its arguments. The return code is the first one that is
     not 0, in the order in which the processes ended.
     """
-    _FORKS.set_forkserver_preload(_PRELOADED)
     with socket.socket() as free, tempfile.TemporaryDirectory() as place:
         free.bind(("127.0.0.1", 0))
         group = {
@@ -42,7 +39,7 @@ def run_ranks(
             if count > 1:
                 variables |= {**group, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             arguments = (list(code), variables, str(folder), tuple(map(str, outputs)))
-            ranks.append(_FORKS.Process(target=_run, args=arguments))
+            ranks.append(FORKS.Process(target=_run, args=arguments))
             ranks[-1].start()
         failed = 0
         running = {rank.sentinel: rank for rank in ranks}

@@ -1,7 +1,6 @@
 """The model builder forked from a process that has imported what it needs, which otherwise takes nine tenths of a tiny
 export's time. The command line's own tests start it as users do."""
 
-import multiprocessing
 import os
 import sys
 from collections.abc import Sequence
@@ -9,8 +8,7 @@ from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any
 
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["reft_edge.export.builder_process", "onnxruntime_genai.models.builder"])
+from tests.helpers.forks import FORKS
 
 
 def start_warm_builder(arguments: Sequence[str], folder: Path) -> "WarmBuilder":
@@ -24,7 +22,7 @@ class WarmBuilder:
     def __init__(self, arguments: Sequence[str], folder: Path) -> None:
         reader, writer = os.pipe()
         self.stdout = os.fdopen(reader, errors="replace")
-        self._process = _FORKS.Process(target=_build, args=(list(arguments), str(folder), DupFd(writer)))
+        self._process = FORKS.Process(target=_build, args=(list(arguments), str(folder), DupFd(writer)))
         self._process.start()
         os.close(writer)
 
