@@ -13,29 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from random_llama import SIZES, shards
 
-NAMES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
 KIND = gguf.GGMLQuantizationType.Q4_K
 WEIGHTS, BYTES = gguf.GGML_QUANT_SIZES[KIND]
-
-
-def name_of(name: str) -> str:
-    """What GGUF calls a tensor of Llama's."""
-    others = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-    stem = name.removesuffix(".weight")
-    if stem in others:
-        return f"{others[stem]}.weight"
-    _, _, block, part = stem.split(".", 3)
-    return f"blk.{block}.{NAMES[part]}.weight"
 
 
 def blocks(shape: tuple[int, ...], random: np.random.Generator) -> NDArray[np.uint8]:
@@ -70,12 +49,14 @@ def main() -> None:
     writer.add_token_merges(["a b"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, size["num_hidden_layers"])
     for shapes in shards(size).values():
-        for name, shape in shapes.items():
+        for llamas, shape in shapes.items():
+            name = names.get_name(llamas, try_suffixes=(".weight",))
             if len(shape) == 1:
-                writer.add_tensor(name_of(name), np.ones(shape, np.float32))
+                writer.add_tensor(name, np.ones(shape, np.float32))
             else:
-                writer.add_tensor(name_of(name), blocks(shape, random), raw_dtype=KIND)
+                writer.add_tensor(name, blocks(shape, random), raw_dtype=KIND)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -7,6 +7,13 @@ from typing import Any
 import gguf
 import numpy as np
 
+_PARTS = (
+    *(f"self_attn.{part}_proj" for part in "qkvo"),
+    *(f"mlp.{part}_proj" for part in ("gate", "up", "down")),
+    "input_layernorm",
+    "post_attention_layernorm",
+)
+"""Of a block, in the file's order."""
 _HALVES = {  # where a block has its 16-bit factors
     "Q4_0": (0,),
     "Q4_1": (0, 2),
@@ -93,17 +100,7 @@ def write_gguf(path: Path, model: Any, kind: str | Callable[[str], str] = "F32")
     writer.add_token_merges(["a b"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
-    names = {
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
-    }
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
 
     def permute(weight, heads):  # llama.cpp interleaves rotary halves
         rows, columns = weight.shape
@@ -128,16 +125,17 @@ def write_gguf(path: Path, model: Any, kind: str | Callable[[str], str] = "F32")
         add("output.weight", state["lm_head.weight"].numpy())
     writer.add_tensor("output_norm.weight", state["model.norm.weight"].numpy())
     for layer in range(config.num_hidden_layers):
-        for ours, theirs in names.items():
-            weight = state[f"model.layers.{layer}.{ours}.weight"].numpy()
-            if theirs == "attn_q":
+        for part in _PARTS:
+            llamas = f"model.layers.{layer}.{part}.weight"
+            name, weight = names.get_name(llamas, try_suffixes=(".weight",)), state[llamas].numpy()
+            if part == "self_attn.q_proj":
                 weight = permute(weight, config.num_attention_heads)
-            elif theirs == "attn_k":
+            elif part == "self_attn.k_proj":
                 weight = permute(weight, config.num_key_value_heads)
             if weight.ndim == 2:
-                add(f"blk.{layer}.{theirs}.weight", weight)
+                add(name, weight)
             else:
-                writer.add_tensor(f"blk.{layer}.{theirs}.weight", weight)
+                writer.add_tensor(name, weight)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

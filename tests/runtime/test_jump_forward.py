@@ -7,6 +7,7 @@ import pytest
 
 from reft_edge.runtime import Constraint, Engine, Request, Sampling, SteeredModel, batch
 from reft_edge.runtime.constraints import Constraints
+from tests.helpers.batches import run_rows
 
 pytest.importorskip("llguidance")
 
@@ -36,16 +37,7 @@ def request(model, prompt="Who are you?", adapters=None, **fields):
 
 
 def run(model, requests):
-    """Rows that have run together, and their texts."""
-    together, pieces = model.batch(max(2, len(requests))), [[] for _ in requests]
-    rows = [model.row(request, found.append) for request, found in zip(requests, pieces, strict=True)]
-    for row in rows:
-        together.add(row)
-    steps = 0
-    while not together.idle:
-        together.step()
-        steps += 1
-    return rows, ["".join(piece.text for piece in found) for found in pieces], steps
+    return run_rows(model.batch(max(2, len(requests))), model, requests)
 
 
 @pytest.mark.parametrize("adapters", [{}, {"everywhere": 1.0}])

@@ -13,6 +13,7 @@ from reft_edge.runtime import Constraint, Engine, Request, Sampling, SteeredMode
 from reft_edge.runtime.drafts import Lookup
 from reft_edge.runtime.rows import SeparateRows
 from reft_edge.runtime.speculation import StepCosts
+from tests.helpers.batches import run_rows
 
 CHOICES = [{}, {"first": 1.0}, {"everywhere": 1.0}, {"first": 1.0, "everywhere": -0.7}]
 
@@ -63,18 +64,7 @@ def foresight(monkeypatch):
 
 
 def run(model, requests, speculate, slots=3, **sizes):
-    """Rows that ran together, their texts, and how many steps that took."""
-    batch, pieces = model.batch(slots, speculate=speculate, **sizes), [[] for _ in requests]
-    rows = [
-        model.row(request, found.append, batch.room) for request, found in zip(requests, pieces, strict=True)
-    ]
-    for row in rows:
-        batch.add(row)
-    steps = 0
-    while not batch.idle:
-        batch.step()
-        steps += 1
-    return rows, ["".join(piece.text for piece in found) for found in pieces], steps
+    return run_rows(model.batch(slots, speculate=speculate, **sizes), model, requests)
 
 
 def ask(model, text="Who are you?", adapters=None, **fields):
