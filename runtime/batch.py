@@ -52,9 +52,8 @@ class Batch:
         speculation: Speculation | None = None,
     ) -> None:
         """`slots`: rows at most; `prefix_budget`: bytes of prompts to remember; `cache_budget`: bytes of keys and values of
-        all rows, none for as many as they need. `speculation`: guesses tokens, which takes a graph that
-        `steps_back`. Raises ReftEdgeError for fewer than 1 slot, a graph without a KV
-        cache, or a budget that holds next to nothing."""
+        all rows, none for as many as they need. `speculation`: guesses tokens, which takes a graph that `steps_back`. Raises
+        ReftEdgeError for fewer than 1 slot, a graph without a KV cache, or a budget that holds next to nothing."""
         if slots < 1:
             raise ReftEdgeError(f"slots is {slots}; expected 1 or more")
         self._graph, self._eos = graph, eos_token_ids

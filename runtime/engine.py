@@ -5,7 +5,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 
 from reft_edge.errors import ReftEdgeError
@@ -120,8 +119,7 @@ class Engine:
             self._check_room()  # before the work that a row is
         row = self._model.row(request, deliver or pieces.put, self.batch.room)
         if self._files is not None:
-            with suppress(MemoryError):
-                self.batch.prefixes.fetch(request.ids, row.bound.edit)
+            self.batch.prefixes.fetch(request.ids, row.bound.edit)
         with self._changed:
             self._check_room()
             self._arrived.append(row)

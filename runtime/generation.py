@@ -3,7 +3,6 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 
 from reft_edge.runtime.batch import Batch
 from reft_edge.runtime.request import Piece, Row
@@ -17,8 +16,7 @@ class Generation(Iterator[str]):
         self._batch = batch
         self._pieces: deque[Piece] = deque()
         self._row = make_row(self._pieces.append)
-        with suppress(MemoryError):
-            batch.prefixes.fetch(self._row.request.ids, self._row.bound.edit)
+        batch.prefixes.fetch(self._row.request.ids, self._row.bound.edit)
         batch.add(self._row)
         self.prompt_tokens = len(self._row.request.ids)
         self.prefill_seconds = 0.0

@@ -3,6 +3,7 @@
 import threading
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -89,14 +90,15 @@ class PrefixCache:
 
     def fetch(self, ids: Sequence[int], edit: Edit | None) -> None:
         """Read from the files what they have of a prompt that is to run, where that is more than what is in memory. It can
-        take a while: call it before the prompt has its turn."""
+        take a while: call it before the prompt has its turn. Where memory lacks, the prompt runs whole."""
         if self.files is None or not self.budget:
             return
         with self._lock:
             count = self._best(ids, edit)[0]
-        prefix = self.files.find(ids, edit, count, self.budget)
-        if prefix is not None:
-            self._keep(prefix)
+        with suppress(MemoryError):
+            prefix = self.files.find(ids, edit, count, self.budget)
+            if prefix is not None:
+                self._keep(prefix)
 
     def wants(self, ids: Sequence[int], edit: Edit | None, size: int) -> bool:
         """Whether a prompt that ran is worth a copy of `size` bytes: it fits the budget, and has more than a few tokens that

@@ -12,6 +12,7 @@ from reft_edge.commands.options import (
     CacheType,
     Device,
     Folder,
+    PromptCache,
     ProviderOptions,
     RequireSigned,
     Speculate,
@@ -64,14 +65,7 @@ def serve(
         ),
     ] = None,
     cache_type: CacheType = "auto",
-    prompt_cache: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="Keep long prompts in this folder, so that they need not run again after a restart.",
-            show_default=False,
-        ),
-    ] = None,
+    prompt_cache: PromptCache = None,
     prompt_cache_size: Annotated[
         int, typer.Option(min=1, help="MB that this folder may take; what was not used for longest goes.")
     ] = 2048,
