@@ -27,6 +27,7 @@ from reft_edge.export.checks import (
     torch_logits,
 )
 from reft_edge.export.exact import write_exact
+from reft_edge.export.ports import edited_values
 from reft_edge.export.residual import Site
 from reft_edge.model.blocks import decoder_layers
 from reft_edge.model.manifest import Manifest
@@ -92,7 +93,7 @@ def probe(
             kinds.add((array.dtype, array.shape[2]))
         if head:
             whole = whole and found[head].ndim == 3 and found[head].shape[1] == len(row)
-        streams.append([_stream(found, part) for part in taps])
+        streams.append([_stream(found, (part.value, part.skip)) for part in taps])
     if len(kinds) != 1:
         raise ReftEdgeError(
             "cannot place ports: the values taken for block outputs have different types or sizes: "
@@ -152,13 +153,15 @@ def run_graphs(
             strict=True,
         )
     )
-    inside = [name for part in taps for name in (part.value, part.skip, _edited(part.layer)) if name]
+    in_32_bits = manifest.float_type == "fp32"
+    edits = {part: edited_values(Place(part.layer), part.skip, in_32_bits) for part in taps}
+    inside = [name for part in taps for name in (part.value, part.skip, *edits[part]) if name]
     port_error = 0.0
     for row, found in zip(rows, _run(graph, inside, rows, manifest.head_size, ports), strict=True):
         t = np.arange(len(row))
         for part in taps:
-            expected = apply(edit, Place(part.layer), _stream(found, part), t, len(row))
-            edited = _stream({**found, part.value: found[_edited(part.layer)]}, part)
+            expected = apply(edit, Place(part.layer), _stream(found, (part.value, part.skip)), t, len(row))
+            edited = _stream(found, edits[part])
             scale = max(1.0, float(np.abs(expected).max()))
             port_error = max(port_error, float(np.abs(edited - expected).max()) / scale)
     for path in temporary:
@@ -346,12 +349,6 @@ def _run(
     return found
 
 
-def _stream(found: dict[str, NDArray[np.float32]], part: Tap) -> Stream:
-    stream: Stream = found[part.value][0].astype(np.float32)
-    if part.skip:
-        stream = stream + found[part.skip][0].astype(np.float32)
+def _stream(found: dict[str, NDArray[np.float32]], summands: Sequence[str]) -> Stream:
+    stream: Stream = np.sum([found[name][0].astype(np.float32) for name in summands if name], axis=0)
     return stream
-
-
-def _edited(layer: int) -> str:
-    return f"/reft.layers.{layer}/edited/output_0"

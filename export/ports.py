@@ -4,11 +4,14 @@ At each port, with h the hidden state of its place (a block's output, or that of
 
     h' = h + ((h A + b) · gate[columns]) B
 
+Where h is only formed inside a fused skip-and-normalise node, a graph in 32 bits has that node sum h and its edit. (In 16 bits
+such a node may go on with a sum of 32 bits, which h is not: there the edit is added to the branch.)
+
 and once for the graph, with t the absolute position and n the prompt's length:
 
-    gate = (t < first and t < n // 2                                          prefix
-            or n − last ≤ t < n and (last is unlimited or t ≥ n − n // 2)     suffix
-            or n ≤ t < n + after) · scale                                     generated
+    gate = (t < min(first, n // 2)                                            prefix
+            or n − suffix ≤ t < n + after) · scale                            suffix and generated
+    suffix = last if last is unlimited, else min(last, n // 2)
 
 Every input below has a default of rank 0, under which the graph computes what it did without ports, bit for bit.
 
@@ -30,6 +33,7 @@ import onnx_ir as ir
 
 from reft_edge.adapter.positions import UNLIMITED
 from reft_edge.export.residual import Site, Use, find_head_input
+from reft_edge.model.places import Place
 
 INPUT_IDS, ATTENTION_MASK = "input_ids", "attention_mask"
 _END = np.iinfo(np.int64).max
@@ -97,14 +101,26 @@ def insert_ports(
         h = op("Add", [site.skip.value, last], "h") if site.skip else last
         z = op("Add", [op("MatMul", [h, a], "hA"), b], "z")
         gated = op("Mul", [z, op("Gather", [gate, columns], "gate", axis=2)], "gated")
-        edited = op("Add", [last, op("MatMul", [gated, back], "delta")], "edited")
+        delta = op("MatMul", [gated, back], "delta")
+        summed = site.skip is not None and dtype == np.float32
+        edited = delta if summed else op("Add", [last, delta], "edited")
         graph.insert_before(_earliest(graph, site.uses), op.nodes)
         for use in site.uses:
             use.node.replace_input_with(use.index, edited)
+        if site.skip and summed:
+            site.skip.node.replace_input_with(site.skip.index, h)
 
     if keep_logits and any(output.name == "logits" for output in graph.outputs):
         _keep_logits(graph, port("reft.logits_to_keep", [], np.array(0, np.int64)))
     return table
+
+
+def edited_values(place: Place, skip: str, in_32_bits: bool) -> tuple[str, ...]:
+    """Names of the values whose sum is the edited hidden state at a port; `skip` names what its site's `skip` reads, if any."""
+    if skip and in_32_bits:
+        return f"/{place.port}/h/output_0", f"/{place.port}/delta/output_0"
+    edited = f"/{place.port}/edited/output_0"
+    return (edited, skip) if skip else (edited,)
 
 
 def _keep_logits(graph: ir.Graph, keep: ir.Value) -> None:
@@ -158,7 +174,6 @@ def _gate(
 ) -> ir.Value:
     """`[batch, sequence, gates]`, in the graph's float type."""
     zero, one, two = (op.constant(name, content) for name, content in (("zero", 0), ("one", 1), ("two", 2)))
-    unlimited = op.constant("unlimited", UNLIMITED)
     sequence = op("Gather", [op("Shape", [ids], "ids_shape"), one], "sequence")
     total = op("Gather", [op("Shape", [mask], "mask_shape"), one], "total")
     past = op("Sub", [total, sequence], "past")
@@ -170,27 +185,12 @@ def _gate(
     n = op("Unsqueeze", [length, op.constant("inner", [1, 2])], "n")
     half = op("Div", [n, two], "half")
 
-    prefix = op("And", [op("Less", [t, first], "in_first"), op("Less", [t, half], "in_first_half")], "prefix")
-    in_prompt = op("Less", [t, n], "in_prompt")
-    near_end = op("GreaterOrEqual", [t, op("Sub", [n, last], "last_start")], "in_last")
-    second_half = op(
-        "Or",
-        [
-            op("GreaterOrEqual", [last, unlimited], "last_unlimited"),
-            op("GreaterOrEqual", [t, op("Sub", [n, half], "half_start")], "past_half"),
-        ],
-        "in_last_half",
-    )
-    suffix = op("And", [op("And", [near_end, in_prompt], "in_suffix"), second_half], "suffix")
-    generated = op(
-        "And",
-        [
-            op("Not", [in_prompt], "after_prompt"),
-            op("Less", [t, op("Add", [n, after], "after_end")], "in_after"),
-        ],
-        "generated",
-    )
-    opened = op("Or", [op("Or", [prefix, suffix], "on_prompt"), generated], "open")
+    prefix = op("Less", [t, op("Min", [first, half], "prefix_end")], "prefix")
+    unlimited = op("GreaterOrEqual", [last, op.constant("unlimited", UNLIMITED)], "last_unlimited")
+    suffix = op("Where", [unlimited, last, op("Min", [last, half], "last_in_half")], "suffix_len")
+    since = op("GreaterOrEqual", [t, op("Sub", [n, suffix], "suffix_start")], "since_suffix")
+    before = op("Less", [t, op("Add", [n, after], "generated_end")], "before_end")
+    opened = op("Or", [prefix, op("And", [since, before], "rest")], "open")
     assert scale.dtype is not None
     return op("Mul", [op("Cast", [opened], "open_as_float", to=scale.dtype), scale], "gate")
 

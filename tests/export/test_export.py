@@ -394,6 +394,14 @@ def test_blocks_are_found_by_structure_where_names_tell_nothing(tmp_path, wide, 
     assert manifest.layers == tuple(range(LAYERS))
 
 
+def test_the_norm_after_a_block_sums_the_edit_in_32_bits(device_folder):
+    graph = ir.load(device_folder / "export/model.onnx").graph
+    for site in find_sites(graph, LAYERS):
+        port = [node for node in graph if (node.name or "").startswith(f"/{site.place.port}/")]
+        assert [node.op_type for node in port] == ["Add", "MatMul", "Add", "Gather", "Mul", "MatMul"]
+        assert (site.skip.value, site.uses[0].value) == (port[0].outputs[0], port[-1].outputs[0])
+
+
 def test_other_folders_are_not_overwritten(tmp_path, device_folder):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(ReftEdgeError, match="is not empty and was not written by reft-edge"):

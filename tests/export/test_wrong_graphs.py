@@ -87,8 +87,10 @@ def test_a_port_that_edits_nothing_is_found_out(export, tmp_path, monkeypatch):
 
     def unplugged(model, *choices):
         table = insert(model, *choices)
-        edit = next(node for node in model.graph if node.name == "/reft.layers.1/edited/Add")
-        edit.outputs[0].replace_all_uses_with(edit.inputs[0])
+        edit = next(node for node in model.graph if node.name == "/reft.layers.1/delta/MatMul")
+        nothing = ir.node("Sub", [edit.inputs[0], edit.inputs[0]])
+        model.graph.insert_before(edit, nothing)
+        edit.replace_input_with(0, nothing.outputs[0])
         return table
 
     monkeypatch.setattr(recipe, "insert_ports", unplugged)
