@@ -217,8 +217,11 @@ def _append_means(node: ir.Node, x: ir.Value, size: int, filler: int) -> list[ir
         output = ir.Value(name=f"{prefix}/{name}/output_0", type=x.type)
         return ir.node(op, inputs, attributes, outputs=[output], name=f"{prefix}/{name}")
 
-    means = add("AveragePool", [x], "block_means", kernel_shape=[size], strides=[size])
-    new, parts = [means], [x, means.outputs[0]]
+    shape = _constant(f"{prefix}/shape", [0, 0, -1, size])
+    axes = _constant(f"{prefix}/axes", [-1])
+    blocks = add("Reshape", [x, shape.outputs[0]], "blocks")
+    means = add("ReduceMean", [blocks.outputs[0], axes.outputs[0]], "block_means", keepdims=0)
+    new, parts = [shape, axes, blocks, means], [x, means.outputs[0]]
     if filler:
         bounds = [
             _constant(f"{prefix}/{what}", [number])
