@@ -15,10 +15,11 @@ import numpy as np
 
 from reft_edge.errors import ReftEdgeError
 from reft_edge.runtime.logprobs import TokenScore, score
-from reft_edge.runtime.prefix import Prefix, PrefixCache
+from reft_edge.runtime.prefix import Prefix, PrefixCache, Ran
 from reft_edge.runtime.request import Piece, Row, as_reason
 from reft_edge.runtime.room import SPARE, tokens_in
 from reft_edge.runtime.rows import (
+    ALIGNMENT,
     BoundRows,
     JoinedRows,
     RowInTurn,
@@ -68,6 +69,8 @@ class Batch:
         self.waiting: deque[Row] = deque()
         self.decoding: list[Row] = []
         self.prefilling: Row | None = None
+        self._left: tuple[Ran, int] | None = None
+        """The prompt of the row that left last, and how many of its tokens are still in the first row of the cache."""
         self._bound_decode: tuple[list[Row], RowsTogether | RowsInTurn] | None = None
         self._bound_prefill: tuple[int, BoundRows | RowInTurn] | None = None
         self._bound_alone: dict[tuple[int, bool], tuple[Row, BoundRows | RowInTurn]] = {}
@@ -102,7 +105,8 @@ class Batch:
             self._decode()
         if not self.running:
             self._unbind()
-            self._cache.clear()
+            if self._left is None:
+                self._cache.clear()
 
     def _can_start(self) -> bool:
         """Whether the first that waits can have a slot, and room for a while beside those that run."""
@@ -122,6 +126,7 @@ class Batch:
         self.decoding, self.prefilling = [], None
         self.waiting.clear()
         self._unbind()
+        self._left = None
         self._cache.clear()
         for row in rows:
             _end(row, reason, error=error)
@@ -150,18 +155,16 @@ class Batch:
             return
         self.prefilling = self._bound_prefill = None
         self.decoding.append(row)
+        goes_on = bool(row.tokens) or self._take(row, logits)
         self._remember(row)
-        if not row.tokens and not self._take(row, logits):
+        if not goes_on:
             self._leave(row)
 
     def _run_part(self, row: Row) -> Logits | None:
         """Run one chunk of a row's prompt; the logits `[vocabulary]` behind its last one, else None."""
         slot, ids = len(self.decoding), row.request.ids
         if row.length == 0:
-            self._reserve()
-            row.length, content = self.prefixes.find(ids, row.bound.edit)
-            if content is not None:
-                self._cache.write(slot, content, row.length)
+            self._begin(slot, row)
         if self._bound_prefill is None or self._bound_prefill[0] != slot:
             length = self._graph.to_device({"reft.prompt_len": np.array([len(ids)], np.int64)})
             self._bound_prefill = slot, self._cache.bind_prompt(slot, {**row.bound.prompt, **length})
@@ -170,6 +173,21 @@ class Batch:
         logits = self._bound_prefill[1].step(np.array([ids[row.length : end]], np.int64), [row.length])
         row.length = end
         return logits[0] if end == len(ids) else None
+
+    def _begin(self, slot: int, row: Row) -> None:
+        """Make room for a row, and take over what is known of its prompt."""
+        ids, edit = row.request.ids, row.bound.edit
+        (left, tokens), self._left = self._left or (None, 0), None
+        held = 0 if left is None else min(left.usable(ids, edit), tokens // ALIGNMENT * ALIGNMENT)
+        count, content = self.prefixes.find(ids, edit, held)
+        if content is None:
+            row.length = count
+            self._reserve()
+            self._cache.cut(slot, count)
+        else:
+            self._reserve()
+            self._cache.write(slot, content, count)
+            row.length = count
 
     def _end_prefilling(self, row: Row, reason: str, error: ReftEdgeError | None = None) -> None:
         self.prefilling = self._bound_prefill = None
@@ -356,7 +374,16 @@ class Batch:
         if self.prefilling is not None:
             self._cache.move(last + 1, last, self.prefilling.length)
             last += 1
-        self._cache.forget(last)
+        if last or not self._stays(row):
+            self._cache.forget(last)
+
+    def _stays(self, row: Row) -> bool:
+        """Whether the prompt of the last row that ran stays in the cache, where the next may begin alike."""
+        if not self.prefixes.budget:
+            return False
+        tokens = self._cache.keep(len(row.request.ids))
+        self._left = (Ran(row.request.ids, row.bound.edit), tokens) if tokens >= ALIGNMENT else None
+        return self._left is not None
 
 
 def _end(

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from reft_edge.errors import ReftEdgeError
 
+CAN_GIVE_BACK = sys.platform == "linux"
+"""Whether `give_back` does something."""
 _MUCH = 8 << 20
 """Bytes."""
 _POPULATE_WRITE = 23

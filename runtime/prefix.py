@@ -32,20 +32,37 @@ class Prefix:
         return sum(values.nbytes for values in self.content.values())
 
 
-class _Kept:
-    """A prefix, which does not keep its edit alive: prompts under an edit that nobody holds any more never come again."""
+class Ran:
+    """A prompt that ran. Its edit is not kept alive: prompts under an edit that nobody holds any more never come again."""
 
-    def __init__(self, prefix: Prefix) -> None:
-        self.ids, self.content, self.size = prefix.ids, prefix.content, prefix.size
-        self._edit = None if prefix.edit is None else weakref.ref(prefix.edit)
+    def __init__(self, ids: tuple[int, ...], edit: Edit | None) -> None:
+        self.ids = ids
+        self._edit = None if edit is None else weakref.ref(edit)
 
     @property
     def gone(self) -> bool:
         return self._edit is not None and self._edit() is None
 
     def under(self, edit: Edit | None) -> bool:
-        """Whether its prompt ran with this edit."""
+        """Whether the prompt ran with this edit."""
         return not self.gone and (self._edit() if self._edit is not None else None) is edit
+
+    def usable(self, ids: Sequence[int], edit: Edit | None) -> int:
+        """How many first tokens of a prompt have the keys and values that they had in this one.
+
+        They are a multiple of ALIGNMENT, and at least the last two tokens are always left to run: the last one's logits are
+        needed, and a token that runs alone is rounded in another way.
+        """
+        if not self.under(edit):
+            return 0
+        return max(0, min(shared(self.ids, ids, edit), len(ids) - 2)) // ALIGNMENT * ALIGNMENT
+
+
+@dataclass(frozen=True, eq=False)
+class _Kept:
+    ran: Ran
+    content: KeysAndValues
+    size: int
 
 
 class Files(Protocol):
@@ -73,16 +90,14 @@ class PrefixCache:
     def size(self) -> int:
         return sum(entry.size for entry in self._entries)
 
-    def find(self, ids: Sequence[int], edit: Edit | None) -> tuple[int, KeysAndValues | None]:
-        """How many first tokens of a prompt can be taken over, and from where.
-
-        They are a multiple of ALIGNMENT, and at least the last two tokens are always left to run: the last one's logits are
-        needed, and a token that runs alone is rounded in another way.
-        """
+    def find(self, ids: Sequence[int], edit: Edit | None, held: int = 0) -> tuple[int, KeysAndValues | None]:
+        """How many first tokens of a prompt can be taken over, and from where: None for none, and where the caller holds as
+        many, `held`, already."""
         with self._lock:
             count, found = self._best(ids, edit)
-            if found is None:
-                return 0, None
+            if found is None or count <= held:
+                self.hits += held
+                return held, None
             self._entries.remove(found)
             self._entries.append(found)
             self.hits += count
@@ -120,10 +135,9 @@ class PrefixCache:
     def _best(self, ids: Sequence[int], edit: Edit | None) -> tuple[int, _Kept | None]:
         best, found = 0, None
         for entry in self._entries:
-            if entry.under(edit):
-                count = min(shared(entry.ids, ids, edit), len(ids) - 2) // ALIGNMENT * ALIGNMENT
-                if count > best:
-                    best, found = count, entry
+            count = entry.ran.usable(ids, edit)
+            if count > best:
+                best, found = count, entry
         return best, found
 
     def _keep(self, entry: Prefix) -> None:
@@ -131,13 +145,13 @@ class PrefixCache:
             self._entries = [
                 other
                 for other in self._entries
-                if not other.gone
+                if not other.ran.gone
                 and (
-                    not other.under(entry.edit)
-                    or shared(entry.ids, other.ids, entry.edit) < len(other.ids) - 1
+                    not other.ran.under(entry.edit)
+                    or shared(entry.ids, other.ran.ids, entry.edit) < len(other.ran.ids) - 1
                 )
             ]
-            self._entries.append(_Kept(entry))
+            self._entries.append(_Kept(Ran(entry.ids, entry.edit), entry.content, entry.size))
             while self.size > self.budget:
                 self._entries.pop(0)
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reft_edge.runtime.binding import DecodeEdit, decode_inputs
-from reft_edge.runtime.memory import NoMemoryError, fill, give_back, sparse_zeros
+from reft_edge.runtime.memory import CAN_GIVE_BACK, NoMemoryError, fill, give_back, sparse_zeros
 from reft_edge.runtime.session import BoundSession, GraphSession, Ids, KVCache, Logits, present_name
 
 ALIGNMENT = 16
@@ -21,6 +21,8 @@ whatever the parts are."""
 _BLOCK = 128
 """Rows that a kernel for quantised matrices takes at a time, at most; it has another way for one row."""
 _STEP = 256
+_AT_REST = 64 << 20
+"""Bytes of a row's first tokens that may stay when no row runs."""
 KeysAndValues = dict[str, NDArray[np.generic]]
 """Of one row's first tokens, `[heads, tokens, head size]`, by the names of the graph's inputs."""
 
@@ -95,6 +97,20 @@ class JoinedRows:
         """The row is no longer needed; its memory is given back."""
         for values in self._values.values():
             give_back(values[row])
+
+    def keep(self, tokens: int) -> int:
+        """The last row has left, which was the first: keep its first tokens, `tokens` or as many as may stay, and give back
+        other memory. Returns how many they are; 0 where the memory of others cannot be given back."""
+        sizes = [values.nbytes for values in self._values.values()]
+        kept = min(tokens, _AT_REST // self.graph.token_bytes)
+        if sum(sizes) <= _AT_REST:
+            return kept
+        if not CAN_GIVE_BACK:
+            return 0
+        for values in self._values.values():
+            for head in values[0]:
+                give_back(head[kept:])
+        return kept
 
     def cut(self, row: int, tokens: int) -> None:
         """Only a row's first `tokens` tokens hold: others are written over, and nothing looks at them."""
@@ -254,6 +270,13 @@ class SeparateRows:
     def forget(self, row: int) -> None:
         """The row is no longer needed."""
         self._caches[row] = None
+
+    def keep(self, tokens: int) -> int:
+        """As `JoinedRows.keep`."""
+        cache = self._at(0)
+        if not self.graph.shares_cache or cache.capacity * self.graph.token_bytes > _AT_REST:
+            return 0
+        return tokens
 
     def cut(self, row: int, tokens: int) -> None:
         """Only a row's first `tokens` tokens hold."""

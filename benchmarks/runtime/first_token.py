@@ -73,7 +73,8 @@ def through_engine(model: SteeredModel, messages: Callable[[int], list[Message]]
     engine.close()
     print(f"Engine: {len(ids)} tokens, of which {ran} ran")
     for name in ("clock", "threads", "encode", "write", "run_bound"):
-        show(name, [seconds for seconds in parts[name] if seconds])
+        if found := [seconds for seconds in parts[name] if seconds]:
+            show(name, found)
 
 
 class Timed:

@@ -17,7 +17,8 @@ from reft_edge.errors import ReftEdgeError
 from reft_edge.runtime import Engine, QueueFullError, Request, Sampling, SteeredModel
 from reft_edge.runtime.binding import decode_edit, decode_inputs, port_inputs
 from reft_edge.runtime.prefix import Prefix, PrefixCache, shared
-from reft_edge.runtime.rows import BoundRows, SeparateRows
+from reft_edge.runtime.rows import BoundRows, JoinedRows, SeparateRows
+from tests.helpers.batches import run_rows
 
 CHOICES = [None, "first", "everywhere", {"everywhere": 0.5}, {"first": 1.0, "everywhere": -0.7}]
 PROMPTS = [
@@ -228,6 +229,46 @@ def test_prefixes_are_reused_and_change_nothing(model):
             )
         assert engine.batch.prefixes.hits > 3 * len(ids(model, shared)) * 0.5
         engine.close()
+
+
+@pytest.mark.parametrize("choice", [{}, {"first": 1.0}])
+def test_the_last_prompt_stays_in_its_row_for_the_next_that_begins_alike(model, monkeypatch, choice):
+    start = "The quick brown fox jumps over the lazy dog. " * 2
+    prompts = [start + ending for ending in ("Who?", "Why?", "ice melts when it is warm")]
+    expected = [model.generate(prompt, choice, raw=False, max_tokens=6) for prompt in prompts]
+    written = []
+    engine = Engine(model, slots=2)
+    monkeypatch.setattr(engine.batch._cache, "write", lambda *given: written.append(given))
+    for prompt, text in zip(prompts, expected, strict=True):
+        ticket = engine.submit(Request(ids(model, prompt), choice, 6))
+        assert "".join(piece.text for piece in ticket) == text
+    assert engine.batch.prefixes.hits > len(ids(model, start))
+    assert not written
+    engine.close()
+
+
+def test_a_row_that_stays_is_of_its_adapter_and_ends_where_no_more_may_stay(model, monkeypatch):
+    monkeypatch.setattr("reft_edge.runtime.rows._AT_REST", 20 * model.graph.token_bytes)
+    prompt = ids(model, "The quick brown fox jumps over the lazy dog.")
+    batch, taken_over = model.batch(2, prefix_budget=1 << 30), []
+    for choice in (None, "first", "first", None, None):
+        batch.prefixes = PrefixCache(1 << 30)
+        request = Request(prompt, {choice: 1.0} if choice else {}, 4)
+        ((row,), _, _) = run_rows(batch, model, [request])
+        taken_over.append(batch.prefixes.hits)
+        assert row.tokens == model._run_together([request], 1)[0][0]
+    assert taken_over == ([0, 0, 16, 0, 16] if isinstance(batch._cache, JoinedRows) else [0] * 5)
+    batch.abort("cancelled")
+    batch.prefixes = PrefixCache(1 << 30)
+    run_rows(batch, model, [request])
+    assert batch.prefixes.hits == 0
+
+
+def test_a_batch_that_remembers_nothing_keeps_no_row(model):
+    batch = model.batch(1)
+    run_rows(batch, model, [Request(ids(model, "ice melts when it is warm"), {}, 4)])
+    assert batch._left is None
+    assert not getattr(batch._cache, "capacity", 0)
 
 
 def edit_of(span):
