@@ -87,22 +87,21 @@ def run_graphs(
     """
     ports = port_inputs(all_at_once(random_adapters(manifest)), manifest, np.dtype(np.float32))
     exact_path, exact_plain = folder / "exact.onnx", folder / "exact_plain.onnx"
+    in_16_bits = manifest.precision in ("fp16", "bf16") or manifest.device == "cuda"
     exact_manifest = replace(manifest, graph=exact_path.name, precision="fp32", float_type="fp32")
     if manifest.precision == "fp32":
         exact_manifest = manifest
     else:
         write_exact(folder / manifest.graph, exact_path)
-    in_16_bits = manifest.precision in ("fp16", "bf16") or manifest.device == "cuda"
     if in_16_bits:
         _check_types(folder / manifest.graph)
         write_exact(plain_graph, exact_plain)
         plain_graph = exact_plain
-    (plain,) = _logits(
-        folder, replace(exact_manifest if in_16_bits else manifest, graph=plain_graph.name), rows, {}
-    )
-    exact, steered = _logits(folder, exact_manifest, rows, {}, ports)
+    plain_manifest = replace(exact_manifest if in_16_bits else manifest, graph=plain_graph.name)
+    (plain,) = _logits(folder, plain_manifest, rows, in_16_bits, {})
+    exact, steered = _logits(folder, exact_manifest, rows, in_16_bits, {}, ports)
     alike = in_16_bits or manifest.precision == "fp32"
-    shipped = exact if alike else _logits(folder, manifest, rows, {})[0]
+    shipped = exact if alike else _logits(folder, manifest, rows, False, {})[0]
     for path in (exact_path, exact_plain):
         for written in (path, Path(f"{path}.data")):
             written.unlink(missing_ok=True)
@@ -153,11 +152,11 @@ def _check_types(graph: Path) -> None:
 
 
 def _logits(
-    folder: Path, manifest: Manifest, rows: Sequence[Sequence[int]], *bindings: PortInputs
+    folder: Path, manifest: Manifest, rows: Sequence[Sequence[int]], spare: bool, *bindings: PortInputs
 ) -> list[list[Logits]]:
     # Quantised products without packed weights unpack each matrix anew in every run, which takes three to eight times as long.
     # Other weights would be in memory twice.
-    graph = GraphSession(folder, manifest, device="cpu", prepack=bool(manifest.quantisation))
+    graph = GraphSession(folder, manifest, device="cpu", prepack=bool(manifest.quantisation), spare=spare)
     return [graph.score(rows, ports) for ports in bindings]
 
 

@@ -129,7 +129,8 @@ def run_graphs(
     """
     graph, untouched = folder / manifest.graph, folder / plain
     temporary: list[Path] = []
-    if manifest.float_type != "fp32":
+    spare = manifest.float_type != "fp32"
+    if spare:
         graph, untouched = folder / "exact.onnx", folder / "exact_plain.onnx"
         temporary = [graph, untouched]
         write_exact(folder / manifest.graph, graph)
@@ -137,9 +138,11 @@ def run_graphs(
     exact = replace(manifest, graph=graph.name, float_type="fp32")
     edit = all_at_once(random_adapters(manifest))
     ports = port_inputs(edit, manifest, np.dtype(np.float32))
-    reference = [found["logits"][0] for found in _run(untouched, [], rows, manifest.head_size, {})]
+    reference = [
+        found["logits"][0] for found in _run(untouched, [], rows, manifest.head_size, {}, spare=spare)
+    ]
 
-    session = GraphSession(folder, exact, device="cpu", prepack=False)
+    session = GraphSession(folder, exact, device="cpu", prepack=False, spare=spare)
     shipped = [session.score([row], {})[0] for row in rows]
     steered_logits = [session.score([row], ports)[0] for row in rows]
     decode_error = None if manifest.cache == "none" else _decode_error(session, rows, shipped)
@@ -148,8 +151,8 @@ def run_graphs(
     same = all(
         np.array_equal(mine["logits"], theirs["logits"])
         for mine, theirs in zip(
-            _run(graph, [], rows, manifest.head_size, {}, fuse=False),
-            _run(untouched, [], rows, manifest.head_size, {}, fuse=False),
+            _run(graph, [], rows, manifest.head_size, {}, fuse=False, spare=spare),
+            _run(untouched, [], rows, manifest.head_size, {}, fuse=False, spare=spare),
             strict=True,
         )
     )
@@ -157,7 +160,9 @@ def run_graphs(
     edits = {part: edited_values(Place(part.layer), part.skip, in_32_bits) for part in taps}
     inside = [name for part in taps for name in (part.value, part.skip, *edits[part]) if name]
     port_error = 0.0
-    for row, found in zip(rows, _run(graph, inside, rows, manifest.head_size, ports), strict=True):
+    for row, found in zip(
+        rows, _run(graph, inside, rows, manifest.head_size, ports, spare=spare), strict=True
+    ):
         t = np.arange(len(row))
         for part in taps:
             expected = apply(edit, Place(part.layer), _stream(found, (part.value, part.skip)), t, len(row))
@@ -319,6 +324,7 @@ def _run(
     head_size: int,
     ports: PortInputs,
     fuse: bool = True,
+    spare: bool = False,
 ) -> list[dict[str, NDArray[np.float32]]]:
     """`logits` and values from inside the graph, for each row by itself."""
     path = graph
@@ -330,7 +336,7 @@ def _run(
         model.graph.outputs.extend(values[name] for name in dict.fromkeys(inside) if name not in known)
         ir.save(model, path)
         del model
-    session = open_graph(path, device="cpu", prepack=False, fuse=fuse)
+    session = open_graph(path, device="cpu", prepack=False, fuse=fuse, spare=spare)
     names = list(dict.fromkeys(["logits", *inside]))
     found = []
     for row in rows:

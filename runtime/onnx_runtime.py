@@ -67,6 +67,7 @@ def open_graph(
     fuse: bool = True,
     provider_options: Mapping[str, str] | None = None,
     changed: bytes | None = None,
+    spare: bool = False,
 ) -> Any:
     """An InferenceSession. `threads`: intra-op threads, by default one a core this process may use. They wait for work by
     spinning, but not where there are more of them than cores, since spinning threads would then keep others from their work.
@@ -76,6 +77,7 @@ def open_graph(
     `prepack`: keep weights in the layout that is fastest to multiply with, at the cost of memory for a second copy.
     `changed`: the graph to run in place of the one in `path`, with the weights that are beside that.
     `fuse`: let ONNX Runtime merge neighbouring nodes into one that may round otherwise.
+    `spare`: as little memory as possible. Nodes run as they stand, in the graph's order, and memory is given back at once.
 
     Raises ReftEdgeError if the graph cannot be loaded, if a device was asked for and did not start, for fewer than 1 thread,
     or for options of a provider that is not used.
@@ -90,6 +92,8 @@ def open_graph(
             "CPU; leave them out"
         )
     options = _session_options(ort, threads, prepack, fuse)
+    if spare:
+        _spare_memory(ort, options)
     model: str | bytes = str(path) if changed is None else changed
     if chosen.needs_all_inputs:
         model = require_ports(path)[0]
@@ -116,6 +120,13 @@ def _session_options(ort: Any, threads: int | None, prepack: bool, fuse: bool) -
     if not fuse:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     return options
+
+
+def _spare_memory(ort: Any, options: Any) -> None:
+    # By default what depends on no input, such as weights in another type, is computed before all else and kept.
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+    options.enable_cpu_mem_arena = options.enable_mem_pattern = False
 
 
 def _providers(chosen: Choice, options: Any, given: Mapping[str, str]) -> dict[str, Any]:

@@ -66,6 +66,7 @@ class GraphSession:
         prepack: bool = True,
         provider_options: Mapping[str, str] | None = None,
         changed: bytes | None = None,
+        spare: bool = False,
     ) -> None:
         """As `open_graph`, of which it raises the errors."""
         self._ort = import_onnxruntime()
@@ -80,6 +81,7 @@ class GraphSession:
             prepack,
             provider_options=provider_options,
             changed=changed,
+            spare=spare,
         )
         started = accelerator.provider in self.session.get_providers()
         self.device = accelerator.name if started else "cpu"

@@ -21,6 +21,7 @@ from reft_edge.adapter.linear import fold
 from reft_edge.errors import ReftEdgeError
 from reft_edge.export import ALGORITHMS, Quantisation, build, export_model
 from reft_edge.export.check_decoder import Verification
+from reft_edge.export.exact import write_exact
 from reft_edge.export.residual import find_sites
 from reft_edge.export.structure import find_blocks
 from reft_edge.model.fingerprint import fingerprint
@@ -202,6 +203,36 @@ def test_fp16_generates_on_a_cpu(wide, tmp_path):
     found = graph.score([ROW], port_inputs(fold(adapter), manifest, graph.dtype))[0]
     assert np.abs(found - expected).max() <= 0.05 < np.abs(expected - logits(model, ROW).numpy()).max()
     assert decode(graph, manifest, fold(adapter), ROW, 4)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_the_exact_graph_reads_16_bit_weights_where_they_are(wide, tmp_path, precision):
+    """A float32 copy would take twice the disk and, mapped, twice the memory."""
+    folder = tmp_path / "export"
+    manifest = export_model(wide, folder, precision, device="cuda")
+    before = {path.name for path in folder.iterdir()}
+    write_exact(folder / "model.onnx", folder / "exact.onnx")
+    assert {path.name for path in folder.iterdir()} - before == {"exact.onnx"}
+    graph = ir.load(folder / "exact.onnx")
+    weights = [
+        value
+        for value in graph.graph.initializers.values()
+        if isinstance(value.const_value, ir.ExternalTensor) and value.dtype != ir.DataType.INT64
+    ]
+    assert {value.dtype.itemsize for value in weights} == {2}
+    exact = replace(manifest, graph="exact.onnx", precision="fp32", float_type="fp32", device="cpu")
+    found = GraphSession(folder, exact, "cpu", prepack=False, spare=True).score([ROW], {})[0]
+    for value in weights:
+        value.const_value, value.dtype = (
+            ir.tensor(value.const_value.numpy().astype(np.float32)),
+            ir.DataType.FLOAT,
+        )
+    for node in graph.graph:
+        if node.op_type == "Gather" and node.inputs[0] in weights:
+            node.outputs[0].dtype = ir.DataType.FLOAT
+    ir.save(graph, folder / "copied.onnx")
+    copied = GraphSession(folder, replace(exact, graph="copied.onnx"), "cpu", prepack=False, spare=True)
+    assert np.array_equal(found, copied.score([ROW], {})[0])
 
 
 def test_bf16_says_that_it_needs_a_gpu(wide, tmp_path):

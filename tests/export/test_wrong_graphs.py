@@ -2,7 +2,6 @@
 
 import shutil
 
-import numpy as np
 import onnx_ir as ir
 import pytest
 
@@ -14,7 +13,7 @@ from tests.helpers.tiny import make_model
 INT4 = ("int4", Quantisation("rtn"))
 
 
-@pytest.fixture(scope="module", params=[("fp32", None), INT4], ids=["fp32", "int4"])
+@pytest.fixture(scope="module", params=[("fp32", None), ("fp16", None), INT4], ids=["fp32", "fp16", "int4"])
 def export(request, tmp_path_factory):
     """`export(output, spoil)`: an export whose graph was changed by `spoil` before it got ports; it is built once."""
     root = tmp_path_factory.mktemp("wrong")
@@ -59,14 +58,14 @@ def swapped_layers(graph):
 
 def wrong_norm(graph):
     norm = stored(graph, "layers.1.post_attention_layernorm.weight")
-    norm.const_value = ir.tensor(norm.const_value.numpy() * np.float32(1.01))
+    norm.const_value = ir.tensor(norm.const_value.numpy() * norm.dtype.numpy().type(1.01))
 
 
 def doubled_embedding(graph):
     for node in graph:
         if node.op_type in ("Gather", "GatherBlockQuantized") and "embed_tokens" in str(node.name):
             floats = node.inputs[2 if node.op_type == "GatherBlockQuantized" else 0]
-            floats.const_value = ir.tensor(floats.const_value.numpy() * np.float32(2))
+            floats.const_value = ir.tensor(floats.const_value.numpy() * floats.dtype.numpy().type(2))
 
 
 def test_it_passes_as_it_was_built(export, tmp_path):
