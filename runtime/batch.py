@@ -71,9 +71,9 @@ class Batch:
         self.prefilling: Row | None = None
         self._left: tuple[Ran, int] | None = None
         """The prompt of the row that left last, and how many of its tokens are still in the first row of the cache."""
-        self._bound_decode: tuple[list[Row], RowsTogether | RowsInTurn] | None = None
+        self._bound_decode: tuple[list[tuple[Row, int]], RowsTogether | RowsInTurn] | None = None
         self._bound_prefill: tuple[int, BoundRows | RowInTurn] | None = None
-        self._bound_alone: dict[tuple[int, bool], tuple[Row, BoundRows | RowInTurn]] = {}
+        self._bound_alone: dict[tuple[int, bool], tuple[Row, int, BoundRows | RowInTurn]] = {}
 
     @property
     def running(self) -> int:
@@ -219,8 +219,9 @@ class Batch:
             return
         ids = np.array([[row.tokens[-row.behind]] for row in rows], np.int64)
         beside = self.prefilling.length if self.prefilling is not None else 0
-        if self._bound_decode is None or self._bound_decode[0] != rows:
-            self._bound_decode = rows, self._cache.bind_decode([row.bound.decode for row in rows])
+        phases = [(row, row.phase) for row in rows]
+        if self._bound_decode is None or self._bound_decode[0] != phases:
+            self._bound_decode = phases, self._cache.bind_decode([row.edit for row in rows])
         started = time.perf_counter()
         outcomes = self._bound_decode[1].step(ids, [*(row.length for row in rows), beside])
         if self.speculation is not None:
@@ -252,13 +253,15 @@ class Batch:
     def _run_known(self, row: Row) -> None:
         """Run all tokens of a row that are known, and choose the next."""
         try:
-            bound = self._cache.bind_tokens(self.decoding.index(row), row.bound.decode)
-            logits = bound.step(np.array([row.tokens[-row.behind :]], np.int64), [row.length])
+            slot = self.decoding.index(row)
+            while row.behind:
+                ids = row.tokens[-row.behind :][: row.alike]
+                logits = self._cache.bind_tokens(slot, row.edit).step(np.array([ids], np.int64), [row.length])
+                row.length += len(ids)
         except Exception as error:
             _end(row, "error", error=as_reason(error))
             self._leave(row)
             return
-        row.length += row.behind
         if not self._take(row, logits[0]):
             self._leave(row)
 
@@ -297,11 +300,12 @@ class Batch:
 
     def _bind_alone(self, slot: int, row: Row, several: bool) -> BoundRows | RowInTurn:
         """A decoding row by itself, for one token a step or for several."""
-        held, bound = self._bound_alone.get((slot, several), (None, None))
-        if bound is None or held is not row:
-            bind = self._cache.bind_tokens if several else self._cache.bind_alone
-            bound = bind(slot, row.bound.decode)
-            self._bound_alone[slot, several] = row, bound
+        held = self._bound_alone.get((slot, several))
+        if held is not None and held[0] is row and held[1] == row.phase:
+            return held[2]
+        bind = self._cache.bind_tokens if several else self._cache.bind_alone
+        bound = bind(slot, row.edit)
+        self._bound_alone[slot, several] = row, row.phase, bound
         return bound
 
     def _make_room(self) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,15 @@ class Bound:
 
     prompt: dict[str, Any]
     decode: "DecodeEdit"
+    """On the first generated token, and on others up to the first of `ends`."""
     edit: Edit | None = None
     """None where nothing acts."""
+
+    @cached_property
+    def ends(self) -> tuple[int, ...]:
+        """After how many generated tokens something stops acting, ascending."""
+        gates = () if self.edit is None else self.edit.gates
+        return tuple(sorted({gate.span.after for gate in gates if gate.scale != 0} - {0, UNLIMITED}))
 
 
 def port_inputs(edit: Edit, manifest: Manifest, dtype: np.dtype[np.generic]) -> PortInputs:
@@ -84,13 +92,13 @@ _RANKS = 16
 """Ranks are padded to a multiple of this, so that a row's sums do not depend on its neighbours' ranks."""
 
 
-def decode_edit(edit: Edit) -> DecodeEdit:
-    """The columns that are open on every generated token, their scales multiplied into B; empty if there are none. Arrays
-    are the edit's own where all columns are open, and B where all scales are 1.
+def decode_edit(edit: Edit, before: int = 0) -> DecodeEdit:
+    """The columns that are open on the generated token that has `before` others before it, their scales multiplied into B;
+    empty if there are none. Arrays are the edit's own where all columns are open, and B where all scales are 1.
 
     Raises ReftEdgeError if a scale takes weights beyond float32.
     """
-    scales = np.array([gate.scale if gate.span.on_generated else 0.0 for gate in edit.gates], np.float32)
+    scales = np.array([gate.scale if gate.span.after > before else 0.0 for gate in edit.gates], np.float32)
     found: DecodeEdit = {}
     for place, part in edit.places.items():
         strength = scales[part.gates]

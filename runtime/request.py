@@ -1,12 +1,14 @@
 """One request: what is asked, how far its answer has come, and the pieces that it gives."""
 
+from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from tokenizers import Tokenizer
 
+from reft_edge.adapter.positions import UNLIMITED
 from reft_edge.errors import ReftEdgeError
-from reft_edge.runtime.binding import Bound
+from reft_edge.runtime.binding import Bound, DecodeEdit, decode_edit
 from reft_edge.runtime.constraints import Constraint, Progress
 from reft_edge.runtime.drafts import Lookup
 from reft_edge.runtime.logprobs import TokenScore
@@ -79,6 +81,7 @@ class Row:
         self.length = 0
         """Tokens in the KV cache."""
         self.tokens: list[int] = []
+        self._decode = 0, bound.decode
         self.together = 1
         """The last of them that may run at once: one that was chosen, and those that had to follow."""
         self.lookup: Lookup | None = None
@@ -99,6 +102,30 @@ class Row:
     def behind(self) -> int:
         """Tokens that are known and not in the KV cache: forced ones, and those from before the row stepped back."""
         return len(self.request.ids) + len(self.tokens) - self.length
+
+    @property
+    def phase(self) -> int:
+        """How many of the adapters' ends the row has passed: between them, the same acts on each generated token."""
+        return bisect_right(self.bound.ends, self._generated)
+
+    @property
+    def edit(self) -> DecodeEdit:
+        """What acts on the generated token that runs next."""
+        if self._decode[0] != self.phase:
+            assert self.bound.edit is not None
+            self._decode = self.phase, decode_edit(self.bound.edit, self._generated)
+        return self._decode[1]
+
+    @property
+    def alike(self) -> int:
+        """Generated tokens on which the same acts from the next one on; those that it stands before run in one go."""
+        ends = self.bound.ends[self.phase :]
+        return ends[0] - self._generated if ends else UNLIMITED
+
+    @property
+    def _generated(self) -> int:
+        """Generated tokens in the KV cache."""
+        return max(0, self.length - len(self.request.ids))
 
     @property
     def most(self) -> int:

@@ -125,7 +125,8 @@ def _best_guesses(rows: Sequence[Row], costs: StepCosts) -> list[list[int]]:
         row.lookup.follow(row.tokens[row.lookup.length - len(row.request.ids) :])
         if together is None or row.behind != 1:
             continue
-        guesses, tokens = row.lookup.best(row.limit - len(row.tokens) - 1, RUNS, costs.alone)
+        most = min(row.limit - len(row.tokens), row.alike) - 1
+        guesses, tokens = row.lookup.best(most, RUNS, costs.alone)
         found.append(guesses)
         expected += tokens
         seconds += costs.alone(1 + len(guesses))

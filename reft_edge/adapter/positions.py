@@ -6,6 +6,7 @@ A spec joins parts with `+`:
     l7      its last 7 tokens
     all     every prompt token
     gen     every generated token
+    gen5    the first 5 generated tokens
 
 `fN` and `lN` are each limited to half the prompt's length, as pyreft limits them, so that they never meet.
 Untied, every part has weights of its own; tied, one set of weights serves all parts. A merged adapter can have groups
@@ -22,6 +23,7 @@ from typing import Any
 from reft_edge.errors import ReftEdgeError
 
 UNLIMITED = 2**31 - 1
+_COUNTED = {"f": "first", "l": "last", "gen": "after"}
 _MAX_COUNT = 9_999_999
 MAX_GROUPS = 64
 """Position groups of one adapter: every step of a model opens and shuts each group's gate at every token."""
@@ -134,8 +136,8 @@ def _parts(span: Span) -> list[str]:
     if span.last:
         parts.append("all" if span.last == UNLIMITED else f"l{span.last}")
     if span.after:
-        parts.append("gen")
-    if span.after not in (0, UNLIMITED) or not parts or max(span.first, span.last % UNLIMITED) > _MAX_COUNT:
+        parts.append("gen" if span.after == UNLIMITED else f"gen{span.after}")
+    if not parts or max(span.first, span.last % UNLIMITED, span.after % UNLIMITED) > _MAX_COUNT:
         raise ReftEdgeError(
             f"no position spec says: the first {span.first} and last {span.last} prompt tokens and {span.after} generated ones"
         )
@@ -147,10 +149,9 @@ def _parse_part(spec: str, part: str) -> tuple[str, Span]:
         return part, Span(last=UNLIMITED)
     if part == "gen":
         return part, Span(after=UNLIMITED)
-    match = re.fullmatch(r"([fl])([1-9]\d{0,6})", part)
+    match = re.fullmatch(r"(f|l|gen)([1-9][0-9]{0,6})", part)
     if match is None:
         raise ReftEdgeError(
-            f"positions {spec!r}: cannot read {part!r}; join parts like f7, l7, all, gen with `+`"
+            f"positions {spec!r}: cannot read {part!r}; join parts like f7, l7, all, gen, gen5 with `+`"
         )
-    count = int(match[2])
-    return match[1], Span(first=count) if match[1] == "f" else Span(last=count)
+    return match[1], Span(**{_COUNTED[match[1]]: int(match[2])})

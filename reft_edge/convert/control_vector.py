@@ -88,7 +88,7 @@ def constant_edit(adapter: Adapter) -> dict[int, Array]:
             part = edit.places.get(place)
             total = np.zeros(config.hidden_size, np.float32)
             for number, gate in enumerate(edit.gates):
-                if gate.span.first or gate.span.last not in (0, UNLIMITED):
+                if gate.span.first or not {gate.span.last, gate.span.after} <= {0, UNLIMITED}:
                     raise ReftEdgeError(
                         f"the adapter acts at {config.positions}; a control vector acts at every token ({EVERY_TOKEN})"
                     )

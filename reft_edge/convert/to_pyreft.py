@@ -31,8 +31,8 @@ MARKER = "reft_edge_adapter.json"
 def to_pyreft(adapter: Adapter, output: Path) -> list[str]:
     """Write the folder; returns what its user must know.
 
-    Raises ReftEdgeError for what its reload cannot carry: a non-linear act_fn, a classification head, and overlapping
-    position groups, which pyreft would edit one after the other.
+    Raises ReftEdgeError for what its reload cannot carry: a non-linear act_fn, a classification head, edits of the first
+    generated tokens alone, and overlapping position groups, which pyreft would edit one after the other.
     """
     config = adapter.config
     if config.labels:
@@ -42,6 +42,10 @@ def to_pyreft(adapter: Adapter, output: Path) -> list[str]:
     if config.act_fn != "linear":
         raise ReftEdgeError(
             f"pyreft stores no act_fn: its reload would run {config.intervention} with linear in place of {config.act_fn}"
+        )
+    if any(0 < span.after < UNLIMITED for span in config.spans):
+        raise ReftEdgeError(
+            f"positions {config.positions}: pyreft edits every generated token or none; it cannot stop after the first ones"
         )
     if any(_overlap(one, other) for one, other in combinations(config.spans, 2)):
         raise ReftEdgeError(

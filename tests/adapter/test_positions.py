@@ -25,6 +25,9 @@ def open_at(spec: str, n: int, total: int, tied: bool = True) -> list[list[int]]
         ("f7+l7", 5, [[0, 1, 3, 4]]),
         ("f7+l7", 1, [[]]),
         ("f1+gen", 8, [[0, 8, 9, 10, 11]]),
+        ("gen2", 4, [[4, 5]]),
+        ("all+gen1", 3, [[0, 1, 2, 3]]),
+        ("gen9999999", 10, [[10, 11]]),
     ],
 )
 def test_tokens_of_a_tied_spec(spec: str, n: int, expected: list[list[int]]) -> None:
@@ -47,7 +50,28 @@ def test_prefix_and_suffix_are_pyrefts(first: int, last: int, n: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "spec", ["", "f", "f0", "l-1", "x3", "f3,l3", "f3+f4", "all+l3", "gen+gen", "f99999999", "+"]
+    "spec",
+    [
+        "",
+        "f",
+        "f0",
+        "l-1",
+        "x3",
+        "f3,l3",
+        "f3+f4",
+        "all+l3",
+        "gen+gen",
+        "gen+gen3",
+        "gen2+gen3",
+        "gen0",
+        "gen-1",
+        "gen01",
+        "gen12345678",
+        "all2",
+        "f99999999",
+        "+",
+        "f٣",
+    ],
 )
 def test_bad_specs_are_named(spec: str) -> None:
     with pytest.raises(ReftEdgeError, match="positions"):
@@ -70,5 +94,5 @@ def test_specs_without_end_are_refused_before_they_are_read(spec: str) -> None:
 
 
 def test_as_many_groups_as_are_allowed() -> None:
-    spec = "|".join(f"f{9_999_900 + i}+l9999999+gen" for i in range(64))
+    spec = "|".join(f"f{9_999_900 + i}+l9999999+gen9999999" for i in range(64))
     assert len(parse_positions(spec, tied=False)) == 64

@@ -470,6 +470,7 @@ def test_what_pyrefts_reload_cannot_carry_is_refused(tmp_path):
         (make_adapter("loreft", act_fn="relu"), "with linear in place of relu"),
         (make_adapter("loreft", labels=("a", "b"), pooling="cls"), "classification head"),
         (make_adapter("loreft", positions="f1+l1|all"), "overlap"),
+        (make_adapter("loreft", positions="f1+gen4"), "it cannot stop after the first ones"),
     ):
         with pytest.raises(ReftEdgeError, match=message):
             to_pyreft(adapter, tmp_path / "out")
@@ -559,6 +560,7 @@ def test_any_constant_edit_is_a_control_vector():
     [
         (make_adapter("loreft", positions="all+gen", layers=(1,)), "depends on the hidden state"),
         (make_adapter("steering", positions="l3+gen", layers=(1,)), "acts at l3\\+gen"),
+        (make_adapter("steering", positions="all+gen3", tied=True, layers=(1,)), "acts at all\\+gen3"),
         (make_adapter("steering", positions="all", layers=(1,)), "one vector to the prompt and another"),
         (make_adapter("steering", positions="all+gen", layers=(1,)), "one vector to the prompt and another"),
         (make_adapter("steering", positions="all+gen", tied=True, layers=(0,)), "refuses direction.0"),
@@ -713,8 +715,8 @@ BAD_PACKED = {
     "no gates": (lambda p: packed_parameters(p, reft__first=None), "no reft.first"),
     "gates apart": (lambda p: packed_parameters(p, reft__last=np.zeros((1, 1, 9), np.int64)), "reft.last is"),
     "below zero": (lambda p: packed_parameters(p, reft__last=np.full((1, 1, 2), -1)), "below zero"),
-    "some generated": (
-        lambda p: packed_parameters(p, reft__after=np.full((1, 1, 2), 5)),
+    "too many generated": (
+        lambda p: packed_parameters(p, reft__after=np.full((1, 1, 2), 10**8)),
         "no position spec says",
     ),
     "another size": (lambda p: packed_parameters(p, **{A: np.zeros((1, 65, 3), np.float32)}), "0.A is"),

@@ -53,7 +53,7 @@ def question(device_folder):
     return (model, manifest.head_size, manifest.eos_token_ids[0], 24), ids
 
 
-@pytest.mark.parametrize("name", ["base", "first", "everywhere"])
+@pytest.mark.parametrize("name", ["base", "first", "everywhere", "opening"])
 def test_c_gives_pytorchs_tokens_and_ours(steer, question, device_folder, tmp_path, name):
     arguments, ids = question
     model = SteeredModel(device_folder / "export", device="cpu")

@@ -127,7 +127,9 @@ def test_every_intervention(llama, intervention):
     check_parity(*llama, intervention=intervention, positions="f3+l3")
 
 
-@pytest.mark.parametrize("positions", ["f3", "l2", "f7+l7", "f20+l20", "all", "gen", "all+gen", "l2+gen"])
+@pytest.mark.parametrize(
+    "positions", ["f3", "l2", "f7+l7", "f20+l20", "all", "gen", "all+gen", "l2+gen", "gen3", "all+gen1"]
+)
 @pytest.mark.parametrize("tied", [True, False])
 def test_every_position_spec(llama, positions, tied):
     model, graph, manifest = llama

@@ -243,7 +243,11 @@ def write_device_folder(folder: Path) -> None:
     model, prompts = load_model(source), load_prompts(source.path)
     ids = prompts.encode_prompt("Who are you?", "chat")
     expected = {"base": greedy(model, ids, 24)}
-    for name, positions, seed in (("first", "f3+l3", 1), ("everywhere", "all+gen", 2)):
+    for name, positions, seed in (
+        ("first", "f3+l3", 1),
+        ("everywhere", "all+gen", 2),
+        ("opening", "f2+gen3", 3),
+    ):
         adapter = random_adapter(model, positions=positions, seed=seed, path=folder / f"{name}.safetensors")
         with steered(model, (Interventions.from_adapter(adapter), 1.0)):
             expected[name] = greedy(model, ids, 24)

@@ -15,7 +15,7 @@ PROMPT = "Who are you?"
 @pytest.fixture(scope="module")
 def model(device_folder: Path) -> SteeredModel:
     model = SteeredModel(device_folder / "export", device="cpu")
-    for name in ("first", "everywhere"):
+    for name in ("first", "everywhere", "opening"):
         assert model.load_adapter(device_folder / f"{name}.safetensors") == name
     return model
 
@@ -32,12 +32,12 @@ def tokens(model: SteeredModel, adapter=None, **options) -> list[int]:
 
 
 def test_answers_are_pytorchs_and_do_not_depend_on_what_ran_before(model, expected):
-    for adapter in (None, "first", "everywhere", None, "everywhere", "first"):
+    for adapter in (None, "first", "everywhere", "opening", None, "everywhere", "first", "opening"):
         assert tokens(model, adapter) == expected[adapter or "base"]
-    assert len({tuple(answer) for answer in expected.values()}) == 3
+    assert len({tuple(answer) for answer in expected.values()}) == 4
 
 
-@pytest.mark.parametrize("adapter", [None, "first", "everywhere"])
+@pytest.mark.parametrize("adapter", [None, "first", "everywhere", "opening"])
 def test_prompts_of_unlike_lengths_are_answered_as_alone(model, adapter):
     prompts = [
         model.prompts.encode_prompt(text, "chat") for text in (PROMPT, "How?", "Water boils. " * 9, "A")
@@ -193,9 +193,11 @@ def test_unloading_and_replacing(model, device_folder, expected):
     assert tokens(model, "swap") == expected["everywhere"]
     model.load_adapter(device_folder / "first.safetensors", name="swap")
     assert tokens(model, "swap") == expected["first"]
-    assert set(model.adapters) == {"first", "everywhere", "swap"}
+    assert set(model.adapters) == {"first", "everywhere", "opening", "swap"}
     model.unload_adapter("swap")
-    with pytest.raises(ReftEdgeError, match="no adapter 'swap' is loaded; loaded: first, everywhere"):
+    with pytest.raises(
+        ReftEdgeError, match="no adapter 'swap' is loaded; loaded: first, everywhere, opening"
+    ):
         model.generate(PROMPT, "swap")
 
 

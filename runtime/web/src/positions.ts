@@ -3,6 +3,8 @@ import { ReftEdgeError } from "./errors";
 /** Every prompt token (as `last`), or every generated one (as `after`). */
 export const UNLIMITED = 2 ** 31 - 1;
 
+const COUNTED = { f: "first", l: "last", gen: "after" } as const;
+
 /** One gate: the first `first` and last `last` prompt tokens, and `after` generated tokens. */
 export interface Span {
   first: number;
@@ -50,11 +52,11 @@ function parsePart(spec: string, part: string): [string, Span] {
   const none = { first: 0, last: 0, after: 0 };
   if (part === "all") return ["all", { ...none, last: UNLIMITED }];
   if (part === "gen") return ["gen", { ...none, after: UNLIMITED }];
-  const [, kind, digits] = /^([fl])([1-9][0-9]{0,6})$/.exec(part) ?? [];
+  const [, kind, digits] = /^(f|l|gen)([1-9][0-9]{0,6})$/.exec(part) ?? [];
   if (kind === undefined) {
     throw new ReftEdgeError(
-      `positions '${spec}': cannot read '${part}'; join parts like f7, l7, all, gen with '+'`,
+      `positions '${spec}': cannot read '${part}'; join parts like f7, l7, all, gen, gen5 with '+'`,
     );
   }
-  return [kind, { ...none, [kind === "f" ? "first" : "last"]: Number(digits) }];
+  return [kind, { ...none, [COUNTED[kind as keyof typeof COUNTED]]: Number(digits) }];
 }
