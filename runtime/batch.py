@@ -14,7 +14,8 @@ from contextlib import suppress
 import numpy as np
 
 from reft_edge.errors import ReftEdgeError
-from reft_edge.runtime.logprobs import TokenScore, score
+from reft_edge.runtime.logprobs import TokenScore
+from reft_edge.runtime.next_piece import next_piece
 from reft_edge.runtime.prefix import Prefix, PrefixCache, Ran
 from reft_edge.runtime.request import Piece, Row, as_reason
 from reft_edge.runtime.room import SPARE, tokens_in
@@ -33,8 +34,6 @@ from reft_edge.runtime.speculation import Speculation, StepCosts, take_guessed
 
 _CHUNK_BESIDE_OTHERS = 128
 """Tokens of a prompt that run between two decode steps of others."""
-_MOST_FORCED = 64
-"""Tokens that a constraint gives at a time."""
 _WORTH_A_RUN = 4
 """Known tokens of a row that run by themselves; fewer run one by one beside other rows. The number is the same whether there
 are others or not, so that an answer is, too."""
@@ -331,7 +330,7 @@ class Batch:
     def _take(self, row: Row, logits: Logits) -> bool:
         """Choose a row's next token and deliver what it brings; whether the row goes on."""
         try:
-            piece = self._next_piece(row, logits)
+            piece = next_piece(row, logits, self._eos)
         except Exception as error:
             _end(row, "error", error=as_reason(error))
             return False
@@ -341,32 +340,6 @@ class Batch:
         if piece.text or piece.tokens:
             _deliver(row, piece)
         return True
-
-    def _next_piece(self, row: Row, logits: Logits) -> Piece:
-        allowed = None if row.progress is None else row.progress.allowed(len(logits))
-        token = row.sampler.choose(logits, allowed)
-        if token in self._eos:
-            return Piece(row.text.flush(), finish_reason="stop")
-        scored = () if row.request.logprobs is None else (score(logits, token, row.request.logprobs),)
-        row.tokens.append(token)
-        text = row.text.push(token)
-        if row.text.stopped:
-            return Piece(text, scored, "stop")
-        left = row.limit - len(row.tokens)
-        if row.progress is not None:
-            forced, over = row.progress.take(token, 0 if scored else min(left, _MOST_FORCED))
-            row.together = 1 + len(forced)
-            for known in forced:
-                row.sampler.skip(known)
-                row.tokens.append(known)
-                text += row.text.push(known)
-                if row.text.stopped:
-                    return Piece(text, scored, "stop")
-            if over:
-                return Piece(text + row.text.flush(), scored, "stop")
-        if len(row.tokens) == row.limit:
-            return Piece(text + row.text.flush(), scored, "stop" if row.text.stopped else "length")
-        return Piece(text, scored)
 
     def _leave(self, row: Row) -> None:
         """Free a row's slot: the last decoding row takes its place, and the row after that moves up."""

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from reft_edge.runtime.binding import DecodeEdit, decode_inputs
 from reft_edge.runtime.memory import CAN_GIVE_BACK, NoMemoryError, fill, give_back, sparse_zeros
-from reft_edge.runtime.session import BoundSession, GraphSession, Ids, KVCache, Logits, present_name
+from reft_edge.runtime.session import BoundSession, GraphSession, KVCache, Logits, present_name
+from reft_edge.runtime.step_inputs import Ids
 
 ALIGNMENT = 16
 """Prompts run in parts that end at a multiple of this, so that every token is at the same place in a kernel's tile of rows
@@ -162,6 +163,7 @@ class BoundRows:
         self._graph, self._values, self._count, self._ports = graph, values, count, ports
         self._bound = len(next(iter(values.values())))
         self._binding = graph.new_binding(ports)
+        self._inputs = graph.step_inputs(self._binding)
         for name, value in values.items():
             place = ("cpu", 0, graph.cache_dtype, value.shape, value.ctypes.data)
             self._binding.bind_input(name, *place)
@@ -185,11 +187,14 @@ class BoundRows:
             self._logits, self._kept = self._graph.bind_logits(self._binding, self._bound, kept), kept
         if self._bound > self._count:
             ids = np.concatenate([ids, np.zeros((self._bound - self._count, ids.shape[1]), ids.dtype)])
-        ends = np.array(lengths[: self._bound], np.int64)[:, None] + ids.shape[1]
-        total = int(ends.max())
-        mask = (np.arange(total) < ends).astype(np.int64)
-        positions = ends - ids.shape[1] + np.arange(ids.shape[1])
-        self._graph.run_bound(self._binding, ids, mask, positions)
+        starts = lengths[: self._bound]
+        total = max(starts) + ids.shape[1]
+        if self._bound == 1:
+            mask = self._graph.ones(1, total)
+        else:
+            ends = np.array(starts, np.int64)[:, None] + ids.shape[1]
+            mask = (np.arange(total) < ends).astype(np.int64)
+        self._graph.run_bound(self._inputs, ids, mask, starts)
         logits = self._logits or self._binding.get_outputs()[-1]
         found: Logits = logits.numpy()[: self._count, -kept:].astype(np.float32, copy=False)
         return found

@@ -27,6 +27,7 @@ from reft_edge.runtime.onnx_runtime import (
 )
 from reft_edge.runtime.required_ports import require_ports
 from reft_edge.runtime.rounding import check_steps, rows_alike, steps_alike
+from reft_edge.runtime.step_inputs import Ids, Ones, StepInputs
 
 PREFILL_CHUNK = 512
 _CACHE_STEP = 256
@@ -35,7 +36,6 @@ _MOST_TOKENS = 1 << 31
 _MOST_HEAD = 1 << 16
 _MOST_STATE = 1 << 28
 
-Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
 
 
@@ -122,6 +122,7 @@ class GraphSession:
         self._vocabulary = logits.shape[2]
         self._default_values = self.to_device(self._defaults)
         self._spare: list[KVCache] = []
+        self.ones = Ones()
         if chosen.needs_all_inputs:
             check_steps(self)
 
@@ -209,16 +210,20 @@ class GraphSession:
         if self._own_keep is not None:
             binding.bind_cpu_input(OWN_KEEP, own)
 
-    def run_bound(self, binding: Any, ids: Ids, mask: Ids, positions: Ids) -> None:
-        """Run with what is bound and these tokens `[rows, tokens]`, mask `[rows, past and tokens]` and positions."""
-        feeds = {"input_ids": ids, "attention_mask": mask}
+    def step_inputs(self, binding: Any) -> StepInputs:
+        """The tokens, mask and positions of runs with this binding."""
+        return StepInputs(binding, self.device == "cpu")
+
+    def run_bound(self, inputs: StepInputs, ids: Ids, mask: Ids, starts: Sequence[int]) -> None:
+        """Run with what is bound and these tokens `[rows, tokens]`, mask `[rows, past and tokens]`, and each row's tokens
+        before them."""
+        inputs.give("input_ids", ids)
+        inputs.give_mask(mask)
         if self._has_positions:
-            feeds["position_ids"] = self._on_axes(positions)
-        arrays = {name: np.ascontiguousarray(array, np.int64) for name, array in feeds.items()}
-        for name, array in arrays.items():
-            binding.bind_cpu_input(name, array)
+            positions = np.array(starts, np.int64)[:, None] + np.arange(ids.shape[1])
+            inputs.give("position_ids", self._on_axes(positions))
         with plain_failure():
-            self.session.run_with_iobinding(binding)
+            self.session.run_with_iobinding(inputs.binding)
 
     def score(self, rows: Sequence[Sequence[int]], ports: Mapping[str, NDArray[np.generic]]) -> list[Logits]:
         """Logits of every token, `[tokens, vocabulary]` a row, from one right-padded batch without a cache.
@@ -273,6 +278,7 @@ class BoundSession:
     def __init__(self, graph: GraphSession, cache: KVCache, ports: Mapping[str, Any]) -> None:
         self._graph, self._cache, self._ports = graph, cache, ports
         self._binding = graph.new_binding(ports)
+        self._inputs = graph.step_inputs(self._binding)
         if not graph.shares_cache:
             return
         for name, value in cache.values.items():
@@ -299,9 +305,8 @@ class BoundSession:
             self._bind_grown()
         elif kept != self._kept:
             self._logits, self._kept = self._graph.bind_logits(self._binding, cache.batch, kept), kept
-        mask = np.ones((cache.batch, total), np.int64)
-        positions = np.tile(np.arange(cache.length, total), (cache.batch, 1))
-        self._graph.run_bound(self._binding, ids, mask, positions)
+        mask = self._graph.ones(cache.batch, total)
+        self._graph.run_bound(self._inputs, ids, mask, [cache.length] * cache.batch)
         cache.length = total
         if self._graph.shares_cache and self._logits is not None:
             logits = self._logits

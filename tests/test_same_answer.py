@@ -10,7 +10,7 @@ from reft_edge.export import export_model
 from reft_edge.model.loading import load_model
 from reft_edge.model.source import ModelFolder
 from reft_edge.runtime import Engine, Request, Sampling, SteeredModel
-from reft_edge.runtime.batch import Batch
+from reft_edge.runtime.next_piece import next_piece
 from reft_edge.runtime.session import GraphSession
 from tests.helpers.tiny import make_model
 from tests.helpers.torch_reference import random_adapter
@@ -56,14 +56,13 @@ def seen(request, model, monkeypatch):
     if not request.param:
         monkeypatch.setitem(vars(model.graph), "rounds_rows_alike", False)
     found = {}
-    original = Batch._next_piece
 
-    def watch(batch, row, logits):
+    def watch(row, logits, eos):
         key = (row.request.ids, tuple(row.request.adapters.items()), row.request.sampling.seed)
         found.setdefault(key, []).append(logits.copy())
-        return original(batch, row, logits)
+        return next_piece(row, logits, eos)
 
-    monkeypatch.setattr(Batch, "_next_piece", watch)
+    monkeypatch.setattr("reft_edge.runtime.batch.next_piece", watch)
     return found
 
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from reft_edge.runtime import Constraint, Engine, Request, Sampling, SteeredModel, batch
+from reft_edge.runtime import Constraint, Engine, Request, Sampling, SteeredModel, next_piece
 from reft_edge.runtime.constraints import Constraints
 from tests.helpers.batches import run_rows
 
@@ -82,7 +82,7 @@ def test_the_text_is_that_of_an_answer_without_them(model, monkeypatch, temperat
         jumped = model.stream("ice", **asked)
         text = jumped.text()
         with monkeypatch.context() as patch:
-            patch.setattr(batch, "_MOST_FORCED", 0)
+            patch.setattr(next_piece, "_MOST_FORCED", 0)
             plain = model.stream("ice", **asked)
             assert plain.text() == text
         assert jumped.tokens == plain.tokens

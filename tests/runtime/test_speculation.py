@@ -302,10 +302,10 @@ def test_where_longer_steps_cost_as_much_as_their_tokens_nothing_is_guessed(devi
     model.manifest = replace(model.manifest, eos_token_ids=())
     runs, run_bound = [], type(model.graph).run_bound
 
-    def slow(self, binding, ids, mask, positions):
+    def slow(self, inputs, ids, mask, starts):
         runs.append(ids.shape[1])
         time.sleep(0.002 * ids.size)
-        run_bound(self, binding, ids, mask, positions)
+        run_bound(self, inputs, ids, mask, starts)
 
     monkeypatch.setattr(type(model.graph), "run_bound", slow)
     model.generate("ice ice ice ice ice ice", max_tokens=120, speculate=True)

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from reft_edge.errors import ReftEdgeError
 from reft_edge.model.prompts import token_limit
 from reft_edge.model.texts import TextTokens
-from reft_edge.runtime import SteeredEncoder, SteeredModel
+from reft_edge.runtime import SteeredEncoder, SteeredModel, batch
 from reft_edge.runtime.serving.app import create_app
 from reft_edge.runtime.serving.served import ServerSettings
 
@@ -55,19 +55,17 @@ def test_words_without_a_token(device_folder, tmp_path, tokenizer):
         assert ask(client, "w1 w2").status_code == 200
 
 
-def test_a_panic_in_decoding_ends_one_request(device_folder, tmp_path):
+def test_a_panic_in_decoding_ends_one_request(device_folder, tmp_path, monkeypatch):
     tokenizer = panicking()
     with pytest.raises(BaseException, match="index out of bounds"):
         tokenizer.decode([tokenizer.token_to_id("w")])
     app = serve(device_folder, tmp_path / "m", tokenizer)
     with TestClient(app) as client:
-        batch = app.state.served.engine.batch
-        take, single = batch._next_piece, tokenizer.token_to_id("w")
-        answers = {}
+        single, answers = tokenizer.token_to_id("w"), {}
         for stream in (False, True):
-            batch._next_piece = lambda row, logits: row.text.push(single) and take(row, logits)
-            answers[stream] = ask(client, "w1", stream=stream)
-            batch._next_piece = take
+            with monkeypatch.context() as patch:
+                patch.setattr(batch, "next_piece", lambda row, logits, eos: row.text.push(single))
+                answers[stream] = ask(client, "w1", stream=stream)
         assert answers[False].status_code == 400
         for answer in answers.values():
             assert "tokenizer cannot decode these tokens" in answer.text
