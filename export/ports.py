@@ -10,12 +10,15 @@ such a node may go on with a sum of 32 bits, which h is not: there the edit is a
 and once for the graph, with t the absolute position and n the prompt's length:
 
     gate = (t < min(first, n // 2)                                            prefix
-            or n − suffix ≤ t < n + after) · scale                            suffix and generated
+            or n − suffix ≤ t < n + after)                                    suffix and generated
+           and t ≥ min(skip_first, n) and not n − skip_last ≤ t < n) · scale  left out of the prompt
     suffix = last if last is unlimited, else min(last, n // 2)
 
-Every input below has a default of rank 0, under which the graph computes what it did without ports, bit for bit.
+Every input below has a default of rank 0, or that leaves nothing out, under which the graph computes what it did without
+ports, bit for bit.
 
     reft.first, reft.last, reft.after  int64  [adapter_batch, 1, gates]
+    reft.skip_first, reft.skip_last    int64  [adapter_batch, 1, gates]
     reft.scale                         float  [adapter_batch, 1, gates]
     reft.prompt_len                    int64  [prompt_len_batch]   −1: the tokens in the mask if the KV cache is empty, else 0
     reft.logits_to_keep                int64  []                   0: logits for all tokens, k: for the last k
@@ -82,11 +85,16 @@ def insert_ports(
     gates: list[str | int] = ["adapter_batch", 1, "gates"]
     none = np.zeros((1, 1, 0), np.int64)
     first, last, after = (port(f"reft.{name}", gates, none) for name in ("first", "last", "after"))
+    skips = [
+        port(f"reft.{name}", gates, np.zeros((1, 1, 1), np.int64)) for name in ("skip_first", "skip_last")
+    ]
     scale = port("reft.scale", gates, none.astype(dtype))
     prompt_len = port("reft.prompt_len", ["prompt_len_batch"], np.array([-1], np.int64))
 
     start = _Builder(graph, "reft")
-    gate = _gate(start, inputs[INPUT_IDS], inputs[ATTENTION_MASK], prompt_len, first, last, after, scale)
+    gate = _gate(
+        start, inputs[INPUT_IDS], inputs[ATTENTION_MASK], prompt_len, first, last, after, skips, scale
+    )
     graph.insert_before(graph[0], start.nodes)
 
     for site in sites:
@@ -170,6 +178,7 @@ def _gate(
     first: ir.Value,
     last: ir.Value,
     after: ir.Value,
+    skips: Sequence[ir.Value],
     scale: ir.Value,
 ) -> ir.Value:
     """`[batch, sequence, gates]`, in the graph's float type."""
@@ -190,7 +199,13 @@ def _gate(
     suffix = op("Where", [unlimited, last, op("Min", [last, half], "last_in_half")], "suffix_len")
     since = op("GreaterOrEqual", [t, op("Sub", [n, suffix], "suffix_start")], "since_suffix")
     before = op("Less", [t, op("Add", [n, after], "generated_end")], "before_end")
-    opened = op("Or", [prefix, op("And", [since, before], "rest")], "open")
+    reached = op("Or", [prefix, op("And", [since, before], "rest")], "reached")
+
+    skip_first, skip_last = skips
+    begun = op("GreaterOrEqual", [t, op("Min", [skip_first, n], "skipped")], "begun")
+    early = op("Less", [t, op("Sub", [n, skip_last], "kept_end")], "before_skipped")
+    kept = op("Or", [early, op("GreaterOrEqual", [t, n], "in_answer")], "kept")
+    opened = op("And", [op("And", [reached, begun], "reached_later"), kept], "open")
     assert scale.dtype is not None
     return op("Mul", [op("Cast", [opened], "open_as_float", to=scale.dtype), scale], "gate")
 

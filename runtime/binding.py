@@ -37,7 +37,8 @@ class Bound:
 def port_inputs(edit: Edit, manifest: Manifest, dtype: np.dtype[np.generic]) -> PortInputs:
     """The edit as port inputs with adapter_batch 1, floats in the graph's `dtype`.
 
-    Raises ReftEdgeError if the edit is for another hidden size or a place without a port, or `dtype` cannot hold it.
+    Raises ReftEdgeError if the edit is for another hidden size, a place without a port or positions that the graph does not know, or `dtype`
+    cannot hold it.
     """
     if edit.hidden_size != manifest.hidden_size:
         raise ReftEdgeError(
@@ -54,7 +55,14 @@ def port_inputs(edit: Edit, manifest: Manifest, dtype: np.dtype[np.generic]) -> 
         return np.array(numbers, kind).reshape(1, 1, -1)
 
     int64 = np.dtype(np.int64)
-    inputs: PortInputs = {
+    skips = {name: [getattr(gate.span, name) for gate in edit.gates] for name in ("skip_first", "skip_last")}
+    left_out = {f"reft.{name}": per_gate(counts, int64) for name, counts in skips.items() if any(counts)}
+    if missing := sorted(left_out.keys() - set(manifest.ports)):
+        raise ReftEdgeError(
+            f"the adapter leaves out tokens of the prompt (positions such as all-f1), for which this folder has no {missing[0]}; "
+            "export the model again"
+        )
+    inputs: PortInputs = left_out | {
         "reft.first": per_gate([gate.span.first for gate in edit.gates], int64),
         "reft.last": per_gate([gate.span.last for gate in edit.gates], int64),
         "reft.after": per_gate([gate.span.after for gate in edit.gates], int64),

@@ -1,9 +1,11 @@
 """Edits as inputs of ports: what the graph's float type cannot hold is refused, not run."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from reft_edge.adapter.algebra import scale
+from reft_edge.adapter.algebra import concat, scale
 from reft_edge.adapter.linear import fold
 from reft_edge.errors import ReftEdgeError
 from reft_edge.model.manifest import Manifest
@@ -41,3 +43,20 @@ def test_scales_that_leave_float32_are_refused():
         decode_edit(scale(fold(adapter), 1e37))
     small = port_inputs(scale(edit, 1e-44), MANIFEST, WHOLE)
     assert 0 < small["reft.scale"].max() < 1e-40
+
+
+def test_a_folder_from_before_exclusions_takes_adapters_without_them():
+    plain = fold(make_adapter("loreft", positions="all+gen2"))
+    leaves_out = fold(make_adapter("loreft", positions="all-f1|f3-l2"))
+    inputs = port_inputs(plain, MANIFEST, WHOLE)
+    assert not any("skip" in name for name in inputs)
+    with pytest.raises(ReftEdgeError, match=r"no reft\.skip_first; export the model again"):
+        port_inputs(leaves_out, MANIFEST, WHOLE)
+    with pytest.raises(ReftEdgeError, match=r"no reft\.skip_first"):
+        port_inputs(concat([plain, leaves_out]), MANIFEST, WHOLE)
+    shape = ["adapter_batch", 1, "gates"]
+    now = replace(MANIFEST, ports={**MANIFEST.ports, "reft.skip_first": shape, "reft.skip_last": shape})
+    inputs = port_inputs(concat([plain, leaves_out]), now, WHOLE)
+    assert inputs["reft.skip_first"].ravel().tolist() == [0, 0, 1, 0]
+    assert inputs["reft.skip_last"].ravel().tolist() == [0, 0, 0, 2]
+    assert not any("skip" in name for name in port_inputs(plain, now, WHOLE))

@@ -24,10 +24,10 @@ def grouped(edit: Edit) -> Edit:
     Columns that never act are left out, and so are places that have no others. Raises ReftEdgeError if a scale takes
     weights beyond float32.
     """
-    spans = list(dict.fromkeys(_canonical(gate.span) for gate in edit.gates if _acts(gate)))
+    spans = list(dict.fromkeys(canonical(gate.span) for gate in edit.gates if _acts(gate)))
     number = {span: index for index, span in enumerate(spans)}
     scales = np.array([gate.scale for gate in edit.gates], np.float32)
-    group_of = np.array([number[_canonical(gate.span)] if _acts(gate) else -1 for gate in edit.gates])
+    group_of = np.array([number[canonical(gate.span)] if _acts(gate) else -1 for gate in edit.gates])
     places: dict[Place, LayerEdit] = {}
     for place, part in edit.places.items():
         groups = group_of[part.gates]
@@ -100,7 +100,10 @@ def _acts(gate: Gate) -> bool:
     return gate.scale != 0 and (gate.span.on_prompt or gate.span.on_generated)
 
 
-def _canonical(span: Span) -> Span:
+def canonical(span: Span) -> Span:
+    """The same gate without counts that make no difference."""
+    if not span.on_prompt:
+        return replace(span, skip_first=0, skip_last=0)
     return replace(span, first=0) if span.last == UNLIMITED else span
 
 

@@ -8,7 +8,9 @@ A spec joins parts with `+`:
     gen     every generated token
     gen5    the first 5 generated tokens
 
-`fN` and `lN` are each limited to half the prompt's length, as pyreft limits them, so that they never meet.
+`fN` and `lN` are each limited to half the prompt's length, as pyreft limits them, so that they never meet. What `-` sets apart
+is never edited, by no part: `all-f1` is every prompt token but the first, `all+gen-f1-l2` every token but the prompt's first and
+last two. Such counts are not limited.
 Untied, every part has weights of its own; tied, one set of weights serves all parts. A merged adapter can have groups
 that no such spec says: `|` sets them apart, each with one set of weights for its parts, as in `f7+l7|all+gen`. Groups
 may overlap; where they do, both edits are computed from the same hidden state and add up.
@@ -16,7 +18,7 @@ may overlap; where they do, both edits are computed from the same hidden state a
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -24,10 +26,11 @@ from reft_edge.errors import ReftEdgeError
 
 UNLIMITED = 2**31 - 1
 _COUNTED = {"f": "first", "l": "last", "gen": "after"}
+_SKIPPED = {"f": "skip_first", "l": "skip_last"}
 _MAX_COUNT = 9_999_999
 MAX_GROUPS = 64
 """Position groups of one adapter: every step of a model opens and shuts each group's gate at every token."""
-_MAX_SPEC = 2000
+_MAX_SPEC = 4000
 """Characters of a spec; the longest that says MAX_GROUPS groups is shorter."""
 
 
@@ -35,12 +38,15 @@ _MAX_SPEC = 2000
 class Span:
     """One gate: the first `first` and last `last` prompt tokens, and `after` generated tokens.
 
-    `last = UNLIMITED` means every prompt token, `after = UNLIMITED` every generated one.
+    `last = UNLIMITED` means every prompt token, `after = UNLIMITED` every generated one. The prompt's first `skip_first` and
+    last `skip_last` tokens are left out.
     """
 
     first: int = 0
     last: int = 0
     after: int = 0
+    skip_first: int = 0
+    skip_last: int = 0
 
     @property
     def on_prompt(self) -> bool:
@@ -61,7 +67,8 @@ def active(span: Span, t: Any, n: Any) -> Any:
     if span.last != UNLIMITED:
         suffix = suffix & (t >= n - n // 2)
     generated = (t >= n) & (t < n + span.after)
-    return prefix | suffix | generated
+    kept = (t >= span.skip_first) & (t < n - span.skip_last)
+    return ((prefix | suffix) & kept) | generated
 
 
 def parse_positions(spec: str, tied: bool) -> tuple[Span, ...]:
@@ -89,31 +96,65 @@ def _parse(spec: str, tied: bool) -> tuple[Span, ...]:
         if len(set(groups)) < len(groups):
             raise ReftEdgeError(f"positions {spec!r}: a group is given twice; name each group once")
         return groups
-    parts: dict[str, Span] = {}
-    for part in spec.strip().split("+"):
-        name, span = _parse_part(spec, part.strip())
-        if name in parts:
-            raise ReftEdgeError(f"positions {spec!r}: `{name}` is given twice; name each part once")
-        parts[name] = span
+    parts, skipped = _read_parts(spec)
     if "all" in parts and ("f" in parts or "l" in parts):
         raise ReftEdgeError(
             f"positions {spec!r}: `all` already covers every prompt token; drop the f and l parts"
         )
+    if skipped and not any(span.on_prompt for span in parts.values()):
+        raise ReftEdgeError(
+            f"positions {spec!r}: `-` leaves out tokens of the prompt, and no part edits the prompt; drop it"
+        )
+    spans = tuple(replace(span, **skipped) if span.on_prompt else span for span in parts.values())
+    for name, span in zip(parts, spans, strict=True):
+        if _is_empty(span):
+            raise ReftEdgeError(
+                f"positions {spec!r}: `-` leaves nothing of the part {name}; drop one of them"
+            )
     if not tied:
-        return tuple(parts.values())
+        return spans
     return (
         Span(
-            first=max(span.first for span in parts.values()),
-            last=max(span.last for span in parts.values()),
-            after=max(span.after for span in parts.values()),
+            first=max(span.first for span in spans),
+            last=max(span.last for span in spans),
+            after=max(span.after for span in spans),
+            **skipped,
         ),
     )
 
 
+def _read_parts(spec: str) -> tuple[dict[str, Span], dict[str, int]]:
+    """The parts by their names, and what is left out by the names of Span."""
+    parts: dict[str, Span] = {}
+    skipped: dict[str, int] = {}
+    for part in spec.strip().split("+"):
+        edited, *left_out = (text.strip() for text in part.split("-"))
+        name, span = _parse_part(spec, edited)
+        if name in parts:
+            raise ReftEdgeError(f"positions {spec!r}: `{name}` is given twice; name each part once")
+        parts[name] = span
+        for text in left_out:
+            match = re.fullmatch(r"(f|l)([1-9][0-9]{0,6})", text)
+            if match is None:
+                raise ReftEdgeError(
+                    f"positions {spec!r}: cannot read {'-' + text!r}; `-` leaves out the prompt's first or last tokens, as in all-f1"
+                )
+            if _SKIPPED[match[1]] in skipped:
+                raise ReftEdgeError(f"positions {spec!r}: `-{match[1]}` is given twice; name each once")
+            skipped[_SKIPPED[match[1]]] = int(match[2])
+    return parts, skipped
+
+
+def _is_empty(span: Span) -> bool:
+    """Whether what is left out of the prompt is all that a part edits, or no part edits the prompt."""
+    if not span.on_prompt:
+        return max(span.skip_first, span.skip_last) > 0
+    return 0 < span.first <= span.skip_first or 0 < span.last <= span.skip_last
+
+
 def group_names(spec: str, tied: bool) -> list[str]:
     """What the position groups of a spec are called: its parts, or groups of parts that share their weights."""
-    spec = spec.replace(" ", "")
-    return [spec] if tied else spec.split("|" if "|" in spec else "+")
+    return [_name(span) for span in parse_positions(spec, tied)]
 
 
 def describe_spans(spans: Sequence[Span]) -> tuple[str, bool]:
@@ -123,10 +164,17 @@ def describe_spans(spans: Sequence[Span]) -> tuple[str, bool]:
     """
     groups = [_parts(span) for span in spans]
     if len(groups) == 1:
-        return "+".join(groups[0]), len(groups[0]) > 1
+        return _name(spans[0]), len(groups[0]) > 1
+    if any(span.skip_first or span.skip_last for span in spans):
+        return "|".join(_name(span) for span in spans), False
     kinds = "".join("fl" if part == "all" else part[0] for group in groups for part in group)
     plain = all(len(group) == 1 for group in groups) and len(set(kinds)) == len(kinds)
     return ("+" if plain else "|").join("+".join(group) for group in groups), False
+
+
+def _name(span: Span) -> str:
+    left_out = [f"-{kind}{getattr(span, name)}" for kind, name in _SKIPPED.items() if getattr(span, name)]
+    return "+".join(_parts(span)) + "".join(left_out)
 
 
 def _parts(span: Span) -> list[str]:
@@ -137,9 +185,11 @@ def _parts(span: Span) -> list[str]:
         parts.append("all" if span.last == UNLIMITED else f"l{span.last}")
     if span.after:
         parts.append("gen" if span.after == UNLIMITED else f"gen{span.after}")
-    if not parts or max(span.first, span.last % UNLIMITED, span.after % UNLIMITED) > _MAX_COUNT:
+    counts = (span.first, span.last % UNLIMITED, span.after % UNLIMITED, span.skip_first, span.skip_last)
+    if not parts or max(counts) > _MAX_COUNT or _is_empty(span):
         raise ReftEdgeError(
-            f"no position spec says: the first {span.first} and last {span.last} prompt tokens and {span.after} generated ones"
+            f"no position spec says: the first {span.first} and last {span.last} prompt tokens, without the first "
+            f"{span.skip_first} and last {span.skip_last}, and {span.after} generated ones"
         )
     return parts
 

@@ -54,7 +54,10 @@ Intervention = Annotated[
 ]
 Layers = Annotated[str, typer.Option(help="Layers to edit: `all`, `3;9;18`, `0-5`, or a mix.")]
 Rank = Annotated[int, typer.Option(help="Rank of each intervention.")]
-Positions = Annotated[str, typer.Option(help="Tokens to edit: f7, l7, all, gen, gen5, joined with `+`.")]
+Positions = Annotated[
+    str,
+    typer.Option(help="Tokens to edit: f7, l7, all, gen, gen5, joined with `+`; -f1 or -l1 leaves some out."),
+]
 Component = Annotated[
     str,
     typer.Option(help="What of each layer to edit: the output of its block, its attention or its mlp."),

@@ -11,6 +11,7 @@ refuses `direction.0`.
 import os
 import re
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from reft_edge.adapter.algebra import Array
 from reft_edge.adapter.base import Base
 from reft_edge.adapter.config import Adapter, AdapterConfig
 from reft_edge.adapter.linear import fold, grouped
-from reft_edge.adapter.positions import UNLIMITED
+from reft_edge.adapter.positions import UNLIMITED, Span
 from reft_edge.errors import ReftEdgeError
 from reft_edge.files import name_to_store, open_regular, write_atomically
 from reft_edge.model.gguf_header import GgufHeader, parse_gguf_header
@@ -88,7 +89,9 @@ def constant_edit(adapter: Adapter) -> dict[int, Array]:
             part = edit.places.get(place)
             total = np.zeros(config.hidden_size, np.float32)
             for number, gate in enumerate(edit.gates):
-                if gate.span.first or not {gate.span.last, gate.span.after} <= {0, UNLIMITED}:
+                if replace(gate.span, last=0, after=0) != Span() or (
+                    not {gate.span.last, gate.span.after} <= {0, UNLIMITED}
+                ):
                     raise ReftEdgeError(
                         f"the adapter acts at {config.positions}; a control vector acts at every token ({EVERY_TOKEN})"
                     )

@@ -22,10 +22,11 @@ from reft_edge.runtime.binding import port_inputs
 from reft_edge.runtime.onnx_runtime import HOST_TYPES, import_onnxruntime, ort_value
 
 _GATES = ("first", "last", "after", "scale")
+_SKIPS = ("skip_first", "skip_last")
 _MAX_SIZE = 1 << 30
 _MAX_GATES = 1 << 12
 _BFLOAT16 = 16
-_WHOLE = (".first", ".last", ".after", ".columns")
+_WHOLE = (".first", ".last", ".after", ".skip_first", ".skip_last", ".columns")
 """Inputs that count tokens or gates."""
 
 
@@ -112,11 +113,17 @@ def _gates(path: Path, inputs: dict[str, NDArray[Any]]) -> tuple[Gate, ...]:
     )
     if not np.isfinite(factor).all():
         raise ReftEdgeError(f"{path}: reft.scale holds NaN or infinity")
-    if min([*first, *last, *after], default=0) < 0:
+    skips = [
+        _take(path, inputs, f"reft.{name}", (1, 1, count)).ravel().tolist()
+        if f"reft.{name}" in inputs
+        else [0] * count
+        for name in _SKIPS
+    ]
+    if min([*first, *last, *after, *skips[0], *skips[1]], default=0) < 0:
         raise ReftEdgeError(f"{path}: its gates count below zero")
     return tuple(
-        Gate(Span(int(a), int(b), int(c)), float(d))
-        for a, b, c, d in zip(first, last, after, factor, strict=True)
+        Gate(Span(*map(int, counts)), float(strength))
+        for *counts, strength in zip(first, last, after, *skips, factor, strict=True)
     )
 
 

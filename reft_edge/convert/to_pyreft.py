@@ -94,10 +94,10 @@ def to_pyreft(adapter: Adapter, output: Path) -> list[str]:
 
 
 def _overlap(one: Span, other: Span) -> bool:
-    whole = UNLIMITED in (one.last, other.last) and one.on_prompt and other.on_prompt
-    return bool(
-        whole or (one.first and other.first) or (one.last and other.last) or (one.after and other.after)
-    )
+    reached = [UNLIMITED if span.last == UNLIMITED else span.first for span in (one, other)]
+    prefixes = max(one.skip_first, other.skip_first) < min(reached)
+    suffixes = max(one.skip_last, other.skip_last) < min(one.last, other.last)
+    return prefixes or suffixes or min(one.after, other.after) > 0
 
 
 def _with_rotation(adapter: Adapter) -> tuple[str, dict[str, Array]]:

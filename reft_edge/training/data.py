@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from reft_edge.adapter.positions import active, group_names, parse_positions
+from reft_edge.adapter.positions import Span, active, group_names, parse_positions
 from reft_edge.errors import ReftEdgeError
 from reft_edge.model.prompts import Prompts
 from reft_edge.rows.reading import load_rows
@@ -88,7 +88,7 @@ def check_positions(rows: Sequence[Example], positions: str, tied: bool) -> tupl
     # The last token of a completion is predicted, but never read.
     lengths = Counter((len(row.prompt), len(row.prompt) + len(row.completion) - 1) for row in rows)
     open_at = {
-        (n, end): [any(bool(active(span, t, n)) for t in _edges(n, end)) for span in spans]
+        (n, end): [any(bool(active(span, t, n)) for t in _edges(span, n, end)) for span in spans]
         for n, end in lengths
     }
     idle = sum(count for key, count in lengths.items() if not any(open_at[key]))
@@ -112,6 +112,7 @@ def check_positions(rows: Sequence[Example], positions: str, tied: bool) -> tupl
     return tuple(told if idle else told[1:])
 
 
-def _edges(n: int, end: int) -> Iterable[int]:
-    """Tokens among which every gate that is open somewhere is open: the first and last of the prompt, the next."""
-    return [t for t in {0, n - 1, n} if t < end]
+def _edges(span: Span, n: int, end: int) -> Iterable[int]:
+    """Tokens among which a gate that is open somewhere is open: the first and last of the prompt that are not left out, the
+    next."""
+    return [t for t in {span.skip_first, n - 1 - span.skip_last, n} if 0 <= t < end]

@@ -15,7 +15,7 @@ from reft_edge.adapter.algebra import Edit, apply, concat, scale, subspace
 from reft_edge.adapter.base import Base
 from reft_edge.adapter.config import INTERVENTIONS, Adapter
 from reft_edge.adapter.file import load_adapter, save_adapter
-from reft_edge.adapter.linear import fold, grouped, unfold
+from reft_edge.adapter.linear import canonical, fold, grouped, unfold
 from reft_edge.adapter.merging import Source, compress, merge, parse_columns, parse_source, select
 from reft_edge.adapter.positions import Span, describe_spans, parse_positions
 from reft_edge.cli import app
@@ -107,6 +107,8 @@ def test_unfolding_undoes_folding(adapter, seed, n):
             first=st.integers(0, 9),
             last=st.sampled_from([0, 1, 5, 2**31 - 1]),
             after=st.sampled_from([0, 1, 7, 2**31 - 1]),
+            skip_first=st.sampled_from([0, 0, 1, 12]),
+            skip_last=st.sampled_from([0, 0, 2]),
         ),
         min_size=1,
         max_size=4,
@@ -114,8 +116,12 @@ def test_unfolding_undoes_folding(adapter, seed, n):
     )
 )
 def test_spans_are_described_as_they_are_read(spans):
-    spans = [Span(0 if span.last == 2**31 - 1 else span.first, span.last, span.after) for span in spans]
+    spans = [canonical(span) for span in spans]
     spans = list(dict.fromkeys(span for span in spans if span.on_prompt or span.on_generated))
+    if any(0 < span.first <= span.skip_first or 0 < span.last <= span.skip_last for span in spans):
+        with pytest.raises(ReftEdgeError, match="no position spec"):
+            describe_spans(spans)
+        return
     if not spans:
         with pytest.raises(ReftEdgeError, match="no position spec"):
             describe_spans([Span()])

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reft_edge.adapter.positions import UNLIMITED, Span, active, parse_positions
+from reft_edge.adapter.positions import UNLIMITED, Span, active, group_names, parse_positions
 from reft_edge.errors import ReftEdgeError
 
 
@@ -28,6 +28,15 @@ def open_at(spec: str, n: int, total: int, tied: bool = True) -> list[list[int]]
         ("gen2", 4, [[4, 5]]),
         ("all+gen1", 3, [[0, 1, 2, 3]]),
         ("gen9999999", 10, [[10, 11]]),
+        ("all-f1", 4, [[1, 2, 3]]),
+        ("all-l2", 4, [[0, 1]]),
+        ("all-f1-l1", 2, [[]]),
+        ("all+gen-f1-l2", 6, [[1, 2, 3, 6, 7, 8, 9, 10, 11]]),
+        ("all+gen-f9", 6, [[6, 7, 8, 9, 10, 11]]),
+        ("all+gen-l9", 6, [[6, 7, 8, 9, 10, 11]]),
+        ("f4 - f1 + l3 - l1", 10, [[1, 2, 3, 7, 8]]),
+        ("f7+l7-f1", 5, [[1, 3, 4]]),
+        ("all-f1", 1, [[]]),
     ],
 )
 def test_tokens_of_a_tied_spec(spec: str, n: int, expected: list[list[int]]) -> None:
@@ -71,11 +80,37 @@ def test_prefix_and_suffix_are_pyrefts(first: int, last: int, n: int) -> None:
         "f99999999",
         "+",
         "f٣",
+        "gen-f1",
+        "all-f0",
+        "all-gen",
+        "all-f1-f2",
+        "all-",
+        "f3-f3",
+        "l2-l3",
+        "-f1",
+        "all--f1",
+        "f3+l9-f3",
     ],
 )
 def test_bad_specs_are_named(spec: str) -> None:
     with pytest.raises(ReftEdgeError, match="positions"):
         parse_positions(spec, tied=False)
+
+
+def test_what_is_left_out_holds_for_all_parts_of_a_group() -> None:
+    untied = [[1, 2], [8, 9], [10, 11]]
+    for spec in ("f3+l2+gen-f1", "f3-f1+l2+gen", "f3-f1|l2-f1|gen"):
+        assert open_at(spec, 10, 12, tied=False) == untied
+    assert group_names("f3+l2 + gen-f1", False) == ["f3-f1", "l2-f1", "gen"]
+    assert group_names("gen5+all-l1-f2", True) == ["all+gen5-f2-l1"]
+    for spec, message in (
+        ("gen-f1", "no part edits the prompt"),
+        ("f3-f3", "nothing of the part f"),
+        ("all-gen", "cannot read '-gen'"),
+        ("all-l1+gen-l2", "`-l` is given twice"),
+    ):
+        with pytest.raises(ReftEdgeError, match=message):
+            parse_positions(spec, tied=False)
 
 
 @pytest.mark.parametrize(
@@ -84,15 +119,15 @@ def test_bad_specs_are_named(spec: str) -> None:
         "|".join(f"f{i}" for i in range(1, 100_001)),
         "|".join(["all"] * 65),
         "f1" + " " * 5000,
-        "+".join(["f1"] * 900),
+        "+".join(["f1"] * 1800),
     ],
 )
 def test_specs_without_end_are_refused_before_they_are_read(spec: str) -> None:
-    with pytest.raises(ReftEdgeError, match="at most 64 groups in 2,000 characters") as caught:
+    with pytest.raises(ReftEdgeError, match="at most 64 groups in 4,000 characters") as caught:
         parse_positions(spec, tied=False)
     assert len(str(caught.value)) < 300
 
 
 def test_as_many_groups_as_are_allowed() -> None:
-    spec = "|".join(f"f{9_999_900 + i}+l9999999+gen9999999" for i in range(64))
+    spec = "|".join(f"f{9_999_900 + i}+l9999999+gen9999999-f9999899-l9999998" for i in range(64))
     assert len(parse_positions(spec, tied=False)) == 64

@@ -441,6 +441,14 @@ def test_no_damaged_tensor_file_gets_through(tmp_path_factory, seed, count):
     assert sum(tensor.nbytes for tensor in tensors.values()) <= 8 * (D * D + 3 * D * RANK)
 
 
+def test_groups_that_leave_each_other_out_do_not_overlap(tmp_path):
+    for number, positions in enumerate(("all-f1|f1", "f7-f2|f2", "all-f3-l3|f3+l3", "l9-l2|l2")):
+        to_pyreft(make_adapter("loreft", positions=positions), tmp_path / str(number))
+    for positions in ("all-f1|f2", "all-f3-l2|f3+l3", "f7-f2|f3", "all-f1|all-l1"):
+        with pytest.raises(ReftEdgeError, match="overlap"):
+            to_pyreft(make_adapter("loreft", positions=positions), tmp_path / "none")
+
+
 def meet(one: Span, other: Span) -> bool:
     """Whether both gates are open at one token of some row."""
     t = np.arange(60)
@@ -561,6 +569,7 @@ def test_any_constant_edit_is_a_control_vector():
         (make_adapter("loreft", positions="all+gen", layers=(1,)), "depends on the hidden state"),
         (make_adapter("steering", positions="l3+gen", layers=(1,)), "acts at l3\\+gen"),
         (make_adapter("steering", positions="all+gen3", tied=True, layers=(1,)), "acts at all\\+gen3"),
+        (make_adapter("steering", positions="all+gen-f1", tied=True, layers=(1,)), "acts at all\\+gen-f1"),
         (make_adapter("steering", positions="all", layers=(1,)), "one vector to the prompt and another"),
         (make_adapter("steering", positions="all+gen", layers=(1,)), "one vector to the prompt and another"),
         (make_adapter("steering", positions="all+gen", tied=True, layers=(0,)), "refuses direction.0"),

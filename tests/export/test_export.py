@@ -128,7 +128,22 @@ def test_every_intervention(llama, intervention):
 
 
 @pytest.mark.parametrize(
-    "positions", ["f3", "l2", "f7+l7", "f20+l20", "all", "gen", "all+gen", "l2+gen", "gen3", "all+gen1"]
+    "positions",
+    [
+        "f3",
+        "l2",
+        "f7+l7",
+        "f20+l20",
+        "all",
+        "gen",
+        "all+gen",
+        "l2+gen",
+        "gen3",
+        "all+gen1",
+        "all-f1",
+        "all+gen-f2-l1",
+        "f7+l7-f1-l2",
+    ],
 )
 @pytest.mark.parametrize("tied", [True, False])
 def test_every_position_spec(llama, positions, tied):

@@ -20,6 +20,7 @@ POSITIONS = {
     "steps": "l2|gen2|gen5|gen",
     "long": "all+gen19",
     "always": "gen",
+    "skipping": "all+gen4-f1-l2",
 }
 CHOICES = [
     {"three": 1.0},
@@ -30,6 +31,7 @@ CHOICES = [
     {"always": 1.0, "one": 1.0},
     {"always": 1.0},
     {"three": 0.0},
+    {"skipping": 2.0, "one": 1.0},
 ]
 TEXTS = ["Who are you?", "ice", "Water boils when it is hot; ice melts"]
 
@@ -83,13 +85,13 @@ def test_answers_alone_are_those_of_the_graphs_gate(model):
         behind = logits_behind(model, row)
         assert (behind.max(1) - behind[np.arange(len(row.tokens)), row.tokens] <= 1e-3).all()
     answers = {}
-    for name in ("three", "one", "steps", "long", "always"):
+    for name in POSITIONS:
         [row], _, _ = run(model, [ask(model, "ice", {name: 1.0}, max_tokens=24)])
         answers[name] = tuple(row.tokens)
     assert len(set(answers.values())) == len(answers)
 
 
-@pytest.mark.parametrize("slots", [2, 3, 8])
+@pytest.mark.parametrize("slots", [2, 3, 9])
 def test_rows_beside_others_are_what_they_are_alone(model, slots):
     asked = requests(model)
     alone = [run(model, [request])[0][0].tokens for request in asked]

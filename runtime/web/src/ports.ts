@@ -30,7 +30,8 @@ export function emptyPorts(manifest: Manifest, rank = 0): PortInputs {
  * Every port's value under an edit, with adapter_batch 1 (`reft_edge/runtime/binding.py`); `emptyRank` is that of
  * places where nothing acts.
  *
- * Raises ReftEdgeError if the edit is for another hidden size or a place without a port.
+ * Raises ReftEdgeError if the edit is for another hidden size, a place without a port, or positions that the graph does not
+ * know.
  */
 export function portInputs(edit: Edit, manifest: Manifest, emptyRank = 0): PortInputs {
   const d = manifest.hidden_size;
@@ -50,6 +51,17 @@ export function portInputs(edit: Edit, manifest: Manifest, emptyRank = 0): PortI
   const perGate = [1, 1, edit.gates.length];
   for (const name of ["first", "last", "after"] as const) {
     inputs.set(`reft.${name}`, { data: int64(edit.gates.map((gate) => gate.span[name])), shape: perGate });
+  }
+  for (const name of ["skip_first", "skip_last"] as const) {
+    const counts = edit.gates.map((gate) => gate.span[name]);
+    if (Object.hasOwn(manifest.ports, `reft.${name}`)) {
+      inputs.set(`reft.${name}`, { data: int64(counts), shape: perGate });
+    } else if (counts.some((count) => count > 0)) {
+      throw new ReftEdgeError(
+        `the adapter leaves out tokens of the prompt (positions such as all-f1), for which this folder has no reft.${name}; ` +
+          "export the model again",
+      );
+    }
   }
   inputs.set("reft.scale", { data: Float32Array.from(edit.gates, (gate) => gate.scale), shape: perGate });
   for (const [place, part] of edit.places) {

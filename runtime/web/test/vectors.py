@@ -29,9 +29,11 @@ from reft_edge.runtime.binding import port_inputs
 from reft_edge.runtime.model import SteeredModel
 
 SPECS = (
-    "f7+l7", "l3", "f1", "all", "gen", "all+gen", "f2+gen", "gen5", "all+gen1", "f1|gen2|gen", " f3 + l4 ", "f9999999",
+    "f7+l7", "l3", "f1", "all", "gen", "all+gen", "f2+gen", "gen5", "all+gen1", "f1|gen2|gen", "all-f1", "all+gen-f1", "all - f1 - l2 + gen3",
+    "f7+l7-f1-l1|all-l2", " f3 + l4 ", "f9999999",
     "f7+l7|all+gen", "all|f1", "f3 | l2", "f1|f1", "f1||l1",
-    "", "f0", "l", "f7+f8", "all+f1", "gen+gen", "gen+gen2", "gen0", "all3", "f12345678", "x3", "F7", "f7+", "f٣",
+    "", "f0", "l", "f7+f8", "all+f1", "gen+gen", "gen+gen2", "gen0", "all3", "gen-f1", "all-f0", "all-gen", "all-f1-f2", "all-", "f3-f3", "l2-l3",
+    "f12345678", "x3", "F7", "f7+", "f٣",
 )  # fmt: skip
 NUMBERS = (
     0,
