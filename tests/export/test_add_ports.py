@@ -302,8 +302,8 @@ def test_ports_in_the_wrong_place_are_found_out(cached, source, tmp_path, monkey
 def test_a_wrong_edit_is_found_out(cached, source, tmp_path, monkeypatch):
     from reft_edge.export import ports
 
-    def open_everywhere(op, ids, mask, prompt_len, first, last, after, scale):
-        return gate(op, ids, mask, prompt_len, last, first, after, scale)
+    def open_everywhere(op, ids, mask, prompt_len, first, last, after, skips, scale):
+        return gate(op, ids, mask, prompt_len, last, first, after, skips, scale)
 
     gate = ports._gate
     monkeypatch.setattr(ports, "_gate", open_everywhere)

@@ -4,9 +4,11 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from reft_edge.convert.onnx_adapter import pack_adapter
+from reft_edge.adapter.file import save_adapter
+from reft_edge.convert.onnx_adapter import from_onnx_adapter, pack_adapter
 from reft_edge.errors import ReftEdgeError
 from reft_edge.runtime import SteeredModel
+from reft_edge.runtime.bench import random_adapter
 
 
 @pytest.mark.parametrize("name", ["first", "everywhere"])
@@ -65,3 +67,16 @@ def test_refusals(device_folder, tmp_path):
             tmp_path / "none" / "a.onnx_adapter",
         )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_positions_of_all_kinds_come_back(device_folder, tmp_path):
+    model = SteeredModel(device_folder / "export", device="cpu")
+    for number, positions in enumerate(("gen5|all-f1", "f7+l7+gen2-f1-l2", "f3+l3")):
+        path, packed = tmp_path / f"{number}.safetensors", tmp_path / f"{number}.onnx_adapter"
+        adapter = random_adapter(model, 2, positions, seed=number)
+        save_adapter(adapter, path)
+        pack_adapter(path, device_folder / "export", packed)
+        again = from_onnx_adapter(packed, model.manifest, raw=False)
+        assert again.config.spans == adapter.config.spans
+        names = onnxruntime.AdapterFormat.read_adapter(str(packed)).get_parameters()
+        assert ("reft.skip_first" in names) == ("-f" in positions)
