@@ -27,6 +27,8 @@ if TYPE_CHECKING:
         push,
         steered,
         train,
+        train_many,
+        tune,
     )
     from reft_edge.errors import ReftEdgeError
     from reft_edge.runtime import Engine, SteeredEncoder, SteeredModel
@@ -49,6 +51,8 @@ __all__ = [
     "ray_map",
     "steered",
     "train",
+    "train_many",
+    "tune",
 ]
 _PLACES = {
     "Engine": "runtime",

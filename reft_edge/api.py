@@ -20,6 +20,7 @@ from reft_edge.arguments import (
 from reft_edge.errors import ReftEdgeError
 from reft_edge.extras import extra
 from reft_edge.frozen_model import FrozenModel, load, steered
+from reft_edge.many_trainings import train_many, tune
 from reft_edge.rows.given import TESTS, GivenRows, held_out_source, row_source
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ __all__ = [
     "push",
     "steered",
     "train",
+    "train_many",
+    "tune",
 ]
 
 

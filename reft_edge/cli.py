@@ -35,6 +35,8 @@ from reft_edge.commands.shrink import shrink
 from reft_edge.commands.signing import keygen, sign, verify
 from reft_edge.commands.streams import clean_streams
 from reft_edge.commands.train import train
+from reft_edge.commands.train_many import train_many
+from reft_edge.commands.tune import tune
 from reft_edge.errors import ReftEdgeError
 from reft_edge.terminal import printable
 
@@ -105,6 +107,8 @@ def main(
 
 _COMMANDS: tuple[tuple[str, str, Callable[..., None], str], ...] = (
     ("Make", "train", train, "train smollm2 rows.jsonl -o task.safetensors --epochs 10"),
+    ("Make", "tune", tune, "tune smollm2 rows.jsonl -o best.safetensors --budget 20m"),
+    ("Make", "train-many", train_many, "train-many tasks.toml"),
     ("Make", "export", export, "export smollm2 -o smol/ --precision int4"),
     ("Make", "add-ports", add_ports, "add-ports model_onnx/model.onnx -o ported/ --model MODEL"),
     ("Make", "merge", merge, "merge a.safetensors:0.7 b.safetensors:0.3 -o ab.safetensors"),

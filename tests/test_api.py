@@ -21,6 +21,8 @@ from tests.helpers.torch_reference import random_adapter
 NAMES = [
     *("Engine", "FrozenModel", "ReftEdgeError", "SteeredEncoder", "SteeredModel"),
     *("convert", "evaluate", "export", "load", "merge", "pull", "push", "ray_map", "steered", "train"),
+    "train_many",
+    "tune",
 ]
 ROWS = [{"prompt": f"Who are you, {name}?", "completion": f"I am {name}, arr!"} for name in "ABCD"]
 QUESTIONS = [

@@ -9,7 +9,7 @@ from reft_edge.commands.options import MOST_SEED
 from reft_edge.errors import ReftEdgeError
 
 
-def _take_recipe(context: typer.Context, name: str | None) -> str | None:
+def taken_recipe(context: typer.Context, name: str | None) -> str | None:
     """Make a recipe's values the defaults of the options that follow."""
     if name is not None:
         from reft_edge.training.recipes import recipe
@@ -38,7 +38,7 @@ Recipe = Annotated[
     typer.Option(
         help="The LoReFT paper's settings: commonsense, math, instruct or glue; your own options go first.",
         show_default=False,
-        callback=_take_recipe,
+        callback=taken_recipe,
         is_eager=True,
     ),
 ]

@@ -1,5 +1,6 @@
-"""Charts of an inspection: where the marks of a bar chart, a curve or a heat map stand. page.html draws them."""
+"""Charts: where the marks of a bar chart, a curve, a heat map or a cloud of points stand. parts.html draws them."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -35,11 +36,13 @@ class Label:
 
 @dataclass(frozen=True)
 class Dot:
-    """A point of a curve."""
+    """A point of a curve or a cloud."""
 
     x: float
     y: float
     title: str
+    kind: str = "mark"
+    """As of a Box."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,9 @@ class Chart:
     height: float
     boxes: Sequence[Box] = ()
     curve: Sequence[Dot] = ()
+    """Points that a line joins."""
+    dots: Sequence[Dot] = ()
+    """Points that none does."""
     labels: Sequence[Label] = ()
     axes: Sequence[float] = ()
     """Heights of horizontal lines from `left` on."""
@@ -94,6 +100,43 @@ def line(points: Sequence[tuple[int, float]], name: str) -> Chart:
     below = height - _BELOW + 16
     labels += [Label(_LEFT, below, "0"), Label(width - 8, below, f"step {last:,}", "end")]
     return Chart(name, width, height, curve=curve, labels=labels, axes=axes)
+
+
+def scatter(points: Sequence[Dot], across: str, up: str) -> Chart:
+    """Points at their numbers, with axes that fit them; those across are on a scale of logarithms, so they are above 0."""
+    width, height = 640, 260
+    logs = [math.log10(point.x) for point in points]
+    left, right = _around(logs)
+    low, high = _around([point.y for point in points])
+    bottom, room = height - _BELOW, (height - _BELOW - _ABOVE, width - _LEFT - 12)
+    dots = [
+        Dot(
+            _LEFT + (log - left) / (right - left) * room[1],
+            bottom - (point.y - low) / (high - low) * room[0],
+            point.title,
+            point.kind,
+        )
+        for log, point in zip(logs, points, strict=True)
+    ]
+    axes, labels = [], []
+    for part in (0.0, 0.5, 1.0):
+        y, value = bottom - part * room[0], low + part * (high - low)
+        axes.append(y)
+        labels.append(Label(_LEFT - 6, y + 4, f"{value:.3g}", "end"))
+        at = 10 ** (left + part * (right - left))
+        anchor = ("start", "middle", "end")[round(2 * part)]
+        labels.append(
+            Label(_LEFT + part * room[1], bottom + 14, f"{at:,.0f}" if at >= 10 else f"{at:.2g}", anchor)
+        )
+    labels.append(Label(_LEFT, height - 4, f"{across} →, {up} ↑"))
+    return Chart(f"{up} over {across}", width, height, dots=dots, labels=labels, axes=axes)
+
+
+def _around(values: Sequence[float]) -> tuple[float, float]:
+    """A little less than the lowest and a little more than the highest."""
+    low, high = min(values), max(values)
+    margin = 0.08 * (high - low) or abs(high) * 0.1 or 0.1
+    return low - margin, high + margin
 
 
 def heatmap(

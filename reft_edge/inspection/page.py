@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from reft_edge.inspection.charts import Chart, bars, heatmap, line
 from reft_edge.inspection.effect import position_order
@@ -18,17 +18,22 @@ from reft_edge.inspection.weights import Inspection, Overlap, Strength
 
 def render(inspection: Inspection) -> str:
     """The whole page."""
-    pages = Environment(
-        loader=PackageLoader("reft_edge.inspection", ""), autoescape=True, undefined=StrictUndefined
-    )
-    pages.filters["visible"] = visible
-    return pages.get_template("page.html").render(
+    return template("page.html").render(
         name=one_line(inspection.name),
         other=one_line(inspection.other),
         facts=facts(inspection),
         effect=inspection.effect,
         **_charts(inspection),
     )
+
+
+def template(name: str) -> Template:
+    """A page to fill in. Every text that comes to it is escaped."""
+    pages = Environment(
+        loader=PackageLoader("reft_edge.inspection", ""), autoescape=True, undefined=StrictUndefined
+    )
+    pages.filters["visible"] = visible
+    return pages.get_template(name)
 
 
 def _charts(inspection: Inspection) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from reft_edge.training.passes import Passes
 from reft_edge.training.preference import Preferences
 from reft_edge.training.profile import Profile
 from reft_edge.training.settings import PLAIN, Execution, StepReport, TrainResult, TrainSettings
-from reft_edge.training.steps import HeldOut, Steps
+from reft_edge.training.steps import AfterStep, HeldOut, Steps, nothing_more
 from reft_edge.training.trainer import Trainer
 from reft_edge.training.turns import Example
 
@@ -49,6 +49,7 @@ def train(
     report: Callable[[str], None] = lambda message: None,
     on_step: Callable[[StepReport], None] = lambda step: None,
     eval_every: int | None = None,
+    after_step: AfterStep = nothing_more,
 ) -> TrainResult:
     """Train an adapter for a frozen model and write it to `output`.
 
@@ -58,7 +59,8 @@ def train(
     With `base_weights`, a folder that this model was exported to, the model is given that folder's 16-bit or quantised
     weights first, so that the adapter is trained on what it will meet on the device. They stay packed.
 
-    The loss on the rows of `evaluation` is measured at the end, and every `eval_every` steps.
+    The loss on the rows of `evaluation` is measured at the end, and every `eval_every` steps. `after_step` gets the training
+    under way after each step; what it raises ends it.
 
     A checkpoint beside `output` is written every `save_every` steps, after the last one and when interrupted, and removed
     once `output` is written; `resume` continues from it. One that cannot be written is reported and the training goes on.
@@ -79,7 +81,7 @@ def train(
     weights = _rounded_weights(model, settings, base_weights, config.base_fingerprint)
     trainer, passes = _trainer(model, config, data, settings, execution, report)
     checkpoint = Checkpoint(checkpoint_of(output), belongs_to(settings, data, config, weights))
-    steps = Steps(model, trainer, checkpoint, evaluation, save_every, eval_every, report, on_step)
+    steps = Steps(model, trainer, checkpoint, evaluation, save_every, eval_every, report, on_step, after_step)
 
     def write(found: HeldOut) -> tuple[int, int]:
         """Parameters and bytes."""

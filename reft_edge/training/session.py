@@ -67,18 +67,28 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Session:
-    """A training whose rows are read and whose base is loaded."""
+    """A training whose rows are read and, once it can run, whose base is loaded."""
 
     wanted: Wanted
-    name: str
+    folder: ModelFolder
     """The base's."""
-    model: Any
     data: Data
     evaluation: Data | None
     settings: TrainSettings
+    model: Any = None
     log: LossLog | None = None
     """This and the trackers are the main process's."""
     trackers: Trackers | None = None
+
+    def with_model(self, model: Any = None) -> "Session":
+        """The same with its base: `model` where it is loaded already and will do, else what takes the least memory."""
+        return dataclasses.replace(self, model=self._base(model))
+
+    def _base(self, model: Any) -> Any:
+        folder, wanted = self.folder, self.wanted
+        if isinstance(self.data, LabelledTexts):
+            return load_encoder(folder) if model is None else model
+        return _decoder(folder, wanted, self.settings, model)
 
     def run(
         self, report: Report = lambda message: None, on_step: Callable[[StepReport], None] = lambda step: None
@@ -97,7 +107,7 @@ class Session:
             wanted.execution.processes.from_main(lambda: self._start_trackers(stack))
             result = train(
                 self.model,
-                self.name,
+                self.folder.name,
                 self.data,
                 wanted.output,
                 self.settings,
@@ -122,7 +132,7 @@ class Session:
 
     def _described(self) -> dict[str, Any]:
         """What a tracker keeps beside the losses; texts, numbers, True and False."""
-        named = {"base": self.name, "data_sha256": self.data.digest, "rows": len(self.data.examples)}
+        named = {"base": self.folder.name, "data_sha256": self.data.digest, "rows": len(self.data.examples)}
         settings = dataclasses.asdict(self.settings)
         return named | {name: value for name, value in settings.items() if value is not None}
 
@@ -140,6 +150,19 @@ def prepare(
     `model` is the base's PyTorch model where it is loaded already; it is used where the training leaves its weights as they
     are. Raises ReftEdgeError for what cannot be trained, before a model is loaded.
     """
+    session = read_session(base, wanted, settings, report, working)
+    with working(f"loading {session.folder.name}"):
+        return session.with_model(model)
+
+
+def read_session(
+    base: str | ModelFolder,
+    wanted: Wanted,
+    settings: dict[str, Any],
+    report: Report = lambda message: None,
+    working: Working = lambda what: nullcontext(),
+) -> Session:
+    """The same without a model."""
     wanted, settings = _with_recipe(wanted, settings)
     processes = wanted.execution.processes
     told: dict[str, Any] = {}
@@ -159,12 +182,7 @@ def prepare(
     pooling = (settings.get("pooling") or default_pooling(folder)) if classifies else ""
     chosen = TrainSettings(**{**settings, "prompt_format": prompt_format, "pooling": pooling})
     data, evaluation = _read(wanted, task, folder, prompts, prompt_format, report, working)
-    with working(f"loading {folder.name}"):
-        if classifies:
-            loaded = load_encoder(folder) if model is None else model
-        else:
-            loaded = _decoder(folder, wanted, chosen, model)
-    return Session(wanted, folder.name, loaded, data, evaluation, chosen, **told)
+    return Session(wanted, folder, data, evaluation, chosen, **told)
 
 
 def _decoder(folder: ModelFolder, wanted: Wanted, settings: TrainSettings, model: Any) -> Any:

@@ -21,6 +21,12 @@ from reft_edge.training.rescue import written_elsewhere
 from reft_edge.training.settings import StepReport
 from reft_edge.training.trainer import Trainer
 
+AfterStep = Callable[[Trainer, Steering], None]
+
+
+def nothing_more(trainer: Trainer, steering: Steering) -> None:
+    """What is done after a step of a training that nobody watches."""
+
 
 class NothingLearntError(ReftEdgeError):
     """A training in which the interventions never received a gradient."""
@@ -46,6 +52,7 @@ class Steps:
     eval_every: int | None
     report: Callable[[str], None]
     on_step: Callable[[StepReport], None]
+    after_step: AfterStep
     saved: int = 0
     """The step of the checkpoint on disk; 0 if there is none of this training."""
 
@@ -115,6 +122,7 @@ class Steps:
             if trainer.processes.main:
                 self._save_or_say()
         self.on_step(step)
+        self.after_step(trainer, steering)
 
     def _measure_between(self, steering: Steering) -> float | None:
         """The held-out loss after a step; one that cannot be measured is reported and does not end the training."""

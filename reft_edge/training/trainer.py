@@ -67,9 +67,7 @@ class Trainer:
     @property
     def steps(self) -> int:
         """Optimiser steps of the whole training."""
-        if self.settings.max_steps is not None:
-            return self.settings.max_steps
-        return max(1, math.ceil(self.settings.epochs * self._steps_an_epoch()))
+        return steps_of(self.settings, len(self.data.examples))
 
     def run(
         self, steering: Steering, on_step: Callable[[StepReport], None], interrupts: Interrupts | None = None
@@ -202,7 +200,7 @@ class Trainer:
         return np.array([self.objective.tokens([row]) for row in self.data.examples], dtype=np.int64)
 
     def _steps_an_epoch(self) -> int:
-        return math.ceil(len(self.data.examples) / (self.settings.batch_size * self.settings.accumulate))
+        return steps_an_epoch(self.settings, len(self.data.examples))
 
     def rows(self, step: int) -> list[Any]:
         """The rows of a step: every epoch has its own order, drawn from the seed, so that a resumed run sees the same."""
@@ -213,6 +211,17 @@ class Trainer:
             order = grouped(order, self._lengths, self.settings.batch_size, random)
         size = self.settings.batch_size * self.settings.accumulate
         return [self.data.examples[i] for i in order[index * size : (index + 1) * size]]
+
+
+def steps_an_epoch(settings: TrainSettings, rows: int) -> int:
+    return math.ceil(rows / (settings.batch_size * settings.accumulate))
+
+
+def steps_of(settings: TrainSettings, rows: int) -> int:
+    """Optimiser steps of a whole training on so many rows."""
+    if settings.max_steps is not None:
+        return settings.max_steps
+    return max(1, math.ceil(settings.epochs * steps_an_epoch(settings, rows)))
 
 
 def rate(settings: TrainSettings, step: int, steps: int) -> float:

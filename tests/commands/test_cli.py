@@ -16,6 +16,8 @@ from reft_edge.errors import ReftEdgeError
 
 COMMANDS = (
     "train",
+    "tune",
+    "train-many",
     "export",
     "add-ports",
     "merge",

@@ -48,6 +48,7 @@ def test_no_onnxruntime_names_the_two_extras(device_folder):
     ("missing", "arguments", "extra"),
     [
         ("torch", ["train", "{hf}", "{hf}/config.json", "-o", "x.safetensors"], "reft-edge[train]"),
+        ("optuna", ["tune", "{hf}", "{hf}/config.json", "-o", "x.safetensors"], "reft-edge[tune]"),
         ("torch", ["convert", "{hf}", "-o", "x.safetensors"], "reft-edge[train]"),
         ("onnx_ir", ["export", "{hf}", "-o", "x"], "reft-edge[export]"),
         ("onnxruntime_genai", ["export", "{hf}", "-o", "x"], "reft-edge[export]"),
