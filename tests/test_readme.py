@@ -95,7 +95,7 @@ def test_options_named_in_the_text_exist():
     named = set(re.findall(r"`(--[a-z-]+)", text_of(GUIDES)))
     helps = "".join(
         CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "300"}).output
-        for command in (*sorted(COMMANDS), "serve", "rollback")
+        for command in (*sorted(COMMANDS), "serve", "rollback", "tune", "train-many")
     )
     missing = [option for option in sorted(named) if option not in helps]
     assert missing == []
