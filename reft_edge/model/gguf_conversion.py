@@ -64,6 +64,13 @@ def write_model(gguf: Path, header: GgufHeader, folder: Path) -> None:
     _write_index(folder)
 
 
+def bytes_to_write(header: GgufHeader) -> int:
+    """What the converted weights take on disk, with the block that is being converted."""
+    numbers = sum(math.prod(tensor.shape) for tensor in header.tensors)
+    blocks = max(1, header.numbers.get(f"{header.architecture}.block_count") or 1)
+    return 4 * numbers + sum(map(stored_bytes, header.tensors)) // blocks
+
+
 def write_tokenizer(gguf: Path, folder: Path) -> None:
     """Write the file's tokenizer. Raises ReftEdgeError if transformers cannot read it."""
     from transformers import AutoTokenizer

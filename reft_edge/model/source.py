@@ -4,6 +4,7 @@ Everything ends as a local folder in the Hugging Face layout. GGUF files are con
 (`reft_edge.model.cache`). Which kind a file is, its first bytes say, not its name.
 """
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from reft_edge.files import sha256_of
 from reft_edge.folders import replace_folder
 from reft_edge.json_files import read_object
 from reft_edge.model.cache import cache_folder, check_own
-from reft_edge.model.gguf_conversion import write_model, write_tokenizer
+from reft_edge.model.gguf_conversion import bytes_to_write, write_model, write_tokenizer
 from reft_edge.model.gguf_header import MAX_GGUF_HEADER, check_model, is_gguf, read_gguf_header
 from reft_edge.model.hub import download_model
 from reft_edge.model.packaged import PACKAGED_MODELS, packaged_gguf
@@ -60,7 +61,8 @@ def resolve_model(model: str, report: Report = lambda message: None) -> ModelFol
 def convert_gguf(gguf: Path, report: Report = lambda message: None) -> Path:
     """A Hugging Face folder with the GGUF's dequantised weights, from the cache if it was converted before.
 
-    Raises ReftEdgeError if the file is malformed, ends early, or holds what transformers cannot read.
+    Raises ReftEdgeError if the file is malformed, ends early, or holds what transformers cannot read, and if the disk has too
+    little room.
     """
     header = read_gguf_header(gguf, MAX_GGUF_HEADER)
     target = cache_folder() / f"{_stem(gguf)}-{sha256_of(gguf)[:16]}"
@@ -71,6 +73,7 @@ def convert_gguf(gguf: Path, report: Report = lambda message: None) -> Path:
         check_model(header)
     except ReftEdgeError as error:
         raise ReftEdgeError(f"cannot read {gguf}: {error}") from error
+    _check_room(gguf, bytes_to_write(header), target.parent)
     report(f"converting {gguf.name} to the Hugging Face layout (once)")
     with replace_folder(target, "config.json") as folder:
         write_tokenizer(gguf, folder)
@@ -119,6 +122,16 @@ def _check_gguf(path: Path) -> None:
         f"{path} is a file of unknown kind: it does not begin as GGUF does; give a GGUF file, a folder in the Hugging Face "
         "layout, or a Hub id"
     )
+
+
+def _check_room(gguf: Path, needed: int, folder: Path) -> None:
+    """Raise ReftEdgeError before the conversion has filled the disk."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ReftEdgeError(
+            f"there is too little room to convert {gguf.name}: its weights take {needed / 1e9:,.1f} GB in {folder}, four bytes "
+            f"each, and {free / 1e9:,.1f} GB are free; make room, or set REFT_EDGE_CACHE to a folder on another disk"
+        )
 
 
 def _stem(gguf: Path) -> str:

@@ -48,6 +48,18 @@ def test_a_gguf_becomes_the_same_model_once(device_folder, tiny_model, tmp_path,
     assert len(said) == 1
 
 
+def test_a_conversion_that_the_disk_has_no_room_for_is_not_begun(tiny_model, tmp_path, cache, monkeypatch):
+    gguf = tmp_path / "tiny.gguf"
+    write_gguf(gguf, tiny_model)
+    weights = 4 * sum(parameter.numel() for parameter in tiny_model.parameters())
+    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=weights - 1))
+    with pytest.raises(ReftEdgeError, match=r"too little room to convert tiny\.gguf: .* set REFT_EDGE_CACHE"):
+        resolve_model(str(gguf))
+    assert list(cache.iterdir()) == []
+    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=2 * weights))
+    assert resolve_model(str(gguf)).path.is_dir()
+
+
 def test_fingerprints_tell_models_apart_and_nothing_else(device_folder, tiny_model, tmp_path):
     folder = ModelFolder(device_folder / "hf", "tiny")
     expected = fingerprint(tiny_model)
