@@ -115,10 +115,9 @@ COMPARED = ("loreft", "pyreft", "lora")
 
 @dataclass(frozen=True)
 class Prepared:
-    """A task's files for reft-edge, and the token ids of the same rows for every library."""
+    """The token ids of a task's rows, the same for every library."""
 
     task: Task
-    file: Path
     rows: list[tuple[list[int], list[int]]]
     dev: list[dict[str, Any]]
     dev_answers: list[int] | None
@@ -172,12 +171,9 @@ class Bench:
         """The batches that reft-edge's trainer draws from its file, as row numbers, and each step's learning rate."""
         task = prepared.task
         settings = TrainSettings(lr=lr, max_steps=steps, batch_size=task.batch_size, seed=self.seed)
-        order = np.random.default_rng([self.seed, 0]).permutation(len(prepared.rows)).tolist()
-        size = task.batch_size
         return {
-            "file": str(prepared.file),
             "rows": prepared.rows,
-            "batches": [order[step * size : (step + 1) * size] for step in range(steps)],
+            "batches": drawn(self.seed, len(prepared.rows), task.batch_size, steps),
             "rates": [lr * rate(settings, step, steps) for step in range(steps)],
         }
 
@@ -207,11 +203,42 @@ class Bench:
         return found
 
 
+def drawn(seed: int, rows: int, size: int, steps: int) -> list[list[int]]:
+    """The batches that reft-edge's trainer draws, as row numbers."""
+    batches = []
+    for step in range(steps):
+        epoch, index = divmod(step, math.ceil(rows / size))
+        order = np.random.default_rng([seed, epoch]).permutation(rows)
+        batches.append(order[index * size : (index + 1) * size].tolist())
+    return batches
+
+
+def encoded(prompts: Prompts, row: dict[str, Any]) -> tuple[list[int], list[int]]:
+    """A row's prompt and completion as token ids."""
+    example = encode_row({"prompt": row["prompt"], "completion": completion(row)}, prompts, "raw")
+    return list(example.prompt), list(example.completion)
+
+
+def options(prompts: Prompts, prompt: str, choices: Iterable[str]) -> dict[str, Any]:
+    return {
+        "prompt": prompts.encode_raw(prompt),
+        "options": [prompts.encode_after(prompt, choice) for choice in choices],
+    }
+
+
+def generated(prompts: Prompts, questions: Iterable[str], max_tokens: int) -> dict[str, Any]:
+    """What `greedy` is asked."""
+    ends = prompts.encode_plain(prompts.special_tokens["eos_token"])
+    return {
+        "prompts": [prompts.encode_raw(question) for question in questions],
+        "max_tokens": max_tokens,
+        "ends": ends,
+    }
+
+
 def digest(job: dict[str, Any]) -> str:
     """Of all that a result follows from: settings, batches, learning rates, questions."""
     told = {key: value for key, value in job.items() if key not in ("model", "adapter", "threads", "paced")}
-    if told["train"]:
-        told["train"] = {key: value for key, value in told["train"].items() if key != "file"}
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
@@ -225,31 +252,19 @@ def prepare(bench: Bench, data: Path, task: Task) -> Prepared:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         return path
 
-    def encoded(row: dict[str, Any]) -> tuple[list[int], list[int]]:
-        example = encode_row({"prompt": row["prompt"], "completion": completion(row)}, bench.prompts, "raw")
-        return list(example.prompt), list(example.completion)
-
-    def options(prompt: str, choices: Iterable[str]) -> dict[str, Any]:
-        return {
-            "prompt": bench.prompts.encode_raw(prompt),
-            "options": [bench.prompts.encode_after(prompt, choice) for choice in choices],
-        }
-
+    prompts = bench.prompts
     questions = load_questions(write("test", parts["test"]))
     asked = None
     if task.max_tokens:
-        ends = bench.prompts.encode_plain(bench.prompts.special_tokens["eos_token"])
-        prompts = [bench.prompts.encode_raw(str(question.prompt)) for question in questions.rows]
-        asked = {"prompts": prompts, "max_tokens": task.max_tokens, "ends": ends}
+        asked = generated(prompts, (str(question.prompt) for question in questions.rows), task.max_tokens)
     chosen = "choices" in parts["dev"][0]
     return Prepared(
         task,
-        write("train", ({"prompt": row["prompt"], "completion": completion(row)} for row in parts["train"])),
-        [encoded(row) for row in parts["train"]],
-        [options(row["prompt"], row.get("choices") or [completion(row)]) for row in parts["dev"]],
+        [encoded(prompts, row) for row in parts["train"]],
+        [options(prompts, row["prompt"], row.get("choices") or [completion(row)]) for row in parts["dev"]],
         [row["answer"] for row in parts["dev"]] if chosen else None,
         questions,
-        {} if asked else {"test": [options(str(q.prompt), q.choices) for q in questions.rows]},
+        {} if asked else {"test": [options(prompts, str(q.prompt), q.choices) for q in questions.rows]},
         asked,
     )
 

@@ -23,6 +23,8 @@ class Task:
     test_rows: int = 500
     dev_file: str = "train"
     """Where dev rows come from; of the training file the last ones."""
+    test_file: str = "test"
+    """Where test rows come from; of the training file the last ones, and the dev rows before them."""
     max_tokens: int = 0
     """Of a generated answer; 0: answers are chosen by likelihood."""
 
@@ -75,8 +77,11 @@ TASKS = {
 
 def load(folder: Path, task: Task) -> dict[str, list[Row]]:
     """The rows of `train`, `dev` and `test`; no training row is a dev row."""
-    files = {name: _read(folder / task.name / f"{name}.jsonl") for name in {"train", task.dev_file, "test"}}
+    names = {"train", task.dev_file, task.test_file}
+    files = {name: _read(folder / task.name / f"{name}.jsonl") for name in names}
     train = files["train"]
+    if task.test_file == "train":
+        train, files["train"] = train[: -task.test_rows], train[-task.test_rows :]
     if task.dev_file == "train":
         train, dev = train[: -task.dev_rows], train[-task.dev_rows :]
     else:
@@ -84,7 +89,7 @@ def load(folder: Path, task: Task) -> dict[str, list[Row]]:
     parts = {
         "train": train[: task.steps * task.batch_size],
         "dev": dev,
-        "test": files["test"][: task.test_rows],
+        "test": files[task.test_file][: task.test_rows],
     }
     return {part: [task.read(row) for row in rows] for part, rows in parts.items()}
 

@@ -4,7 +4,7 @@
 
 A job holds token ids: the rows of every step, in order, with the step's learning rate, and the questions to score. So
 every library sees the same batches under the same schedule, and one piece of code asks all of them the same questions.
-reft-edge trains by its own loop on the file that the ids were made from; it draws the same rows by itself. pyreft and
+reft-edge trains by its own loop on the same ids; it draws the same rows by itself. pyreft and
 PEFT train by `fit`: AdamW without weight decay, gradients clipped to norm 1, the mean loss of the completions' tokens.
 Each library is imported only in its own environment.
 """
@@ -47,7 +47,14 @@ class Adapted:
     model: Any
     """What continues behind a prompt that `forward` has read."""
     parameters: list[nn.Parameter]
-    save: Callable[[Path], None]
+    save: Callable[[Path], None] = lambda path: None
+    detach: Callable[[], object] = lambda: None
+    """Gives the base model back as it was."""
+
+
+def device_of(model: Any) -> torch.device:
+    found: torch.device = next(model.parameters()).device
+    return found
 
 
 def base_model(job: Job) -> Any:
@@ -67,28 +74,26 @@ def plain(model: Any) -> Callable[..., Any]:
     return lambda batch, **more: model(input_ids=batch.ids, attention_mask=batch.mask, **more)
 
 
-def open_base(job: Job) -> Adapted:
-    model = base_model(job)
-    return Adapted(plain(model), model, [], lambda path: None)
+def open_base(job: Job, base: Any) -> Adapted:
+    return Adapted(plain(base), base, [])
 
 
-def open_peft(job: Job) -> Adapted:
+def open_peft(job: Job, base: Any) -> Adapted:
     from peft import LoraConfig, PeftModel, get_peft_model
 
-    base = base_model(job)
     if job["train"]:
         torch.manual_seed(job["seed"])
         model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **job["settings"]))
     else:
         model = PeftModel.from_pretrained(base, job["adapter"])
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return Adapted(plain(model), model, trained, model.save_pretrained)
+    return Adapted(plain(model), model, trained, model.save_pretrained, model.unload)
 
 
-def open_pyreft(job: Job) -> Adapted:
+def open_pyreft(job: Job, model: Any) -> Adapted:
     import pyreft
 
-    model, settings = base_model(job), job["settings"]
+    settings = job["settings"]
     torch.manual_seed(job["seed"])
     layers, size = model.config.num_hidden_layers, model.config.hidden_size
     copies = 1 if settings["tied"] else 2
@@ -139,13 +144,12 @@ def complete_by_reflections(rotation: Any) -> None:
     rotation.original.copy_(-torch.eye(*rotation.original.shape))
 
 
-def open_reft_edge(job: Job) -> Adapted:
+def open_reft_edge(job: Job, model: Any) -> Adapted:
     from reft_edge.adapter.file import load_adapter
     from reft_edge.steering.hooks import Steering
     from reft_edge.steering.interventions import Interventions
 
-    model = base_model(job)
-    interventions = Interventions.from_adapter(load_adapter(Path(job["adapter"]))).eval()
+    interventions = Interventions.from_adapter(load_adapter(Path(job["adapter"]))).eval().to(device_of(model))
     steering = Steering(model, [(interventions, 1.0)])
 
     def forward(batch: Batch, **more: Any) -> Any:
@@ -153,23 +157,21 @@ def open_reft_edge(job: Job) -> Adapted:
         with steering.prompts(torch.tensor(lengths)):
             return model(input_ids=batch.ids, attention_mask=batch.mask, **more)
 
-    return Adapted(forward, model, list(interventions.parameters()), lambda path: None)
+    return Adapted(forward, model, list(interventions.parameters()), detach=steering.remove)
 
 
-def train_reft_edge(job: Job, on_step: OnStep) -> None:
+def train_reft_edge(job: Job, model: Any, on_step: OnStep) -> None:
     """What `reft-edge train` does."""
-    from reft_edge.model.loading import load_model, load_model_prompts
-    from reft_edge.model.source import resolve_model
-    from reft_edge.training.data import load_dataset
+    from reft_edge.training.data import Dataset
     from reft_edge.training.run import train
-    from reft_edge.training.settings import TrainSettings
+    from reft_edge.training.settings import Execution, TrainSettings
+    from reft_edge.training.turns import Example
 
-    folder = resolve_model(job["model"])
-    given = job["settings"]
+    given = dict(job["settings"])
+    if "first" in given:
+        given["positions"] = f"f{given.pop('first')}+l{given.pop('last')}"
     settings = TrainSettings(
-        rank=given["rank"],
-        positions=f"f{given['first']}+l{given['last']}",
-        tied=given["tied"],
+        **given,
         prompt_format="raw",
         lr=job["lr"],
         max_steps=len(job["train"]["batches"]),
@@ -177,28 +179,60 @@ def train_reft_edge(job: Job, on_step: OnStep) -> None:
         seed=job["seed"],
         dtype=job["dtype"],
     )
-    rows = load_dataset(Path(job["train"]["file"]), load_model_prompts(folder), "raw", 1 << 20)
+    rows = [Example(tuple(prompt), tuple(behind)) for prompt, behind in job["train"]["rows"]]
+    device = device_of(model)
+    # the ideas that leave work out are exact, and more kernels: a GPU waits for those
+    ideas = (
+        {} if device.type == "cpu" else {"shared_prefix": False, "needed_tokens": False, "frozen_cache": 0}
+    )
     train(
-        load_model(folder),
-        folder.name,
-        rows,
+        model,
+        Path(job["model"]).name,
+        Dataset(rows, 0, ""),
         Path(job["adapter"]),
         settings,
+        save_every=len(job["train"]["batches"]),
+        execution=Execution(str(device), **ideas),
         on_step=lambda step: on_step(step.loss),
     )
 
 
+def open_red(job: Job, model: Any) -> Adapted:
+    """RED (arXiv 2402.15179), h' = s⊙h + b at every token of every block's output, in plain PyTorch."""
+    from reft_edge.model.blocks import decoder_layers
+
+    blocks, size = decoder_layers(model), model.config.hidden_size
+    vectors = torch.stack([torch.ones(len(blocks), size), torch.zeros(len(blocks), size)], 1)
+    edits = [nn.Parameter(vector) for vector in vectors.to(device_of(model))]
+
+    def hook(edit: Tensor) -> Callable[..., Any]:
+        def edited(module: nn.Module, args: Any, output: Any) -> Any:
+            if isinstance(output, tuple):
+                return (output[0] * edit[0] + edit[1], *output[1:])
+            return output * edit[0] + edit[1]
+
+        return edited
+
+    handles = [block.register_forward_hook(hook(edit)) for block, edit in zip(blocks, edits, strict=True)]
+
+    def detach() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return Adapted(plain(model), model, edits, detach=detach)
+
+
 def fit(adapted: Adapted, job: Job, on_step: OnStep) -> None:
-    rows = job["train"]["rows"]
+    rows, device = job["train"]["rows"], device_of(adapted.model)
     optimizer = torch.optim.AdamW(adapted.parameters, weight_decay=0.0)
     for numbers, rate in zip(job["train"]["batches"], job["train"]["rates"], strict=True):
         for group in optimizer.param_groups:
             group["lr"] = rate
-        batch = right_padded([rows[number] for number in numbers])
+        batch = right_padded([rows[number] for number in numbers], device)
         labels = torch.where(batch.mask.bool(), batch.ids, IGNORED)
         for row, end in zip(labels, batch.ends, strict=True):
             row[:end] = IGNORED
-        with torch.autocast("cpu", torch.bfloat16, enabled=job["dtype"] == "bf16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=job["dtype"] == "bf16"):
             loss = adapted.forward(batch, labels=labels).loss
         loss.backward()
         nn.utils.clip_grad_norm_(adapted.parameters, 1.0)
@@ -207,22 +241,25 @@ def fit(adapted: Adapted, job: Job, on_step: OnStep) -> None:
         on_step(loss.item())
 
 
-def right_padded(rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Batch:
+def right_padded(
+    rows: Sequence[tuple[Sequence[int], Sequence[int]]], device: torch.device | None = None
+) -> Batch:
     """`rows`: a prompt and what follows it."""
     length = max(len(prompt) + len(behind) for prompt, behind in rows)
     ids, mask = torch.zeros(2, len(rows), length, dtype=torch.long).unbind()
     for i, (prompt, behind) in enumerate(rows):
         tokens = torch.tensor([*prompt, *behind])
         ids[i, : len(tokens)], mask[i, : len(tokens)] = tokens, 1
-    return Batch(ids, mask, [0] * len(rows), [len(prompt) for prompt, _ in rows])
+    return Batch(ids.to(device), mask.to(device), [0] * len(rows), [len(prompt) for prompt, _ in rows])
 
 
-def left_padded(prompts: Sequence[Sequence[int]]) -> Batch:
+def left_padded(prompts: Sequence[Sequence[int]], device: torch.device | None = None) -> Batch:
     length = max(map(len, prompts))
     ids, mask = torch.zeros(2, len(prompts), length, dtype=torch.long).unbind()
     for i, prompt in enumerate(prompts):
         ids[i, length - len(prompt) :], mask[i, length - len(prompt) :] = torch.tensor(prompt), 1
-    return Batch(ids, mask, [length - len(prompt) for prompt in prompts], [length] * len(prompts))
+    starts = [length - len(prompt) for prompt in prompts]
+    return Batch(ids.to(device), mask.to(device), starts, [length] * len(prompts))
 
 
 @torch.no_grad()
@@ -233,6 +270,7 @@ def mean_likelihoods(
 
     Options that differ in their last token only are one pass.
     """
+    device = device_of(adapted.model)
     passes: dict[tuple[int, tuple[int, ...]], list[int]] = {}
     for number, question in enumerate(questions):
         for choice, option in enumerate(question["options"]):
@@ -241,18 +279,27 @@ def mean_likelihoods(
     found = [[0.0] * len(question["options"]) for question in questions]
     for start in range(0, len(ordered), size):
         keys = ordered[start : start + size]
-        batch = right_padded([(questions[number]["prompt"], shared) for number, shared in keys])
-        wanted = torch.zeros_like(batch.mask, dtype=torch.bool)
+        batch = right_padded([(questions[number]["prompt"], shared) for number, shared in keys], device)
+        wanted = torch.zeros(batch.mask.shape, dtype=torch.bool)
         for i, (end, (_, shared)) in enumerate(zip(batch.ends, keys, strict=True)):
             wanted[i, end - 1 : end + len(shared)] = True
-        with only_logits_of(adapted.model, wanted):
+        with only_logits_of(adapted.model, wanted.to(device)):
             logits = adapted.forward(batch, use_cache=False).logits[0].float()
-        rows = logits.log_softmax(-1).split([1 + len(shared) for _, shared in keys])
-        for (number, shared), known in zip(keys, rows, strict=True):
-            before = sum(float(known[i, token]) for i, token in enumerate(shared))
-            for choice in passes[number, shared]:
-                last = questions[number]["options"][choice][-1]
-                found[number][choice] = (before + float(known[-1, last])) / (1 + len(shared))
+        lasts = [
+            [questions[number]["options"][choice][-1] for choice in passes[number, shared]]
+            for number, shared in keys
+        ]
+        asked = [
+            [[token] for token in shared] + [last] for (_, shared), last in zip(keys, lasts, strict=True)
+        ]
+        width = max(map(len, lasts))
+        tokens = [row + row[:1] * (width - len(row)) for rows in asked for row in rows]
+        known = logits.log_softmax(-1).gather(1, torch.tensor(tokens, device=device)).tolist()
+        for number, shared in keys:
+            mine, known = known[: 1 + len(shared)], known[1 + len(shared) :]
+            before = sum(row[0] for row in mine[:-1])
+            for choice, last in zip(passes[number, shared], mine[-1], strict=False):
+                found[number][choice] = (before + last) / (1 + len(shared))
     return found
 
 
@@ -271,17 +318,21 @@ def only_logits_of(model: Any, wanted: Tensor) -> Iterator[None]:
 @torch.no_grad()
 def greedy(adapted: Adapted, asked: dict[str, Any], size: int = 25) -> list[list[int]]:
     """The greedy answer to each prompt, up to a token that ends it or `max_tokens`."""
-    prompts, ends = asked["prompts"], set(asked["ends"])
+    prompts, ends, device = asked["prompts"], set(asked["ends"]), device_of(adapted.model)
     answers: list[list[int]] = [[] for _ in prompts]
     ordered = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     for start in range(0, len(ordered), size):
         numbers = ordered[start : start + size]
-        batch = left_padded([prompts[number] for number in numbers])
+        batch = left_padded([prompts[number] for number in numbers], device)
         mask, running = batch.mask, [True] * len(numbers)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        output = adapted.forward(batch, position_ids=positions, use_cache=True)
+        last = torch.zeros(mask.shape, dtype=torch.bool, device=device)
+        last[:, -1] = True
+        with only_logits_of(adapted.model, last):
+            output = adapted.forward(batch, position_ids=positions, use_cache=True)
+        logits = output.logits[0]
         for _ in range(asked["max_tokens"]):
-            tokens = output.logits[:, -1].argmax(-1)
+            tokens = logits.argmax(-1)
             for i, token in enumerate(tokens.tolist()):
                 running[i] = running[i] and token not in ends
                 if running[i]:
@@ -296,16 +347,41 @@ def greedy(adapted: Adapted, asked: dict[str, Any], size: int = 25) -> list[list
                 past_key_values=output.past_key_values,
                 use_cache=True,
             )
+            logits = output.logits[:, -1]
     return answers
 
 
-OPEN = {"base": open_base, "peft": open_peft, "pyreft": open_pyreft, "reft-edge": open_reft_edge}
+OPEN = {
+    "base": open_base,
+    "peft": open_peft,
+    "pyreft": open_pyreft,
+    "red": open_red,
+    "reft-edge": open_reft_edge,
+}
 
 
 def size_of(path: Path) -> int:
     """Bytes of a file, or of a folder's files."""
     files = path.rglob("*") if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def trained(job: Job, model: Any, on_step: OnStep) -> Adapted:
+    """The base with the adapter that a job's training makes."""
+    library, path = job["library"], Path(job["adapter"])
+    if library == "reft-edge":
+        train_reft_edge(job, model, on_step)
+        return open_reft_edge(job, model)
+    adapted = OPEN[library](job, model)
+    try:
+        adapted.model.train()
+        fit(adapted, job, on_step)
+        adapted.model.eval()
+        adapted.save(path)
+    except BaseException:
+        adapted.detach()
+        raise
+    return adapted
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -325,26 +401,18 @@ def run(job: Job) -> dict[str, Any]:
             sys.stdin.readline()
         started = time.perf_counter()
 
-    library, path = job["library"], Path(job["adapter"])
+    model = base_model(job)
     result: dict[str, Any] = {}
     if job["train"]:
-        if library == "reft-edge":
-            train_reft_edge(job, on_step)
-            adapted = OPEN[library](job)
-        else:
-            adapted = OPEN[library](job)
-            adapted.model.train()
-            fit(adapted, job, on_step)
-            adapted.model.eval()
-            adapted.save(path)
+        adapted = trained(job, model, on_step)
         result = {
             "losses": losses,
             "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "parameters": sum(parameter.numel() for parameter in adapted.parameters),
-            "bytes": size_of(path),
+            "bytes": size_of(Path(job["adapter"])),
         }
     else:
-        adapted = OPEN[library](job)
+        adapted = OPEN[job["library"]](job, model)
     for name, questions in job["questions"].items():
         result[name] = mean_likelihoods(adapted, questions)
     if job["asked"]:

@@ -125,7 +125,7 @@ def test_the_peers_get_the_batches_and_rates_of_our_own_training(table, data, de
             on_step=lambda step, seen=seen: seen.append(step.loss),
         )
         own_losses += seen
-        job = places.job(prepared, table.METHODS["loreft"], 2e-3, train={**given, "file": str(prepared.file)})
+        job = places.job(prepared, table.METHODS["loreft"], 2e-3, train=given)
         job["settings"] = {"rank": 4, "first": 7, "last": 7, "tied": False}
         prepared_losses.append(places.cell(f"order{seed}", job)["losses"][0])
     assert prepared_losses == pytest.approx(own_losses, rel=1e-5)

@@ -1,0 +1,136 @@
+"""What is compared: tasks, methods, and the learning rates that are tried."""
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
+
+from table import lora
+from tasks import TASKS, Row, Task, arc, gsm8k
+
+from reft_edge.adapter.config import INTERVENTIONS
+
+
+def number(row: Row) -> Row:
+    read = {"prompt": f"Question: {row['prompt']}\nAnswer:", "answer": row["answer"]}
+    return read | ({"completion": f" {row['completion']}"} if "completion" in row else {})
+
+
+@dataclass(frozen=True)
+class Study:
+    """A training task, its tests, and whose learning rates it takes."""
+
+    task: Task
+    searched: str
+    """The study on whose dev rows learning rates are chosen; the study itself, or another."""
+    also: tuple[Task, ...] = ()
+    """Further tests of the same adapters."""
+
+    @property
+    def tests(self) -> tuple[Task, ...]:
+        return (self.task, *self.also)
+
+
+def _known(name: str, **changed: Any) -> Task:
+    return dataclasses.replace(TASKS[name], batch_size=16, steps=150, **changed)
+
+
+STUDIES = {
+    study.task.name: study
+    for study in (
+        Study(
+            Task(
+                "gsm8k",
+                "GSM8K, log-likelihood",
+                gsm8k,
+                steps=120,
+                batch_size=8,
+                dev_rows=100,
+                test_rows=400,
+                test_file="train",
+            ),
+            "gsm8k",
+        ),
+        Study(
+            Task("mawps", "MAWPS", number, 150, 16, 229, 231, dev_file="dev", max_tokens=28),
+            "mawps",
+            (
+                Task("addsub", "AddSub", number, test_rows=395, max_tokens=28),
+                Task("svamp", "SVAMP", number, test_rows=500, max_tokens=28),
+            ),
+        ),
+        Study(_known("sst2", dev_rows=500, test_rows=1000), "sst2"),
+        Study(_known("arc-easy", dev_rows=150, test_rows=1000), "sst2"),
+        Study(Task("openbookqa", "OpenBookQA", arc, 150, 16, 250, 750, test_file="train"), "sst2"),
+        Study(Task("social-iqa", "Social IQa", arc, 150, 16, 150, 600, test_file="train"), "sst2"),
+        Study(_known("boolq", dev_rows=250, test_rows=1000), "sst2"),
+    )
+}
+"""In the order in which they are run. A test without a file of its own is the end of the training file."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A library with its settings, and the learning rates to choose from, the likeliest first."""
+
+    name: str
+    title: str
+    library: str
+    settings: dict[str, Any]
+    rates: tuple[float, ...]
+
+
+def edits(intervention: str, positions: str, rank: int, **further: Any) -> dict[str, Any]:
+    return {"intervention": intervention, "positions": positions, "rank": rank, "tied": True, **further}
+
+
+ALWAYS = "all+gen"
+METHODS = {
+    method.name: method
+    for method in (
+        Method(
+            "loreft", "LoReFT, rank 4, f3+l3", "reft-edge", edits("loreft", "f3+l3", 4), (2e-3, 6e-3, 1.5e-2)
+        ),
+        Method(
+            "direft", "DiReFT, rank 4, f3+l3", "reft-edge", edits("direft", "f3+l3", 4), (2e-3, 6e-3, 1.5e-2)
+        ),
+        Method(
+            "loreft-all",
+            "LoReFT, rank 4, all+gen",
+            "reft-edge",
+            edits("loreft", ALWAYS, 4),
+            (2e-3, 6e-3, 7e-4),
+        ),
+        Method(
+            "post-block",
+            "post-block (NoDiReFT, rank 4, all+gen)",
+            "reft-edge",
+            edits("nodireft", ALWAYS, 4),
+            (2e-3, 6e-3, 7e-4),
+        ),
+        Method(
+            "post-block-silu",
+            "post-block with SiLU, rank 4",
+            "reft-edge",
+            edits("nodireft", ALWAYS, 4, act_fn="silu"),
+            (2e-3, 6e-3, 7e-4),
+        ),
+        Method("red", "RED, every token", "red", {}, (2e-3, 6e-3, 2e-2)),
+        Method("bias", "bias only, all+gen", "reft-edge", edits("steering", ALWAYS, 1), (1e-2, 3e-3, 3e-2)),
+        Method("lora", "LoRA, rank 8", "peft", lora(8), (1e-3, 3e-4, 3e-3)),
+        Method("lora-r1", "LoRA, rank 1", "peft", lora(1), (1e-3, 3e-3, 1e-2)),
+        Method("dora", "DoRA, rank 8", "peft", lora(8) | {"use_dora": True}, (1e-3, 3e-4, 3e-3)),
+    )
+}
+BASE = Method("base", "no adapter", "base", {}, (0.0,))
+
+
+def missing(method: Method) -> str:
+    """Why a method cannot be run here; empty if it can."""
+    kind = method.settings.get("intervention")
+    if kind and kind not in INTERVENTIONS:
+        return f"this version of reft-edge has no intervention {kind!r}"
+    return ""

@@ -1,0 +1,145 @@
+"""One cell: an adapter trained and tested. `begin` and `make` run in run.py's processes, each with the model in memory."""
+
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
+
+import numpy as np
+import torch
+from breadth import BASE, METHODS, Study
+from table import drawn, encoded, generated, options
+from tasks import Task, completion, load
+from worker import OPEN, Adapted, greedy, mean_likelihoods, trained
+
+from reft_edge.evaluation.answering import judge
+from reft_edge.evaluation.tasks import Question
+from reft_edge.model.loading import load_model, load_model_prompts
+from reft_edge.model.prompts import Prompts
+from reft_edge.model.source import ModelFolder
+from reft_edge.training.settings import TrainSettings
+from reft_edge.training.trainer import rate
+
+
+@dataclass(frozen=True)
+class Cell:
+    study: str
+    method: str
+    lr: float
+    seed: int
+
+
+class _Process:
+    """What a process keeps from cell to cell."""
+
+    model: Any
+    prompts: Prompts
+    folder: Path
+    studies: dict[str, dict[str, Any]]
+    dtype: str
+    work: Path
+    batch: int
+
+
+def prepare(data: Path, study: Study, prompts: Prompts) -> dict[str, Any]:
+    """A study's rows as token ids: to train on, and to ask of dev and test rows, by the name of each."""
+    parts = load(data, study.task)
+    tests = {"dev": asked(study.task, parts["dev"], prompts)}
+    for task in study.tests:
+        rows = parts["test"] if task is study.task else only_test(data, task)
+        tests[task.name] = asked(task, rows, prompts)
+    task = study.task
+    return {
+        "rows": [encoded(prompts, row) for row in parts["train"]],
+        "tests": tests,
+        "steps": task.steps,
+        "batch_size": task.batch_size,
+    }
+
+
+def only_test(data: Path, task: Task) -> list[dict[str, Any]]:
+    with (data / task.name / "test.jsonl").open(encoding="utf-8") as file:
+        return [task.read(json.loads(line)) for line in file][: task.test_rows]
+
+
+def asked(task: Task, rows: list[dict[str, Any]], prompts: Prompts) -> dict[str, Any]:
+    """Rows as questions: to answer, to choose in, or whose completion's likelihood is wanted."""
+    if task.max_tokens:
+        found = generated(prompts, (row["prompt"] for row in rows), task.max_tokens)
+        return {"asked": found, "expected": [str(row["answer"]) for row in rows]}
+    questions = [options(prompts, row["prompt"], row.get("choices") or [completion(row)]) for row in rows]
+    answers = [row["answer"] for row in rows] if "choices" in rows[0] else None
+    return {"questions": questions, "answers": answers}
+
+
+def begin(folder: str, device: str, dtype: str, threads: int, prepared: str, work: str, batch: int) -> None:
+    torch.set_num_threads(threads)
+    _Process.folder = Path(folder)
+    source = ModelFolder(_Process.folder, _Process.folder.name)
+    _Process.model = load_model(source).to(device)
+    _Process.prompts = load_model_prompts(source)
+    _Process.studies = json.loads(Path(prepared).read_text(encoding="utf-8"))
+    _Process.dtype, _Process.work, _Process.batch = dtype, Path(work), batch
+
+
+def make(cell: Cell) -> dict[str, Any]:
+    """Train and test; what a line of the results says but for the cell itself."""
+    started = time.perf_counter()
+    study, method = _Process.studies[cell.study], METHODS.get(cell.method, BASE)
+    settings = TrainSettings(lr=cell.lr or 1.0, max_steps=study["steps"])
+    adapter = _Process.work / f"{os.getpid()}.safetensors"
+    job = {
+        "library": method.library,
+        "settings": method.settings,
+        "model": str(_Process.folder),
+        "adapter": str(adapter if method.library == "reft-edge" else adapter.with_suffix("")),
+        "dtype": _Process.dtype,
+        "seed": cell.seed,
+        "lr": cell.lr,
+        "train": {
+            "rows": study["rows"],
+            "batches": drawn(cell.seed, len(study["rows"]), study["batch_size"], study["steps"]),
+            "rates": [cell.lr * rate(settings, step, study["steps"]) for step in range(study["steps"])],
+        },
+    }
+    losses: list[float] = []
+    model = _Process.model
+    adapted = OPEN["base"](job, model) if method is BASE else trained(job, model, losses.append)
+    trained_for = time.perf_counter() - started
+    try:
+        scores = {name: score(adapted, test) for name, test in study["tests"].items()}
+    finally:
+        adapted.detach()
+        model.requires_grad_(False)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    last = losses[-max(1, len(losses) // 10) :]
+    return {
+        "parameters": sum(parameter.numel() for parameter in adapted.parameters),
+        "loss": round(sum(last) / len(last), 5) if last else None,
+        "scores": scores,
+        "train_seconds": round(trained_for, 2),
+        "seconds": round(time.perf_counter() - started, 2),
+    }
+
+
+def score(adapted: Adapted, test: dict[str, Any]) -> dict[str, Any]:
+    """`right`: a 1 or 0 for each question; or `likelihood`: nats a token of each completion."""
+    if "asked" in test:
+        texts = [_Process.prompts.decode(ids) for ids in greedy(adapted, test["asked"], 4 * _Process.batch)]
+        found = [
+            judge("number", Question(row, "", expected), text).right
+            for row, (expected, text) in enumerate(zip(test["expected"], texts, strict=True))
+        ]
+        return {"right": "".join(str(int(right)) for right in found)}
+    if test["answers"] is None:
+        likelihoods = mean_likelihoods(adapted, test["questions"])
+        return {"likelihood": [round(likelihood, 4) for (likelihood,) in likelihoods]}
+    chosen = mean_likelihoods(adapted, test["questions"], _Process.batch)
+    pairs = zip(chosen, test["answers"], strict=True)
+    return {"right": "".join(str(int(int(np.argmax(row)) == answer)) for row, answer in pairs)}

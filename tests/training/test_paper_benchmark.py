@@ -1,0 +1,180 @@
+"""The paper's table: cells are planned, made one by one on one model, and become tables."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from reft_edge.model.loading import load_model, load_model_prompts
+from reft_edge.model.source import ModelFolder
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+MODULES = ("breadth", "cells", "llm_adapters", "run", "table", "tables", "tasks", "worker")
+
+
+@pytest.fixture
+def paper(monkeypatch):
+    """Imports modules of the benchmark, which are scripts with common names, for one test."""
+    for folder in ("training", "paper"):
+        monkeypatch.syspath_prepend(str(BENCHMARKS / folder))
+    yield __import__
+    for name in MODULES:
+        sys.modules.pop(name, None)
+
+
+def line(study, method, lr, seed, right, **further):
+    scores = {"dev": {"right": right}, study: {"right": right}}
+    return {
+        "study": study,
+        "method": method,
+        "lr": lr,
+        "seed": seed,
+        "scores": scores,
+        "parameters": 7,
+    } | further
+
+
+def test_a_question_of_mawps_is_kept_where_its_equation_gives_its_answer(paper):
+    read = paper("llm_adapters").arithmetic
+
+    def row(equation, answer):
+        return {"original_text": "How many?", "equation": equation, "ans": answer}
+
+    kept = read(row("X=((22.0-14.0)/4.0)", 2.0))
+    assert (kept["completion"], kept["answer"]) == ("(22 - 14) / 4 = 2", "2")
+    assert read(row("x=0.25 + 0.5", 0.75))["completion"] == "0.25 + 0.5 = 0.75"
+    for equation in ("X=7+8", "X=7/0", "X-7=15", "X=__import__('os')", "X=2**3", "X=(7", "X=7 8"):
+        assert read(row(equation, 16)) is None
+
+
+def test_the_data_of_a_checkout_holds_no_training_row_that_is_a_test(paper, tmp_path, monkeypatch, capsys):
+    module = paper("llm_adapters")
+    said = {"original_text": "Ann had 3 , then 4 ?", "equation": "X=3+4", "ans": 7}
+    other = said | {"original_text": "Bob had 3 and 4 ?"}
+    tested = said | {"original_text": "Cay had 3 , then 4 ?"}
+    generic = {"instruction": " Cay had 3, then 4? ", "output": "seven", "answer": "7"}
+    files = {
+        "mawps/trainset": [said, said, other, tested],
+        "mawps/validset": [other],
+        "mawps/testset": [said | {"original_text": "Dan had 3 ?"}],
+        "AddSub/test": [generic],
+    }
+    for folder, parts in module.COPIED.values():
+        for part in parts:
+            files.setdefault(f"{folder}/{part}", [generic])
+    files["social_i_qa/test"] = [generic]
+    for name, rows in files.items():
+        path = tmp_path / "checkout/dataset" / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(rows))
+    monkeypatch.setattr(sys, "argv", ["x", str(tmp_path / "checkout"), str(tmp_path / "data")])
+    module.main()
+    kept = (tmp_path / "data/mawps/train.jsonl").read_text().splitlines()
+    assert [json.loads(row)["prompt"] for row in kept] == ["Ann had 3 , then 4 ?"]
+    assert not list((tmp_path / "data").glob("openbookqa/test*"))
+
+
+def test_learning_rates_are_chosen_before_other_seeds_and_tasks(paper):
+    run, breadth = paper("run"), paper("breadth")
+    method = breadth.METHODS["lora"]
+    plan = run.Plan([], ["sst2", "boolq"], [method], 2)
+    search = [cell for cell in plan.wanted() if cell.method == "lora"]
+    assert {(cell.study, cell.lr, cell.seed) for cell in search} == {("sst2", lr, 0) for lr in method.rates}
+    best = method.rates[1]
+    lines = [line("sst2", "lora", lr, 0, "11" if lr == best else "01") for lr in method.rates]
+    plan = run.Plan(lines, ["sst2", "boolq"], [method], 2)
+    assert [(cell.study, cell.lr, cell.seed) for cell in plan.wanted() if cell.method == "lora"] == [
+        ("boolq", best, 0),
+        ("sst2", best, 1),
+        ("boolq", best, 1),
+    ]
+    plan.failed = {run.Cell("boolq", "lora", best, 0)}
+    assert run.Cell("boolq", "lora", best, 0) not in plan.wanted()
+
+
+def test_a_line_that_was_cut_off_is_made_again(paper, tmp_path):
+    run = paper("run")
+    path = tmp_path / "cells.jsonl"
+    assert run.read_lines(path) == []
+    path.write_text('{"a": 1}\n{"a": 2}\n{"a"')
+    assert run.read_lines(path) == [{"a": 1}, {"a": 2}]
+    run.append(path, {"a": 3})
+    assert run.read_lines(path) == [{"a": 1}, {"a": 2}, {"a": 3}]
+
+
+@pytest.fixture
+def begun(paper, device_folder, tmp_path):
+    """The module of cells with a model in memory and a study of four rows."""
+    cells, tasks = paper("cells"), paper("tasks")
+    rows = [{"text": f"a film of {i}", "label": i % 2} for i in range(20)]
+    (tmp_path / "sst2").mkdir()
+    for part in ("train", "dev", "test"):
+        (tmp_path / "sst2" / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = dataclasses.replace(tasks.TASKS["sst2"], steps=3, batch_size=4, dev_rows=5, test_rows=9)
+    folder = ModelFolder(device_folder / "hf", "tiny")
+    study = cells.prepare(tmp_path, paper("breadth").Study(task, "sst2"), load_model_prompts(folder))
+    prepared = tmp_path / "studies.json"
+    prepared.write_text(json.dumps({"sst2": study}))
+    cells.begin(str(folder.path), "cpu", "fp32", torch.get_num_threads(), str(prepared), str(tmp_path), 16)
+    return cells
+
+
+@pytest.mark.parametrize("method", ["post-block", "bias", "red"])
+def test_a_cell_is_trained_tested_and_leaves_the_model_as_it_was(begun, device_folder, method):
+    made = begun.make(begun.Cell("sst2", method, 5e-2, 0))
+    again = begun.make(begun.Cell("sst2", method, 5e-2, 0))
+    other = begun.make(begun.Cell("sst2", method, 5e-2, 1))
+    assert made["loss"] == pytest.approx(again["loss"], rel=1e-5)
+    assert abs(made["loss"] - other["loss"]) > 1e-4
+    assert [len(made["scores"][name]["right"]) for name in ("dev", "sst2")] == [5, 9]
+    ids = torch.arange(1, 9)[None]
+    untouched = load_model(ModelFolder(device_folder / "hf", "tiny"))
+    with torch.no_grad():
+        assert torch.equal(begun._Process.model(ids).logits, untouched(ids).logits)
+
+
+def test_a_training_that_fails_gives_the_model_back(begun, monkeypatch):
+    worker, model = sys.modules["worker"], begun._Process.model
+    ids = torch.arange(1, 9)[None]
+
+    def fails(adapted, job, on_step):
+        with torch.no_grad():
+            adapted.parameters[0].fill_(2.0)
+        raise MemoryError("no room")
+
+    with torch.no_grad():
+        before = model(ids).logits
+        monkeypatch.setattr(worker, "fit", fails)
+        with pytest.raises(MemoryError):
+            begun.make(begun.Cell("sst2", "red", 1e-3, 0))
+        assert torch.equal(model(ids).logits, before)
+
+
+def test_tables_show_the_rate_that_did_best_and_gaps_on_the_same_seeds(paper):
+    tables = paper("tables")
+    lines = [
+        line("sst2", "lora", 1e-3, 0, "1110"),
+        line("sst2", "lora", 3e-4, 0, "1111"),
+        line("sst2", "lora", 3e-4, 1, "1101"),
+        line("sst2", "bias", 3e-3, 0, "1100"),
+    ]
+    found = tables.collect(lines)
+    assert found["lora", "sst2"].lr == 3e-4
+    assert found["lora", "sst2"].values.mean() == 7 / 8
+    tests = [tables.STUDIES["sst2"].task]
+    assert "| LoRA, rank 8 | 7 | 0.875 (" in tables.scores(found, tests)
+    (told,) = [row for row in tables.gaps(found, tests).splitlines() if row.startswith("| bias")]
+    assert "| -0.500 (" in told  # seed 0 alone: 2 of 4 less than 4 of 4
+
+
+def test_the_committed_cells_make_the_tables_of_the_page(paper):
+    """Means only: intervals are drawn."""
+    tables = paper("tables")
+    found = tables.collect(tables.read_lines(tables.RESULTS / "smollm2.jsonl"))
+    page = (BENCHMARKS.parent / "docs/paper.md").read_text(encoding="utf-8")
+    for (method, _), cell in found.items():
+        if method in tables.METHODS:
+            assert f"{cell.values.mean():.3f} (" in page
