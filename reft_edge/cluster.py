@@ -1,6 +1,7 @@
 """Work on the machines of a Ray cluster: processes that load something large once, and then do one piece of work each."""
 
 import contextlib
+import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -13,6 +14,8 @@ from reft_edge.extras import extra
 
 _LOADING = 600.0
 """Seconds within which one process must have loaded what it needs."""
+_REACHED = 10.0
+"""Seconds within which a cluster's address must answer."""
 _TRIES = 3
 """How often a piece of work begins that is lost with its process."""
 
@@ -159,7 +162,7 @@ class Pool:
 def connected(address: str, load: Callable[[], Any], workers: int | None = None) -> Iterator[Pool]:
     """Processes of the cluster at `address`, each of which has done `load()`; by default one a machine.
 
-    What `load` and the work need is at the same place on every machine. Raises ReftEdgeError where Ray is not installed
+    This machine is one of the cluster's, and what `load` and the work need is at the same place on all of them. Raises ReftEdgeError where Ray is not installed
     (extra `ray`), where there is no cluster, and where loading fails.
     """
     with extra("ray"):
@@ -167,8 +170,9 @@ def connected(address: str, load: Callable[[], Any], workers: int | None = None)
     ours = not ray.is_initialized()
     try:
         if ours:
+            _check_reachable(address)
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, OverflowError, ValueError, RuntimeError) as error:
         raise ReftEdgeError(f"there is no Ray cluster at {address}: {error}") from error
     pool = None
     try:
@@ -180,3 +184,10 @@ def connected(address: str, load: Callable[[], Any], workers: int | None = None)
             pool.close()
         if ours:
             ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Raise OSError if nobody listens at HOST:PORT; Ray itself tries for minutes."""
+    host, _, port = address.rpartition(":")
+    if port.isdigit() and "//" not in address:
+        socket.create_connection((host, int(port)), timeout=_REACHED).close()

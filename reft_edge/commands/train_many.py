@@ -59,17 +59,21 @@ def train_many(
             fail(f"{result.name}: {result.error}")
 
     with plain_errors():
-        results = train_tasks(
-            tasks,
-            model=model,
-            state=state,
-            ray=ray,
-            workers=workers,
-            device=device,
-            plain_http=plain_http,
-            report=tell,
-            on_task=told,
-        )
+        try:
+            results = train_tasks(
+                tasks,
+                model=model,
+                state=state,
+                ray=ray,
+                workers=workers,
+                device=device,
+                plain_http=plain_http,
+                report=tell,
+                on_task=told,
+            )
+        except KeyboardInterrupt as interrupt:
+            fail("interrupted: finished tasks are kept, and the same command goes on from here")
+            raise typer.Exit(128 + getattr(interrupt, "number", 2)) from None
     if as_json:
         print_json([vars(result) for result in results])
     else:

@@ -8,12 +8,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class RowsInMemory:
-    """Rows as the lines of a file that holds them; in messages they are `the list of rows`."""
+    """Rows as the lines of a file that holds them."""
 
     lines: tuple[str, ...]
+    name: str = "the list of rows"
+    """What messages call them."""
 
     def __str__(self) -> str:
-        return "the list of rows"
+        return self.name
 
 
 @dataclass(frozen=True)

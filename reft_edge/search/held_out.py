@@ -43,8 +43,10 @@ def split_rows(source: RowSource, seed: int, share: float = SHARE) -> tuple[Rows
         )
     numbers = range(1, max(lines) + 1)
     return (
-        RowsInMemory(tuple("" if number in held else lines.get(number, "") for number in numbers)),
-        RowsInMemory(tuple(lines[number] if number in held else "" for number in numbers)),
+        RowsInMemory(
+            tuple("" if number in held else lines.get(number, "") for number in numbers), str(source)
+        ),
+        RowsInMemory(tuple(lines[number] if number in held else "" for number in numbers), str(source)),
     )
 
 

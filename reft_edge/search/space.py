@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from reft_edge.adapter.positions import parse_positions
 from reft_edge.errors import ReftEdgeError
-from reft_edge.model.places import parse_layers
+from reft_edge.model.places import named_layers, parse_layers
 from reft_edge.training.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -75,12 +75,19 @@ def narrowed(
     if ends and len(ends) != 2:
         raise ReftEdgeError(f"lr has {len(ends)} numbers; expected the lowest and the highest learning rate")
     return Narrowed(
-        tuple(interventions) if interventions else None,
-        tuple(positions) if positions else None,
-        tuple(layers) if layers else None,
+        _texts(interventions),
+        _texts(positions),
+        _texts(layers),
         tuple(ranks) if ranks else None,
         (float(ends[0]), float(ends[1])) if ends else None,
     )
+
+
+def _texts(given: Sequence[str] | None) -> tuple[str, ...] | None:
+    """One text, or several; layers may be numbers."""
+    if not given:
+        return None
+    return (given,) if isinstance(given, str) else tuple(named_layers(one) for one in given)
 
 
 @dataclass(frozen=True)

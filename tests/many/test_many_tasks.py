@@ -127,19 +127,24 @@ def test_an_interrupted_task_goes_on_from_its_checkpoint(folder, device_folder):
     )
     with pytest.raises(KeyboardInterrupt):
         session.run(on_step=stop_soon)
+    checkpoint = folder / "fox.safetensors.checkpoint"
+    kept = checkpoint.read_bytes()
     told = []
     results = reft_edge.train_many(folder / "tasks.toml", report=told.append)
     assert "fox: continuing after step 2" in told
     assert results[0].status == "trained"
-    whole = (folder / "fox.safetensors").read_bytes()
+    whole = load_adapter(folder / "fox.safetensors").config
     (folder / "fox.safetensors").unlink()
     reft_edge.train_many(folder / "tasks.toml")
-    assert load_adapter(folder / "fox.safetensors").config == load_adapter_of(whole, folder).config
+    assert load_adapter(folder / "fox.safetensors").config == whole
 
-
-def load_adapter_of(content, folder):
-    (path := folder / "copy.safetensors").write_bytes(content)
-    return load_adapter(path)
+    checkpoint.write_bytes(kept)
+    text = (folder / "tasks.toml").read_text()
+    (folder / "tasks.toml").write_text(text.replace("lr = 0.01", "lr = 0.02"))
+    results = reft_edge.train_many(folder / "tasks.toml", report=told.append)
+    assert results[0].status == "trained"
+    assert any("is of another training; it is kept as" in text for text in told)
+    assert checkpoint.with_name(f"{checkpoint.name}.1").read_bytes() == kept
 
 
 def test_a_checkpoint_that_is_none_is_its_tasks_failure(folder):
@@ -160,6 +165,7 @@ def test_an_interrupt_ends_the_list_and_keeps_what_is_finished(folder, monkeypat
     monkeypatch.setattr(many_run, "_train", interrupted)
     shown = CliRunner().invoke(app, ["train-many", str(folder / "tasks.toml")])
     assert shown.exit_code == 130
+    assert "finished tasks are kept" in shown.output
     monkeypatch.setattr(many_run, "_train", plain)
     results = reft_edge.train_many(folder / "tasks.toml")
     assert [result.status for result in results] == ["finished", "failed", "trained"]

@@ -342,6 +342,9 @@ def test_every_entry_of_the_space_can_be_trained():
         assert space.parameters(TrainSettings()) is not None
     assert space_for(Narrowed(), 24, 64, True).layers == ("all", "0-11", "12-23", "8-15", "3;7;11;15;19;23")
     assert narrowed(None, ["l1"], [], None, None) == Narrowed(positions=("l1",))
+    assert narrowed("noreft", "l1", [3, [0, 2], "0-1"], None, None) == Narrowed(
+        ("noreft",), ("l1",), ("3", "0;2", "0-1")
+    )
 
 
 def run(*arguments):

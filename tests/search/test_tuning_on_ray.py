@@ -82,8 +82,9 @@ def test_a_process_that_is_not_in_a_cluster_joins_it_for_the_search(cluster, dev
 
     ray.shutdown()
     arguments = (device_folder / "hf", ROWS, tmp_path / "a.safetensors")
-    with pytest.raises(ReftEdgeError, match="there is no Ray cluster at 127"):
-        reft_edge.tune(*arguments, ray="127.0.0.1:1", trials=1, **QUICK)
+    for address in ("127.0.0.1:1", "127.0.0.1:99999999"):
+        with pytest.raises(ReftEdgeError, match="there is no Ray cluster at 127"):
+            reft_edge.tune(*arguments, ray=address, trials=1, **QUICK)
     found = reft_edge.tune(*arguments, ray=cluster[0].address, trials=1, **QUICK)
     assert found.best.default
     assert not ray.is_initialized()
