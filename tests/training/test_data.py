@@ -469,6 +469,12 @@ def test_rows_in_which_nothing_is_edited():
         with pytest.raises(ReftEdgeError, match="nothing can be learnt"):
             check_positions(rows, positions, False)
     assert check_positions([one], "all", False) == ()
+    for positions in ("all-f1", "all-l1", "l1-f2"):
+        with pytest.raises(ReftEdgeError, match="nothing can be learnt"):
+            check_positions([one], positions, False)
+    three = Example((5, 5, 5, 5), (6, 6, 6))
+    for positions in ("all-f1", "f2-f1", "l2-l1", "all-f3", "gen2", "all+gen1-l3"):
+        assert check_positions([three], positions, False) == ()
     (idle,) = check_positions([one, two, one], "f7+l7", False)
     assert idle.endswith("nothing is learnt from them: 2")
     (never,) = check_positions([one], "all+gen", False)
