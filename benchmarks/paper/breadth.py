@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -133,4 +134,6 @@ def missing(method: Method) -> str:
     kind = method.settings.get("intervention")
     if kind and kind not in INTERVENTIONS:
         return f"this version of reft-edge has no intervention {kind!r}"
+    if method.library == "peft" and find_spec("peft") is None:
+        return "PEFT is not installed (pip install peft)"
     return ""

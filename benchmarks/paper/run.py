@@ -95,6 +95,14 @@ def read_lines(path: Path) -> list[Line]:
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
+def check_searches(studies: list[str], lines: list[Line]) -> None:
+    """Raise SystemExit if a study takes its learning rates from one that is neither asked for nor in the file."""
+    there = {*studies, *(line["study"] for line in lines)}
+    for name in studies:
+        if (searched := STUDIES[name].searched) not in there:
+            raise SystemExit(f"{name} takes the learning rates of {searched}: add it to --studies")
+
+
 def append(path: Path, line: Line) -> None:
     """Behind the whole lines of a results file; one that was cut off is dropped."""
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
@@ -178,6 +186,7 @@ def main() -> None:
             raise SystemExit(
                 f"{path} has cells of {line['study']} from other rows; give another file with --results"
             )
+    check_searches(given.studies, lines)
     plan = Plan(lines, given.studies, methods, given.seeds)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as work:

@@ -95,6 +95,19 @@ def test_learning_rates_are_chosen_before_other_seeds_and_tasks(paper):
     assert run.Cell("boolq", "lora", best, 0) not in plan.wanted()
 
 
+def test_what_cannot_be_run_is_said(paper, monkeypatch):
+    run, breadth = paper("run"), paper("breadth")
+    with pytest.raises(SystemExit, match="boolq takes the learning rates of sst2: add it to --studies"):
+        run.check_searches(["boolq"], [])
+    run.check_searches(["boolq"], [line("sst2", "lora", 1e-3, 0, "1")])
+    run.check_searches(["boolq", "sst2"], [])
+    monkeypatch.setattr(breadth, "find_spec", lambda name: None)
+    assert "pip install peft" in breadth.missing(breadth.METHODS["dora"])
+    assert breadth.missing(breadth.METHODS["bias"]) == ""
+    unknown = dataclasses.replace(breadth.METHODS["bias"], settings={"intervention": "none"})
+    assert "no intervention 'none'" in breadth.missing(unknown)
+
+
 def test_a_line_that_was_cut_off_is_made_again(paper, tmp_path):
     run = paper("run")
     path = tmp_path / "cells.jsonl"
