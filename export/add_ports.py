@@ -22,7 +22,7 @@ from reft_edge.export.check_ports import (
 )
 from reft_edge.export.checks import TEXTS
 from reft_edge.export.foreign_graph import ForeignGraph, describe_graph, load_graph
-from reft_edge.export.recipe import FLOAT_TYPES, GRAPH, PLAIN, Places, Report, export_graph
+from reft_edge.export.recipe import FLOAT_TYPES, GRAPH, PLAIN, Places, Report, export_graph, port_kinds_of
 from reft_edge.export.residual import Site
 from reft_edge.export.structure import find_blocks
 from reft_edge.files import read_text
@@ -77,14 +77,17 @@ def add_ports(
     model: ModelFolder,
     layers: str = "all",
     report: Report = lambda step: None,
+    port_kinds: Sequence[str] = ("affine",),
 ) -> Ported:
-    """Write a folder that holds the decoder graph `source` with a port after each of `layers`.
+    """Write a folder that holds the decoder graph `source` with a port of these kinds after each of `layers`.
 
     `model` is the PyTorch model that the graph was exported from. `report` is told each step. Nothing is left at
     `output` unless everything succeeded; an earlier folder there is replaced only then. Weights are copied one at a
     time. Raises ReftEdgeError that says why if the runtime cannot feed the graph, if its residual stream cannot be
     found with certainty, or if verification fails.
     """
+
+    kinds = port_kinds_of(port_kinds)
 
     def build(folder: Path) -> _Foreign:
         report("reading the graph")
@@ -121,6 +124,7 @@ def add_ports(
             quantisation=read.quantisation,
             cache=read.cache,
             source="add-ports",
+            port_kinds=kinds,
         )
         return _Foreign(model, manifest, read, outputs, taps, rows, found)
 

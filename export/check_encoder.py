@@ -8,8 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from reft_edge.adapter.linear import fold
-from reft_edge.export.checks import TOLERANCE, largest_difference, off_ports, off_pytorch, random_adapters
+from reft_edge.export.checks import (
+    TOLERANCE,
+    all_at_once,
+    largest_difference,
+    off_ports,
+    off_pytorch,
+    random_adapters,
+)
 from reft_edge.export.recipe import GRAPH, PLAIN
 from reft_edge.model.encoders import has_token_types
 from reft_edge.model.manifest import Manifest
@@ -62,8 +68,7 @@ class HiddenStates:
 
 def run_graphs(folder: Path, manifest: Manifest, rows: Sequence[Tokens]) -> HiddenStates:
     """Run `rows` through the graph with ports and the one without."""
-    (interventions,) = random_adapters(manifest)
-    ports = port_inputs(fold(interventions.to_adapter()), manifest, np.dtype(np.float32))
+    ports = port_inputs(all_at_once(random_adapters(manifest)), manifest, np.dtype(np.float32))
     graph = EncoderSession(folder / GRAPH, "cpu")
     written, without = (EncoderSession(folder / name, "cpu", fuse=False) for name in (GRAPH, PLAIN))
     same = [
@@ -82,9 +87,8 @@ def compare(
     said: HiddenStates, manifest: Manifest, encoder: Any, rows: Sequence[Tokens]
 ) -> EncoderVerification:
     """Hold what the graphs gave against the PyTorch encoder."""
-    (interventions,) = random_adapters(manifest)
     base = [torch_hidden_states(encoder, row) for row in rows]
-    with steered(encoder, (interventions, 1.0)):
+    with steered(encoder, *((part, 1.0) for part in random_adapters(manifest))):
         steered_base = [torch_hidden_states(encoder, row) for row in rows]
     return EncoderVerification(
         base_error=largest_difference(said.shipped, base),

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from reft_edge.adapter.algebra import Edit, concat
+from reft_edge.adapter.algebra import ACTS, Edit, concat
 from reft_edge.adapter.config import AdapterConfig
 from reft_edge.adapter.linear import fold
 from reft_edge.model.manifest import Manifest
@@ -23,11 +23,24 @@ TOLERANCE = 1e-3
 
 def random_adapters(manifest: Manifest, positions: str = "f7+l7", rank: int = 4) -> list[Interventions]:
     """A LoReFT adapter for each component, with random weights at every port, strong enough to move logits by several
-    units."""
-    return [
+    units. Where ports are of further kinds, one adapter for each activation and one that multiplies are beside them."""
+    found = [
         _random_adapter(manifest, component, positions, rank, seed)
         for seed, component in enumerate(manifest.components)
     ]
+    component = manifest.components[0]
+    if "act" in manifest.port_kinds:
+        found += [
+            _random_adapter(manifest, component, positions, 1, seed, "direft", act)
+            for seed, act in enumerate(ACTS[1:])
+        ]
+    if "diagonal" in manifest.port_kinds:
+        red = _random_adapter(manifest, component, positions, 1, 0, "red")
+        random = torch.Generator().manual_seed(0)
+        for tensor in red.trained.values():
+            tensor.data.copy_(torch.randn(tensor.shape, generator=random) / 30)
+        found.append(red)
+    return found
 
 
 def all_at_once(interventions: Sequence[Interventions]) -> Edit:
@@ -36,10 +49,16 @@ def all_at_once(interventions: Sequence[Interventions]) -> Edit:
 
 
 def _random_adapter(
-    manifest: Manifest, component: str, positions: str, rank: int, seed: int
+    manifest: Manifest,
+    component: str,
+    positions: str,
+    rank: int,
+    seed: int,
+    intervention: str = "loreft",
+    act_fn: str = "linear",
 ) -> Interventions:
     config = AdapterConfig(
-        "loreft",
+        intervention,
         manifest.base_name,
         manifest.base_fingerprint,
         manifest.hidden_size,
@@ -47,6 +66,7 @@ def _random_adapter(
         manifest.layers,
         rank,
         positions,
+        act_fn=act_fn,
         component=component,
     )
     return Interventions(config, seed=seed)

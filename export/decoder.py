@@ -41,8 +41,10 @@ def export_decoder(
     device: str,
     quantisation: Quantisation | None,
     context: int | None = None,
+    port_kinds: tuple[str, ...] = ("affine",),
 ) -> Manifest:
-    """Export a decoder to the folder `output`, as `export_model` says; `components` are in the order of COMPONENTS.
+    """Export a decoder to the folder `output`, as `export_model` says; `components` and
+    `port_kinds` are in the order of COMPONENTS and PORT_KINDS.
 
     Raises ReftEdgeError if the model cannot be built, ported or verified.
     """
@@ -59,7 +61,7 @@ def export_decoder(
         report("building the frozen graph")
         carried = _build(model, target, folder, report)
         manifest = _describe(model, target, config, folder)
-        manifest = replace(manifest, layers=chosen, components=components)
+        manifest = replace(manifest, layers=chosen, components=components, port_kinds=port_kinds)
         if target.quantised:
             manifest = replace(manifest, quantisation={**asdict(target.quantisation), **carried})
         prompts = load_prompts(folder)

@@ -47,7 +47,14 @@ class _Blocks(nn.Module):
         return tuple(output.hidden_states[1:])
 
 
-def export_encoder(model: ModelFolder, output: Path, precision: str, layers: str, report: Report) -> Manifest:
+def export_encoder(
+    model: ModelFolder,
+    output: Path,
+    precision: str,
+    layers: str,
+    report: Report,
+    port_kinds: tuple[str, ...] = ("affine",),
+) -> Manifest:
     """Export an encoder to the folder `output`, as `export_model` says.
 
     Raises ReftEdgeError if the model cannot be built, ported or verified, or for a precision other than fp32.
@@ -67,7 +74,7 @@ def export_encoder(model: ModelFolder, output: Path, precision: str, layers: str
         ir.save(graph, folder / PLAIN, external_data=f"{GRAPH}.data")
         tokenizer.save(str(folder / "tokenizer.json"))
         tokens = TextTokens.of(tokenizer, length)
-        manifest = replace(_describe(model, encoder, length), layers=chosen)
+        manifest = replace(_describe(model, encoder, length), layers=chosen, port_kinds=port_kinds)
         return _Encoder(encoder, manifest, blocks, [tokens(text) for text in (*TEXTS, TEXTS[:2])])
 
     return export_graph(output, build, report)[1]

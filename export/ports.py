@@ -4,6 +4,9 @@ At each port, with h the hidden state of its place (a block's output, or that of
 
     h' = h + ((h A + b) · gate[columns]) B
 
+A port of the kind `act` puts an activation around h A + b, one of ACTS for each column. One of the kind `diagonal` adds
+h ⊙ (gate[s_columns] s).
+
 Where h is only formed inside a fused skip-and-normalise node, a graph in 32 bits has that node sum h and its edit. (In 16 bits
 such a node may go on with a sum of 32 bits, which h is not: there the edit is added to the branch.)
 
@@ -24,9 +27,12 @@ ports, bit for bit.
     reft.logits_to_keep                int64  []                   0: logits for all tokens, k: for the last k
     reft.layers.i.A / .b / .B          float  [adapter_batch, d, rank_i] / [adapter_batch, 1, rank_i] / [adapter_batch, rank_i, d]
     reft.layers.i.columns              int64  [rank_i]             which gate each column uses
+    reft.layers.i.acts                 int64  [rank_i]             act · rank_i + column, with act an index into ACTS
+    reft.layers.i.s / .s_columns       float  [adapter_batch, rows_i, d] / int64 [rows_i]   what h is multiplied by; its gates
 
 A port on a layer's attention or MLP has reft.layers.i.attention or reft.layers.i.mlp in place of reft.layers.i.
-adapter_batch is 1 or the batch size, for another adapter in every row.
+adapter_batch is 1 or the batch size, for another adapter in every row. `acts` are in ports of the kind act only, and always
+given with A; `s` and `s_columns` are in those of the kind diagonal.
 """
 
 from collections.abc import Sequence
@@ -34,12 +40,15 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
+from reft_edge.adapter.algebra import ACTS
 from reft_edge.adapter.positions import UNLIMITED
 from reft_edge.export.residual import Site, Use, find_head_input
 from reft_edge.model.places import Place
 
 INPUT_IDS, ATTENTION_MASK = "input_ids", "attention_mask"
 _END = np.iinfo(np.int64).max
+_CONTRIBUTED = "com.microsoft"
+"""The domain of Gelu before opset 20."""
 
 
 class _Builder:
@@ -49,11 +58,16 @@ class _Builder:
         self.graph, self.prefix, self.nodes = graph, prefix, list[ir.Node]()
 
     def __call__(
-        self, op: str, inputs: Sequence[ir.Value | None], output: str, **attributes: int
+        self, op: str, inputs: Sequence[ir.Value | None], output: str, domain: str = "", **attributes: int
     ) -> ir.Value:
         name = f"/{self.prefix}/{output}"
         node = ir.node(
-            op, inputs, attributes, outputs=[ir.Value(name=f"{name}/output_0")], name=f"{name}/{op}"
+            op,
+            inputs,
+            attributes,
+            domain=domain,
+            outputs=[ir.Value(name=f"{name}/output_0")],
+            name=f"{name}/{op}",
         )
         self.nodes.append(node)
         return node.outputs[0]
@@ -63,9 +77,14 @@ class _Builder:
 
 
 def insert_ports(
-    model: ir.Model, sites: Sequence[Site], hidden_size: int, dtype: np.dtype, keep_logits: bool = True
+    model: ir.Model,
+    sites: Sequence[Site],
+    hidden_size: int,
+    dtype: np.dtype,
+    keep_logits: bool = True,
+    kinds: Sequence[str] = ("affine",),
 ) -> dict[str, list[str | int]]:
-    """Add a port at each site, in place; returns the port table: input names and their shapes.
+    """Add a port of these kinds at each site, in place; returns the port table: input names and their shapes.
 
     A site whose hidden state depends on another's within the same layer comes after it.
 
@@ -75,6 +94,8 @@ def insert_ports(
     graph = model.graph
     inputs = {value.name: value for value in graph.inputs}
     table: dict[str, list[str | int]] = {}
+    if "act" in kinds:
+        model.opset_imports.setdefault(_CONTRIBUTED, 1)
 
     def port(name: str, shape: list[str | int], default: np.ndarray) -> ir.Value:
         value = _initializer(graph, name, default, shape)
@@ -108,8 +129,16 @@ def insert_ports(
         last = site.uses[0].value
         h = op("Add", [site.skip.value, last], "h") if site.skip else last
         z = op("Add", [op("MatMul", [h, a], "hA"), b], "z")
+        if "act" in kinds:
+            z = _activated(op, z, port(f"{name}.acts", [rank], np.zeros((0,), np.int64)))
         gated = op("Mul", [z, op("Gather", [gate, columns], "gate", axis=2)], "gated")
         delta = op("MatMul", [gated, back], "delta")
+        if "diagonal" in kinds:
+            rows = rank.replace("rank", "rows")
+            s = port(f"{name}.s", ["adapter_batch", rows, hidden_size], np.zeros((1, 0, hidden_size), dtype))
+            s_columns = port(f"{name}.s_columns", [rows], np.zeros((0,), np.int64))
+            factor = op("MatMul", [op("Gather", [gate, s_columns], "s_gate", axis=2), s], "factor")
+            delta = op("Add", [delta, op("Mul", [h, factor], "scaled")], "sum")
         summed = site.skip is not None and dtype == np.float32
         edited = delta if summed else op("Add", [last, delta], "edited")
         graph.insert_before(_earliest(graph, site.uses), op.nodes)
@@ -123,10 +152,26 @@ def insert_ports(
     return table
 
 
-def edited_values(place: Place, skip: str, in_32_bits: bool) -> tuple[str, ...]:
+def _activated(op: _Builder, z: ir.Value, acts: ir.Value) -> ir.Value:
+    """Each column by its activation."""
+    sigmoid = op("Sigmoid", [z], "sigmoid")
+    every = {
+        "linear": z,
+        "relu": op("Relu", [z], "relu"),
+        "gelu": op("Gelu", [z], "gelu", domain=_CONTRIBUTED),
+        "silu": op("Mul", [z, sigmoid], "silu"),
+        "tanh": op("Tanh", [z], "tanh"),
+        "sigmoid": sigmoid,
+    }
+    together = op("Concat", [every[act] for act in ACTS], "every", axis=2)
+    return op("Gather", [together, acts], "activated", axis=2)
+
+
+def edited_values(place: Place, skip: str, in_32_bits: bool, kinds: Sequence[str]) -> tuple[str, ...]:
     """Names of the values whose sum is the edited hidden state at a port; `skip` names what its site's `skip` reads, if any."""
     if skip and in_32_bits:
-        return f"/{place.port}/h/output_0", f"/{place.port}/delta/output_0"
+        delta = "sum" if "diagonal" in kinds else "delta"
+        return f"/{place.port}/h/output_0", f"/{place.port}/{delta}/output_0"
     edited = f"/{place.port}/edited/output_0"
     return (edited, skip) if skip else (edited,)
 

@@ -21,6 +21,7 @@ from reft_edge.export.ports import insert_ports
 from reft_edge.export.residual import Site
 from reft_edge.folders import replace_folder
 from reft_edge.model.manifest import MANIFEST, Manifest, save_manifest
+from reft_edge.model.places import PORT_KINDS
 
 GRAPH = "model.onnx"
 """The graph with ports."""
@@ -105,10 +106,23 @@ def _insert_ports(draft: Draft[Any], folder: Path) -> Manifest:
     graph = ir.load(folder / PLAIN)
     places = draft.place(graph.graph)
     size, dtype = draft.manifest.hidden_size, places.float_type.numpy()
-    ports = insert_ports(graph, places.sites, size, dtype, places.keep_logits)
+    ports = insert_ports(
+        graph, places.sites, size, dtype, places.keep_logits, draft.manifest.port_kinds
+    )
     share_external_data(graph)
     ir.save(graph, folder / GRAPH)
     return replace(draft.manifest, ports=ports, float_type=FLOAT_TYPES[places.float_type])
+
+
+def port_kinds_of(chosen: Sequence[str]) -> tuple[str, ...]:
+    """In the order of PORT_KINDS. Raises ReftEdgeError for an unknown one, and without affine, which all others stand on."""
+    if unknown := sorted(set(chosen) - set(PORT_KINDS)):
+        raise ReftEdgeError(
+            f"unknown ports {', '.join(map(repr, unknown))}; choose among {', '.join(PORT_KINDS)}"
+        )
+    if "affine" not in chosen:
+        raise ReftEdgeError("every port is affine; give --ports affine, and act or diagonal beside it")
+    return tuple(kind for kind in PORT_KINDS if kind in chosen)
 
 
 def _require(figures: Checked) -> None:

@@ -22,7 +22,7 @@ def pyreft_target(folder: Path) -> Target:
     from reft_edge.convert.to_pyreft import to_pyreft
 
     seeds = []
-    for kind in INTERVENTIONS[:-1]:
+    for kind in INTERVENTIONS[:-2]:
         to_pyreft(make_adapter(kind, positions="f2", layers=(0,)), folder / kind)
         seeds.append(next((folder / kind).glob("intkey_*.bin")).read_bytes())
     unsafe = folder / "unsafe"

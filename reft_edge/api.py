@@ -235,6 +235,7 @@ def export(
     precision: str = "fp32",
     layers: str | int | Sequence[int] = "all",
     components: Sequence[str] = ("block",),
+    ports: Sequence[str] = ("affine",),
     device: str = "cpu",
     algorithm: str = "auto",
     block_size: int | None = None,
@@ -247,7 +248,7 @@ def export(
 
     `base`: one that is loaded, or what `load` takes. `folder` is replaced only by a success. `precision`: fp32, fp16, bf16,
     int8 or int4. `layers`: which get a port: `all`, `3;9;18`, `0-5`, a mix, or a list of numbers. `components`: of each layer, its block,
-    attention or mlp. `device`: cpu or cuda, where the graph will run. `algorithm`, `block_size` (weights that share a
+    attention or mlp. `ports`: what they can add, `affine`, and `act` (for adapters with an act_fn) and `diagonal` (for RED) beside it. `device`: cpu or cuda, where the graph will run. `algorithm`, `block_size` (weights that share a
     scale; by default 128 for a billion weights and more, else 32) and `accuracy_level` are for int4 and int8. `context`: the
     most tokens that the graph takes, by default as many as the base. `exporter`: genai, or optimum, which writes fp32 for
     the CPU with ports after whole blocks, and takes none of the other choices but `layers`. `report` is told each step.
@@ -264,9 +265,10 @@ def export(
     from reft_edge.model.source import resolve_model
 
     parts = [part.strip() for parts in listed(components) for part in parts.split(",")]
+    kinds = [kind.strip() for part in listed(ports) for kind in part.split(",")]
     quantisation = Quantisation(algorithm, block_size, accuracy_level)
     if exporter != "genai":
-        _check_optimum(exporter, (precision, parts, device, quantisation, context))
+        _check_optimum(exporter, (precision, parts, kinds, device, quantisation, context))
     source = base.folder if isinstance(base, FrozenModel) else resolve_model(str(base), report)
     if exporter == "optimum":
         from reft_edge.export.optimum import export_with_optimum
@@ -285,6 +287,7 @@ def export(
         device=device,
         quantisation=quantisation,
         context=context,
+        port_kinds=kinds,
     )
 
 
@@ -294,7 +297,7 @@ def _check_optimum(exporter: str, chosen: tuple[Any, ...]) -> None:
 
     if exporter != "optimum":
         raise ReftEdgeError(f"unknown exporter {exporter!r}; choose one of genai, optimum")
-    if chosen != ("fp32", ["block"], "cpu", Quantisation(), None):
+    if chosen != ("fp32", ["block"], ["affine"], "cpu", Quantisation(), None):
         raise ReftEdgeError(
             "exporter='optimum' writes fp32 graphs for the CPU with ports after whole blocks, at the model's own context; "
             "of the choices, only layers goes with it"

@@ -1,14 +1,14 @@
 """From edits to the inputs of a graph's ports."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-from reft_edge.adapter.algebra import Array, Edit
+from reft_edge.adapter.algebra import ACTS, Edit, LayerEdit
 from reft_edge.adapter.positions import UNLIMITED
 from reft_edge.errors import ReftEdgeError
 from reft_edge.model.manifest import Manifest
@@ -34,11 +34,10 @@ class Bound:
         return tuple(sorted({gate.span.after for gate in gates if gate.scale != 0} - {0, UNLIMITED}))
 
 
-def port_inputs(edit: Edit, manifest: Manifest, dtype: np.dtype[np.generic]) -> PortInputs:
-    """The edit as port inputs with adapter_batch 1, floats in the graph's `dtype`.
+def fitted(edit: Edit, manifest: Manifest) -> Edit:
+    """The edit as this folder's ports take it: with an activation for each column where they can have one.
 
-    Raises ReftEdgeError if the edit is for another hidden size, a place without a port or positions that the graph does not know, or `dtype`
-    cannot hold it.
+    Raises ReftEdgeError if the edit is for another hidden size, a place without a port, or ports of another kind.
     """
     if edit.hidden_size != manifest.hidden_size:
         raise ReftEdgeError(
@@ -50,6 +49,30 @@ def port_inputs(edit: Edit, manifest: Manifest, dtype: np.dtype[np.generic]) -> 
             f"the adapter edits layers {', '.join(map(str, unported))}, which have no port in this folder; "
             "export the model again with --layers and --components that cover them"
         )
+    kinds = manifest.port_kinds
+    if "act" not in kinds and (acts := [act for act in edit.acts if act != "linear"]):
+        _refuse_kind(f"the adapter's act_fn is {acts[0]!r}", "act", kinds)
+    if "diagonal" not in kinds and edit.has_diagonal:
+        _refuse_kind("the adapter multiplies hidden states elementwise", "diagonal", kinds)
+    if "act" not in kinds:
+        return edit
+    places = {place: replace(part, acts=part.column_acts) for place, part in edit.places.items()}
+    return replace(edit, places=places)
+
+
+def _refuse_kind(what: str, kind: str, kinds: Sequence[str]) -> NoReturn:
+    raise ReftEdgeError(
+        f"{what}, for which this folder has no ports; export the model again with --ports {','.join([*kinds, kind])}"
+    )
+
+
+def port_inputs(edit: Edit, manifest: Manifest, dtype: np.dtype[np.generic]) -> PortInputs:
+    """The edit as port inputs with adapter_batch 1, floats in the graph's `dtype`.
+
+    Raises ReftEdgeError if the edit does not fit the folder, as `fitted` says, if the graph does not know its positions, or if
+    `dtype` cannot hold it.
+    """
+    edit = fitted(edit, manifest)
 
     def per_gate(numbers: list[float], kind: np.dtype[np.generic]) -> NDArray[np.generic]:
         return np.array(numbers, kind).reshape(1, 1, -1)
@@ -73,12 +96,16 @@ def port_inputs(edit: Edit, manifest: Manifest, dtype: np.dtype[np.generic]) -> 
         inputs[f"{name}.A"] = part.A[None]
         inputs[f"{name}.b"] = part.b[None, None]
         inputs[f"{name}.B"] = part.B[None]
+        if len(part.s):
+            inputs[f"{name}.s"] = part.s[None]
     inputs = {name: array if array.dtype == int64 else _held(array, dtype) for name, array in inputs.items()}
-    columns = {
-        f"{place.port}.columns": np.ascontiguousarray(part.gates, np.int64)
-        for place, part in edit.places.items()
-    }
-    return inputs | columns
+    for place, part in edit.places.items():
+        inputs[f"{place.port}.columns"] = np.ascontiguousarray(part.gates, np.int64)
+        if part.acts.size:
+            inputs[f"{place.port}.acts"] = part.acts * part.acts.size + np.arange(part.acts.size)
+        if len(part.s):
+            inputs[f"{place.port}.s_columns"] = np.ascontiguousarray(part.s_gates, np.int64)
+    return inputs
 
 
 def _held(array: NDArray[np.generic], dtype: np.dtype[np.generic]) -> NDArray[np.generic]:
@@ -94,8 +121,8 @@ def _held(array: NDArray[np.generic], dtype: np.dtype[np.generic]) -> NDArray[np
     return found
 
 
-DecodeEdit = dict[Place, tuple[Array, Array, Array]]
-"""What of an edit acts on generated tokens: A `[d, r]`, b `[r]` and B `[r, d]`, scaled, by place."""
+DecodeEdit = dict[Place, LayerEdit]
+"""What of an edit acts on a generated token, scaled, by place: all of its columns, and at most one row of `s`."""
 _RANKS = 16
 """Ranks are padded to a multiple of this, so that a row's sums do not depend on its neighbours' ranks."""
 
@@ -110,18 +137,19 @@ def decode_edit(edit: Edit, before: int = 0) -> DecodeEdit:
     found: DecodeEdit = {}
     for place, part in edit.places.items():
         strength = scales[part.gates]
-        if (columns := np.flatnonzero(strength)).size:
-            a, b, back = part.A, part.b, part.B
-            if columns.size < strength.size:
-                a, b, back = a[:, columns], b[columns], back[columns]
+        columns = np.flatnonzero(strength)
+        open_part = part.take(columns) if columns.size < strength.size else part
+        with np.errstate(over="ignore"):
             if (strength[columns] != 1).any():
-                with np.errstate(over="ignore"):
-                    back = back * strength[columns, None]
-                if not np.isfinite(back).all():
-                    raise ReftEdgeError(
-                        "so scaled, the adapters are not finite in float32; give smaller scales"
-                    )
-            found[place] = (a, b, back)
+                open_part = replace(open_part, B=open_part.B * strength[columns, None])
+            if len(part.s):
+                rows = np.flatnonzero(scales[part.s_gates])
+                s = scales[part.s_gates[rows]] @ part.s[rows] if rows.size else part.s[:0]
+                open_part = replace(open_part, s=s.reshape(-1, part.s.shape[1]), s_gates=part.s_gates[:0])
+        if not (np.isfinite(open_part.B).all() and np.isfinite(open_part.s).all()):
+            raise ReftEdgeError("so scaled, the adapters are not finite in float32; give smaller scales")
+        if columns.size or len(open_part.s):
+            found[place] = open_part
     return found
 
 
@@ -143,20 +171,58 @@ def decode_inputs(edits: Sequence[DecodeEdit], dtype: np.dtype[np.generic]) -> P
         "reft.prompt_len": np.zeros(1, np.int64),
     }
     for place in places:
-        parts = [edit.get(place) for edit in edits]
-        rank = -(-max(len(part[1]) for part in parts if part is not None) // _RANKS) * _RANKS
-        size = next(len(part[0]) for part in parts if part is not None)
-        a = np.zeros((len(edits), size, rank), dtype)
-        b = np.zeros((len(edits), 1, rank), dtype)
-        back = np.zeros((len(edits), rank, size), dtype)
-        for row, part in enumerate(parts):
-            if part is not None:
-                used = len(part[1])
-                a[row, :, :used], b[row, 0, :used], back[row, :used] = (_held(array, dtype) for array in part)
-        inputs |= {
-            f"{place.port}.A": a,
-            f"{place.port}.b": b,
-            f"{place.port}.B": back,
-            f"{place.port}.columns": np.zeros(rank, np.int64),
-        }
+        parts = {row: edit[place] for row, edit in enumerate(edits) if place in edit}
+        inputs |= _columns_of_rows(place.port, parts, len(edits), dtype)
+        if any(len(part.s) for part in parts.values()):
+            inputs |= _diagonals_of_rows(place.port, parts, len(edits), dtype)
     return inputs
+
+
+def _columns_of_rows(
+    port: str, parts: dict[int, LayerEdit], count: int, dtype: np.dtype[np.generic]
+) -> PortInputs:
+    """One place's columns of `count` rows beside each other. Columns of one activation lie at the same numbers in all rows."""
+    at, acts = _layout([part.column_acts for part in parts.values()])
+    rank, size = acts.size, len(next(iter(parts.values())).A)
+    a = np.zeros((count, size, rank), dtype)
+    b = np.zeros((count, 1, rank), dtype)
+    back = np.zeros((count, rank, size), dtype)
+    for (row, part), columns in zip(parts.items(), at, strict=True):
+        a[row][:, columns], b[row, 0, columns], back[row, columns] = (
+            _held(array, dtype) for array in (part.A, part.b, part.B)
+        )
+    inputs: PortInputs = {
+        f"{port}.A": a,
+        f"{port}.b": b,
+        f"{port}.B": back,
+        f"{port}.columns": np.zeros(rank, np.int64),
+    }
+    if any(part.acts.size for part in parts.values()):
+        inputs[f"{port}.acts"] = acts * rank + np.arange(rank)
+    return inputs
+
+
+def _layout(rows: Sequence[NDArray[np.int64]]) -> tuple[list[NDArray[np.int64]], NDArray[np.int64]]:
+    """Where each row's columns go, given their activations, and the activation of every column of all rows."""
+    widths = np.max([np.bincount(acts, minlength=len(ACTS)) for acts in rows], axis=0)
+    widths[0] += -widths.sum() % _RANKS
+    starts = np.cumsum(widths) - widths
+    at = []
+    for acts in rows:
+        columns = np.empty_like(acts)
+        for act in range(len(ACTS)):
+            own = np.flatnonzero(acts == act)
+            columns[own] = starts[act] + np.arange(own.size)
+        at.append(columns)
+    return at, np.repeat(np.arange(len(ACTS)), widths)
+
+
+def _diagonals_of_rows(
+    port: str, parts: dict[int, LayerEdit], count: int, dtype: np.dtype[np.generic]
+) -> PortInputs:
+    size = next(part.s.shape[1] for part in parts.values() if len(part.s))
+    s = np.zeros((count, 1, size), dtype)
+    for row, part in parts.items():
+        if len(part.s):
+            s[row] = _held(part.s, dtype)
+    return {f"{port}.s": s, f"{port}.s_columns": np.zeros(1, np.int64)}

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from reft_edge.adapter.algebra import Edit, concat, scale
 from reft_edge.errors import ReftEdgeError
 from reft_edge.model.manifest import Manifest
-from reft_edge.runtime.binding import Bound, decode_edit, port_inputs
+from reft_edge.runtime.binding import Bound, decode_edit, fitted, port_inputs
 from reft_edge.runtime.session import GraphSession
 
 BUDGET = 256 << 20
@@ -74,7 +74,7 @@ class Mixes:
         factors = np.array([gate.scale for gate in gates], self._graph.dtype).reshape(1, 1, -1)
         prompt = {**joined.prompt, **self._graph.to_device({"reft.scale": factors})}
         bound = Bound(prompt, decode_edit(edit), edit)
-        return bound, _own_bytes((array for part in bound.decode.values() for array in part), [joined.edit])
+        return bound, _own_bytes((array for part in bound.decode.values() for array in part.arrays), [joined.edit])
 
     def _join(self, edits: dict[str, Edit]) -> _Joined:
         key = tuple(edits)
@@ -84,7 +84,7 @@ class Mixes:
                     f"these {len(edits)} adapters take {size / 1e6:,.0f} MB together; at most {self._budget / 1e6:,.0f} MB can be "
                     "mixed: name fewer"
                 )
-            edit = concat(list(edits.values()))
+            edit = fitted(concat(list(edits.values())), self._manifest)
             inputs = port_inputs(edit, self._manifest, self._graph.dtype)
             loaded = edits.values() if self._graph.memory == "cpu" else ()
             own = _own_bytes(inputs.values(), loaded)
@@ -124,7 +124,7 @@ def _own_bytes(arrays: Iterable[NDArray[np.generic]], edits: Iterable[Edit]) -> 
         id(_root(array))
         for edit in edits
         for part in edit.places.values()
-        for array in (part.A, part.b, part.B, part.gates)
+        for array in part.arrays
     }
     own = {id(root): root.nbytes for array in arrays if id(root := _root(array)) not in shared}
     return sum(own.values())

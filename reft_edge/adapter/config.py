@@ -13,8 +13,9 @@ from reft_edge.adapter.storage import data_bytes, declared
 from reft_edge.errors import AdapterFileError
 from reft_edge.model.places import COMPONENTS, Place
 
-INTERVENTIONS = ("loreft", "noreft", "direft", "nodireft", "consreft", "lobireft", "steering")
-LINEAR_ONLY = ("consreft", "lobireft", "steering")
+INTERVENTIONS = ("loreft", "noreft", "direft", "nodireft", "consreft", "lobireft", "steering", "red")
+LINEAR_ONLY = ("consreft", "lobireft", "steering", "red")
+OF_RANK_1 = {"steering": "a steering vector", "red": "an adapter of the kind red"}
 POOLINGS = ("cls", "mean")
 HEAD = ("head.weight", "head.bias")
 
@@ -87,6 +88,8 @@ class AdapterConfig:
             return {"W1": matrix, "W2": matrix, "b": vector, **bias}
         if self.intervention == "steering":
             return {"v": matrix, "alpha": vector}
+        if self.intervention == "red":
+            return {"s": matrix, "v": matrix}
         return {"R": matrix, "b": vector}
 
 
@@ -166,8 +169,8 @@ def _check_config(config: AdapterConfig) -> None:
         raise AdapterFileError(
             f"unknown intervention {config.intervention!r}; known: {', '.join(INTERVENTIONS)}"
         )
-    if config.intervention == "steering" and config.rank != 1:
-        raise AdapterFileError(f"a steering vector has rank 1, not {config.rank}")
+    if config.intervention in OF_RANK_1 and config.rank != 1:
+        raise AdapterFileError(f"{OF_RANK_1[config.intervention]} has rank 1, not {config.rank}")
     if config.rank > config.hidden_size:
         raise AdapterFileError(f"rank {config.rank} is larger than the hidden size {config.hidden_size}")
     layers = config.layers

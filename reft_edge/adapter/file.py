@@ -11,11 +11,12 @@ and G groups of rank r on a hidden size d are:
     nodireft           W1 [L, G, r, d]  W2 [L, G, r, d]  b [L, G, r]
     consreft, lobireft R [L, G, r, d]   b [L, G, r]
     steering           v [L, G, 1, d]   alpha [L, G, 1]
+    red                s [L, G, 1, d]   v [L, G, 1, d]
 
 An adapter for classification also holds its head, for K labels: head.weight [K, d], head.bias [K].
 
 Formulas: Wu et al. 2024 (arXiv 2404.03592, section 3.2) for LoReFT and DiReFT, pyreft 0.1.0's
-`interventions.py` for the others.
+`interventions.py` for the others. RED (Wu et al. 2024, arXiv 2402.15179) is h + s ⊙ h + v: the paper's factor is 1 + s.
 """
 
 import dataclasses

@@ -118,6 +118,11 @@ def compress(edit: Edit, rank: int) -> tuple[Edit, tuple[Loss, ...], float]:
     """
     if rank < 1:
         raise ReftEdgeError(f"rank {rank} holds nothing; give at least 1")
+    if edit.has_diagonal or set(edit.acts) - {"linear"}:
+        raise ReftEdgeError(
+            "only linear edits can be compressed, and these have an act_fn or multiply hidden states elementwise; "
+            "merge without --rank"
+        )
     edit = grouped(edit)
     losses: list[Loss] = []
     lost = whole = 0.0
@@ -138,9 +143,7 @@ def compress(edit: Edit, rank: int) -> tuple[Edit, tuple[Loss, ...], float]:
                 Loss(place, int(group), len(columns), float(np.sqrt(cut / total)) if total else 0.0)
             )
             if len(columns) <= rank:
-                pieces.append(
-                    LayerEdit(part.A[:, columns], part.b[columns], part.B[columns], part.gates[columns])
-                )
+                pieces.append(part.take(columns))
                 continue
             with np.errstate(over="ignore"):
                 left = (q_left @ u[:, :kept] * root).astype(np.float32)
@@ -160,9 +163,9 @@ def compress(edit: Edit, rank: int) -> tuple[Edit, tuple[Loss, ...], float]:
 def merge(sources: Sequence[Source], rank: int | None = None, raw: bool | None = None) -> Merged:
     """One adapter that does what the sources do at once; `raw` settles different prompt formats.
 
-    One source alone, unscaled and not compressed, keeps its intervention; else the result is NoDiReFT. Raises
-    AdapterFileError, BaseMismatchError for different bases, and ReftEdgeError for what one file cannot hold: two
-    classification heads, different components, a non-linear act_fn.
+    One source alone, unscaled and not compressed, keeps its intervention; else the result is NoDiReFT, or RED where all
+    sources are RED or vectors. Raises AdapterFileError, BaseMismatchError for different bases, and ReftEdgeError for what one
+    file cannot hold: two classification heads, different components or activations, RED beside matrices.
     """
     if not sources:
         raise ReftEdgeError("there is nothing to merge; give at least one adapter file")

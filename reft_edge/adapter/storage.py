@@ -1,7 +1,7 @@
 """How an adapter's tensors are stored: whole, in half precision, or in eight bits.
 
     fp32   every tensor as F32
-    fp16   rows of hidden size (the tensors R, W, W1, W2, v and head.weight) as F16, rounded to nearest; the rest as F32
+    fp16   rows of hidden size (the tensors R, W, W1, W2, v, s and head.weight) as F16, rounded to nearest; the rest as F32
     int8   the same rows as I8, with a tensor NAME.scale of F32, a scale a row: value = scale * integer from -127 to 127,
            where scale is the row's largest magnitude / 127; the rest as F32
 
@@ -21,7 +21,7 @@ from reft_edge.adapter.algebra import Array
 from reft_edge.errors import AdapterFileError, ReftEdgeError
 
 PRECISIONS = ("fp32", "fp16", "int8")
-ROWS = ("R", "W", "W1", "W2", "v", "head.weight")
+ROWS = ("R", "W", "W1", "W2", "v", "s", "head.weight")
 SCALE = ".scale"
 _DTYPES = {"F32": 4, "F16": 2, "I8": 1}
 Declared = dict[str, tuple[str, tuple[int, ...]]]

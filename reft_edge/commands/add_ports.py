@@ -7,7 +7,7 @@ import typer
 
 from reft_edge.commands.console import extra, plain_errors
 from reft_edge.commands.export_figures import print_ported
-from reft_edge.commands.options import Json, PortLayers
+from reft_edge.commands.options import Json, PortKinds, PortLayers
 
 
 def add_ports(
@@ -34,6 +34,7 @@ def add_ports(
         ),
     ] = None,
     layers: PortLayers = "all",
+    ports: PortKinds = "affine",
     as_json: Json = False,
 ) -> None:
     """Add intervention ports to an ONNX decoder that was exported elsewhere, and check them."""
@@ -47,5 +48,6 @@ def add_ports(
 
         folder = resolve_model(model, console.say) if model else model_beside(graph)
         with console.working(f"adding ports to {graph.name}") as status:
-            ported = run_add_ports(graph, output, folder, layers, report=status.step)
+            kinds = [kind.strip() for kind in ports.split(",")]
+            ported = run_add_ports(graph, output, folder, layers, report=status.step, port_kinds=kinds)
     print_ported(ported, output, as_json)

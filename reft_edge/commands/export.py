@@ -8,7 +8,7 @@ import typer
 
 from reft_edge.commands.console import extra, plain_errors, print_json
 from reft_edge.commands.export_figures import print_exported, print_ported
-from reft_edge.commands.options import Json, Model, PortLayers
+from reft_edge.commands.options import Json, Model, PortKinds, PortLayers
 from reft_edge.errors import ReftEdgeError
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ def export(
             help="What of each layer gets a port: block, attention, mlp, joined with commas. Each costs a little time."
         ),
     ] = "block",
+    ports: PortKinds = "affine",
     report: Annotated[
         bool,
         typer.Option(
@@ -119,6 +120,7 @@ def export(
                 device=device,
                 quantisation=Quantisation(algorithm, block_size, accuracy_level),
                 context=context_length,
+                port_kinds=[kind.strip() for kind in ports.split(",")],
             )
     print_exported(manifest, output, time.perf_counter() - started, as_json)
 

@@ -16,9 +16,10 @@ _IN_JSON = (
     "quantisation",
     "layers",
     "components",
+    "port_kinds",
     "verification",
 )
-_IN_JSON_OF_PORTS = ("base_fingerprint", "precision", "cache", "layers", "verification")
+_IN_JSON_OF_PORTS = ("base_fingerprint", "precision", "cache", "layers", "port_kinds", "verification")
 
 
 def print_exported(manifest: "Manifest", output: Path, seconds: float, as_json: bool) -> None:

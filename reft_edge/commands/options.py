@@ -85,6 +85,13 @@ RequireSigned = Annotated[
     ),
 ]
 PortLayers = Annotated[str, typer.Option(help="Layers that get a port: `all`, `3;9;18`, `0-5`, or a mix.")]
+PortKinds = Annotated[
+    str,
+    typer.Option(
+        help="What ports can add: affine, and act (for adapters with an act_fn) and diagonal (for red) beside it, joined with "
+        "commas. Each costs a little time."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Repository = Annotated[
     str,

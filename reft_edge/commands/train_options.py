@@ -50,7 +50,7 @@ Task = Annotated[
     ),
 ]
 Intervention = Annotated[
-    str, typer.Option(help="loreft, noreft, direft, nodireft, consreft, lobireft or steering.")
+    str, typer.Option(help="loreft, noreft, direft, nodireft, consreft, lobireft, steering or red.")
 ]
 Layers = Annotated[str, typer.Option(help="Layers to edit: `all`, `3;9;18`, `0-5`, or a mix.")]
 Rank = Annotated[int, typer.Option(help="Rank of each intervention.")]

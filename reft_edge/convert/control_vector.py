@@ -78,7 +78,7 @@ def constant_edit(adapter: Adapter) -> dict[int, Array]:
             f"the adapter edits the {config.component} of layers; a control vector edits whole blocks"
         )
     edit = grouped(fold(adapter))
-    if any(part.A.any() for part in edit.places.values()):
+    if any(part.A.any() or part.acts.any() or part.s.any() for part in edit.places.values()):
         raise ReftEdgeError(
             f"the edit of this {config.intervention} depends on the hidden state; a control vector is a constant"
         )

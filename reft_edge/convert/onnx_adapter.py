@@ -1,7 +1,8 @@
-"""From `.onnx_adapter` files that `reft-edge pack` wrote: they hold folded edits, so the result is NoDiReFT."""
+"""From `.onnx_adapter` files that `reft-edge pack` wrote: they hold folded edits, so the result is NoDiReFT, or RED."""
 
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from reft_edge.adapter.algebra import Edit, Gate, LayerEdit, scale
+from reft_edge.adapter.algebra import ACTS, Edit, Gate, LayerEdit, scale
 from reft_edge.adapter.base import Base
 from reft_edge.adapter.config import Adapter
 from reft_edge.adapter.file import load_adapter
@@ -26,7 +27,7 @@ _SKIPS = ("skip_first", "skip_last")
 _MAX_SIZE = 1 << 30
 _MAX_GATES = 1 << 12
 _BFLOAT16 = 16
-_WHOLE = (".first", ".last", ".after", ".skip_first", ".skip_last", ".columns")
+_WHOLE = (".first", ".last", ".after", ".skip_first", ".skip_last", ".columns", ".acts", ".s_columns")
 """Inputs that count tokens or gates."""
 
 
@@ -52,20 +53,49 @@ def from_onnx_adapter(path: Path, manifest: Manifest, raw: bool) -> Adapter:
                     ("columns", (rank,)),
                 )
             )
-            if columns.size and not 0 <= columns.min() <= columns.max() < len(gates):
-                raise ReftEdgeError(f"{path}: {place.port}.columns points beyond its {len(gates)} gates")
+            _check_gates(path, f"{place.port}.columns", columns, len(gates))
             a, b, back = (part.astype(np.float32) for part in (a[0], b[0, 0], back[0]))
-            places[place] = LayerEdit(a, b, back, columns)
+            part = LayerEdit(a, b, back, columns, _acts(path, inputs, place.port, rank))
+            places[place] = _with_diagonal(path, inputs, place.port, part, len(gates))
     if inputs:
         raise ReftEdgeError(
             f"{path} has inputs that are no ports of this folder: {', '.join(sorted(inputs))[:200]}; "
             "give the folder that it was packed for"
         )
-    if not all(np.isfinite(array).all() for part in places.values() for array in (part.A, part.b, part.B)):
+    if not all(np.isfinite(array).all() for part in places.values() for array in part.arrays):
         raise ReftEdgeError(f"{path} holds NaN or infinity")
     base = Base(manifest.base_name, manifest.base_fingerprint, manifest.hidden_size, manifest.num_layers)
     training = {"converted": {"from": "onnx_adapter", "name": name_to_store(path)}}
     return unfold(Edit(manifest.hidden_size, gates, places), base, "raw" if raw else "chat", training)
+
+
+def _acts(path: Path, inputs: dict[str, NDArray[Any]], port: str, rank: int) -> NDArray[np.int64]:
+    """Each column's activation; empty where none is given, as for ports that have none."""
+    if f"{port}.acts" not in inputs:
+        return np.zeros(0, np.int64)
+    acts = _take(path, inputs, f"{port}.acts", (rank,)) - np.arange(rank)
+    if (acts % max(rank, 1)).any() or not np.isin(acts // max(rank, 1), np.arange(len(ACTS))).all():
+        raise ReftEdgeError(f"{path}: {port}.acts are no activations of its {rank} columns")
+    found: NDArray[np.int64] = acts // max(rank, 1)
+    return found if found.any() else found[:0]
+
+
+def _with_diagonal(
+    path: Path, inputs: dict[str, NDArray[Any]], port: str, part: LayerEdit, gates: int
+) -> LayerEdit:
+    if f"{port}.s" not in inputs:
+        return part
+    size = inputs[f"{port}.s"].shape
+    rows = size[1] if len(size) == 3 else -1
+    s = _take(path, inputs, f"{port}.s", (1, rows, len(part.A)))[0].astype(np.float32)
+    columns = _take(path, inputs, f"{port}.s_columns", (rows,))
+    _check_gates(path, f"{port}.s_columns", columns, gates)
+    return replace(part, s=s, s_gates=columns)
+
+
+def _check_gates(path: Path, name: str, columns: NDArray[Any], gates: int) -> None:
+    if columns.size and not 0 <= columns.min() <= columns.max() < gates:
+        raise ReftEdgeError(f"{path}: {name} points beyond its {gates} gates")
 
 
 def _read(path: Path) -> dict[str, NDArray[Any]]:

@@ -47,6 +47,8 @@ def to_pyreft(adapter: Adapter, output: Path) -> list[str]:
         raise ReftEdgeError(
             f"positions {config.positions}: pyreft edits every generated token or none; it cannot stop after the first ones"
         )
+    if config.intervention == "red":
+        raise ReftEdgeError("pyreft has no intervention like red; only the others can be carried")
     if any(_overlap(one, other) for one, other in combinations(config.spans, 2)):
         raise ReftEdgeError(
             f"positions {config.positions} overlap: pyreft would compute the second edit from the first one's result"

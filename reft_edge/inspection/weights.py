@@ -100,6 +100,8 @@ def inspect_adapter(
     strengths = []
     if config.act_fn == "linear":
         gains = _gains(np.zeros_like(rows_b) if rows_a is None else rows_a, rows_b)
+        if config.intervention == "red":
+            gains = np.abs(wide["s"]).max(axis=(2, 3))
         constants = np.linalg.norm(np.einsum("lgr,lgrd->lgd", bias, rows_b), axis=-1)
         strengths = [Strength(names[g], gains[:, g], constants[:, g]) for g in range(len(names))]
     overlaps = []

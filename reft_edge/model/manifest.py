@@ -10,11 +10,11 @@ from typing import Any
 from reft_edge.errors import BaseMismatchError, ReftEdgeError
 from reft_edge.files import decode_text
 from reft_edge.folders import restore_folder
-from reft_edge.model.places import COMPONENTS, Place
+from reft_edge.model.places import COMPONENTS, PORT_KINDS, Place
 
 MANIFEST = "reft_edge.json"
 VERSION = 1
-_TUPLES = ("layers", "eos_token_ids", "components")
+_TUPLES = ("layers", "eos_token_ids", "components", "port_kinds")
 CACHES = ("shared", "growing", "none")
 FLOAT_TYPES = ("fp32", "fp16", "bf16")
 _MAX_SIZE = 8 << 20
@@ -57,6 +57,8 @@ class Manifest:
     """What wrote the folder: export, or add-ports, for a graph that came from elsewhere."""
     components: tuple[str, ...] = ("block",)
     """What of each of `layers` has a port."""
+    port_kinds: tuple[str, ...] = ("affine",)
+    """What ports can add, of PORT_KINDS."""
     graph: str = "model.onnx"
     version: int = VERSION
 
@@ -138,7 +140,7 @@ def _check(manifest: Manifest) -> None:
     for name in ("ports", "verification", "versions", "quantisation"):
         if not isinstance(getattr(manifest, name), dict):
             raise ReftEdgeError(f"{name} is not a JSON object")
-    for name, known in (("components", COMPONENTS), ("cache", CACHES), ("float_type", FLOAT_TYPES)):
+    for name, known in (("components", COMPONENTS), ("port_kinds", PORT_KINDS), ("cache", CACHES), ("float_type", FLOAT_TYPES)):
         values = getattr(manifest, name)
         for value in values if isinstance(values, tuple) else (values,):
             if value not in known:

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 from reft_edge.errors import ReftEdgeError
 
 COMPONENTS = ("block", "attention", "mlp")
+PORT_KINDS = ("affine", "act", "diagonal")
+"""What a port can add to h: (hA + b)B, the same with an activation, and s ⊙ h."""
 
 
 class Place(NamedTuple):

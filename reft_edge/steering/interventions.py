@@ -1,7 +1,8 @@
 """The trainable interventions of one adapter, in PyTorch, all layers and position groups stacked.
 
 Formulas and initialisation follow pyreft 0.1.0 (`interventions.py`): linear maps start as `torch.nn.Linear`
-does, rotations as random orthonormal matrices, the constants of ConsReFT and LoBiReFT uniform in [0, 1).
+does, rotations as random orthonormal matrices, the constants of ConsReFT and LoBiReFT uniform in [0, 1). RED starts as no
+edit.
 """
 
 import math
@@ -27,7 +28,8 @@ class Weights:
     """One step's effective parameters, computed from the trained ones for all layers at once.
 
     h' = h + (act(h Aᵀ + b) − h Cᵀ − c) B with `A, C, B [L, G, r, d]`, `b, c [L, G, r]`; A None is zero,
-    C None drops the subtraction. With a linear act_fn, C and c are already folded into A and b.
+    C None drops the subtraction. With a linear act_fn, C and c are already folded into A and b. With `s [L, G, 1, d]`, s ⊙ h
+    is added, too.
     """
 
     A: Tensor | None
@@ -35,22 +37,23 @@ class Weights:
     B: Tensor
     C: Tensor | None = None
     c: Tensor | None = None
+    s: Tensor | None = None
 
     def delta(self, h: Tensor, layer: int, group: int, act: Callable[[Tensor], Tensor]) -> Tensor:
         """The edit f(h) of h' = h + f(h) for `h [tokens, d]`, at the adapter's layer-th layer."""
-        A, b, B, C, c = (part and part[layer][group] for part in self._parts)
+        A, b, B, C, c, s = (part and part[layer][group] for part in self._parts)
         z = b.expand(h.shape[0], -1) if A is None else act(torch.addmm(b, h, A.mT))
         if C is not None:
             z = z - h @ C.mT
         if c is not None:
             z = z - c
-        edit: Tensor = z @ B
+        edit: Tensor = z @ B if s is None else torch.addcmul(z @ B, h, s)
         return edit
 
     @cached_property
     def _parts(self) -> list[Any]:
-        """A, b, B, C, c apart by layer and group at once: their gradients then come as one stack, not a sum of sparse ones."""
-        tensors = (self.A, self.b, self.B, self.C, self.c)
+        """A, b, B, C, c, s apart by layer and group at once: their gradients then come as one stack, not a sum of sparse ones."""
+        tensors = (self.A, self.b, self.B, self.C, self.c, self.s)
         return [
             tensor if tensor is None else [layer.unbind() for layer in tensor.unbind()] for tensor in tensors
         ]
@@ -136,7 +139,7 @@ class Interventions(nn.Module):
         """Effective parameters of this step; call once a forward pass."""
         t = self.tensors()
         if self.config.act_fn == "linear":
-            return Weights(*folded_rows(self.config.intervention, t))
+            return Weights(*folded_rows(self.config.intervention, t), s=t.get("s"))
         kind = self.config.intervention
         if kind == "loreft":
             return Weights(t["W"], t["b"], t["R"], C=t["R"])
@@ -206,6 +209,8 @@ def initial_tensors(config: AdapterConfig, random: torch.Generator) -> dict[str,
             tensors[name] = random_rotations(shape, random)
         elif config.intervention == "steering":
             tensors[name] = torch.zeros(shape) if name == "v" else torch.ones(shape)
+        elif config.intervention == "red":
+            tensors[name] = torch.zeros(shape)
         elif config.intervention in ("consreft", "lobireft"):
             tensors[name] = uniform(shape, 0, 1)
         else:

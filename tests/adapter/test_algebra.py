@@ -4,15 +4,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reft_edge.adapter.algebra import Edit, apply, concat, scale, subspace
-from reft_edge.adapter.config import INTERVENTIONS, Adapter, AdapterConfig
+from reft_edge.adapter.algebra import ACTS, Edit, apply, concat, scale, subspace
+from reft_edge.adapter.config import INTERVENTIONS, LINEAR_ONLY, OF_RANK_1, Adapter, AdapterConfig
 from reft_edge.adapter.linear import fold
 from reft_edge.adapter.positions import active
 from reft_edge.errors import ReftEdgeError
 from reft_edge.model.places import COMPONENTS, Place
+from reft_edge.steering.interventions import activation
 
 D, LAYERS = 12, 4
 
@@ -34,7 +36,7 @@ def make_adapter(
         D,
         LAYERS,
         layers,
-        1 if intervention == "steering" else rank,
+        1 if intervention in OF_RANK_1 else rank,
         positions,
         tied,
         **fields,
@@ -49,14 +51,21 @@ def formula(adapter: Adapter, i: int, g: int, h: np.ndarray) -> np.ndarray:
     """pyreft's forward for the i-th layer and g-th position group, minus h."""
     t = {name: tensor[i, g].astype(np.float64) for name, tensor in adapter.tensors.items()}
     kind = adapter.config.intervention
+    act = activation(adapter.config.act_fn)
+
+    def acted(z: np.ndarray) -> np.ndarray:
+        return act(torch.from_numpy(z)).numpy()
+
     if kind == "loreft":
-        return (h @ t["W"].T + t["b"] - h @ t["R"].T) @ t["R"]
+        return (acted(h @ t["W"].T + t["b"]) - h @ t["R"].T) @ t["R"]
     if kind == "noreft":
-        return (h @ t["W1"].T + t["b"] - (h @ t["W2"].T + t.get("b2", 0))) @ t["W2"]
+        return (acted(h @ t["W1"].T + t["b"]) - (h @ t["W2"].T + t.get("b2", 0))) @ t["W2"]
     if kind == "direft":
-        return (h @ t["W"].T + t["b"]) @ t["R"]
+        return acted(h @ t["W"].T + t["b"]) @ t["R"]
     if kind == "nodireft":
-        return (h @ t["W1"].T + t["b"]) @ t["W2"]
+        return acted(h @ t["W1"].T + t["b"]) @ t["W2"]
+    if kind == "red":
+        return h * t["s"][0] + t["v"][0]
     if kind == "consreft":
         return (t["b"] - h @ t["R"].T) @ t["R"]
     if kind == "lobireft":
@@ -78,10 +87,13 @@ def delta(edit: Edit, layer: int, h: np.ndarray, n: int) -> np.ndarray:
     n=st.integers(1, 14),
     tied=st.booleans(),
     bias=st.booleans(),
+    act=st.sampled_from(ACTS),
     positions=st.sampled_from(["f2+l2", "l3", "f1", "all", "gen", "all+gen", "f3+l3+gen"]),
 )
-def test_fold_is_the_formula(kind: str, seed: int, n: int, tied: bool, bias: bool, positions: str) -> None:
-    adapter = make_adapter(kind, seed, positions=positions, tied=tied, add_bias=bias and kind == "noreft")
+def test_fold_is_the_formula(kind: str, seed: int, n: int, tied: bool, bias: bool, act: str, positions: str) -> None:
+    act = "linear" if kind in LINEAR_ONLY else act
+    bias = bias and kind == "noreft"
+    adapter = make_adapter(kind, seed, positions=positions, tied=tied, add_bias=bias, act_fn=act)
     h, t = hidden(seed, 16), np.arange(16)
     for i, layer in enumerate(adapter.config.layers):
         expected = np.zeros((16, D))
@@ -96,7 +108,11 @@ def test_fold_is_the_formula(kind: str, seed: int, n: int, tied: bool, bias: boo
 def test_concatenation_adds_and_scale_multiplies(seed: int, factors: list[float], n: int) -> None:
     kinds = [INTERVENTIONS[(seed + i) % len(INTERVENTIONS)] for i in range(len(factors))]
     layers = [(0, 2), (1, 2), (2,), (0, 1, 3)]
-    edits = [fold(make_adapter(kind, seed + i, rank=i + 1, layers=layers[i])) for i, kind in enumerate(kinds)]
+    acts = ["linear" if kind in LINEAR_ONLY else ACTS[(seed + i) % len(ACTS)] for i, kind in enumerate(kinds)]
+    edits = [
+        fold(make_adapter(kind, seed + i, rank=i + 1, layers=layers[i], act_fn=act))
+        for i, (kind, act) in enumerate(zip(kinds, acts, strict=True))
+    ]
     together = concat([scale(edit, factor) for edit, factor in zip(edits, factors, strict=True)])
     h = hidden(seed, 16)
     for layer in range(LAYERS):
@@ -143,8 +159,8 @@ def test_on_generated() -> None:
 def test_refusals() -> None:
     with pytest.raises(ReftEdgeError, match="no edit"):
         concat([])
-    with pytest.raises(ReftEdgeError, match="act_fn is 'relu'"):
-        fold(make_adapter("loreft", act_fn="relu"))
+    with pytest.raises(ReftEdgeError, match="act_fn is 'gelu_new', which no port can carry; train it with one"):
+        fold(make_adapter("loreft", act_fn="gelu_new"))
     other = Edit(D + 1, (), {})
     with pytest.raises(ReftEdgeError, match="different hidden sizes"):
         concat([fold(make_adapter("loreft")), other])

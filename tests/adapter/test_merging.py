@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from reft_edge.adapter.algebra import Edit, apply, concat, scale, subspace
 from reft_edge.adapter.base import Base
-from reft_edge.adapter.config import INTERVENTIONS, Adapter
+from reft_edge.adapter.config import INTERVENTIONS, OF_RANK_1, Adapter
 from reft_edge.adapter.file import load_adapter, save_adapter
 from reft_edge.adapter.linear import canonical, fold, grouped, unfold
 from reft_edge.adapter.merging import Source, compress, merge, parse_columns, parse_source, select
@@ -26,9 +26,11 @@ from tests.adapter.test_algebra import LAYERS, D, formula, hidden, make_adapter
 SPECS = ["f2+l2", "l3", "all", "gen", "all+gen", "f3+l3+gen", "f7|all", "f2+l2|f3|gen"]
 LAYER_SETS = [(0, 2), (1, 2), (2,), (0, 1, 3)]
 
+LOW_RANK = [kind for kind in INTERVENTIONS if kind != "red"]
+
 adapters = st.builds(
     make_adapter,
-    intervention=st.sampled_from(INTERVENTIONS),
+    intervention=st.sampled_from(LOW_RANK),
     seed=st.integers(0, 999),
     rank=st.integers(1, 4),
     positions=st.sampled_from([spec for spec in SPECS if "|" not in spec]),
@@ -36,7 +38,7 @@ adapters = st.builds(
     layers=st.sampled_from(LAYER_SETS),
 ) | st.builds(
     make_adapter,
-    intervention=st.sampled_from(INTERVENTIONS),
+    intervention=st.sampled_from(LOW_RANK),
     seed=st.integers(0, 999),
     rank=st.integers(1, 4),
     positions=st.sampled_from([spec for spec in SPECS if "|" in spec]),
@@ -145,7 +147,7 @@ def test_bad_groups_are_named(spec, tied, message):
 
 
 @given(
-    kind=st.sampled_from([kind for kind in INTERVENTIONS if kind != "steering"]),
+    kind=st.sampled_from([kind for kind in INTERVENTIONS if kind not in OF_RANK_1]),
     seed=st.integers(0, 999),
     columns=st.sets(st.integers(0, 3), min_size=1),
     tied=st.booleans(),
@@ -163,13 +165,53 @@ def test_a_subspace_is_pyrefts_choice_of_columns(kind, seed, columns, tied):
         same_edit(fold(chosen), subspace(fold(adapter), sorted(columns)), seed, 10)
 
 
+@given(
+    act=st.sampled_from(["silu", "gelu"]),
+    seed=st.integers(0, 999),
+    factors=st.lists(st.floats(-2, 2), min_size=2, max_size=3),
+    positions=st.sampled_from(["f2+l2", "all+gen", "l3"]),
+)
+def test_adapters_of_one_activation_merge(act, seed, factors, positions):
+    sources = [
+        make_adapter("nodireft", seed + i, rank=i + 1, positions=positions, act_fn=act, layers=LAYER_SETS[i])
+        for i in range(len(factors))
+    ]
+    edit = concat([scale(fold(part), factor) for part, factor in zip(sources, factors, strict=True)])
+    if any(factors):
+        merged = unfold(edit, Base("base", "0" * 16, D, LAYERS), "raw", {})
+        assert (merged.config.intervention, merged.config.act_fn) == ("nodireft", act)
+        same_edit(fold(merged), edit, seed, 12)
+
+
+@given(seed=st.integers(0, 999), tied=st.booleans(), factor=st.floats(0.1, 2))
+def test_red_merges_with_red_and_with_vectors(seed, tied, factor):
+    sources = [make_adapter(kind, seed, tied=tied) for kind in ("red", "steering", "red")]
+    edit = concat([scale(fold(part), factor) for part in sources])
+    merged = unfold(edit, Base("base", "0" * 16, D, LAYERS), "raw", {})
+    assert merged.config.intervention == "red"
+    same_edit(fold(merged), edit, seed, 12)
+
+
+def test_what_one_file_cannot_hold_is_refused(tmp_path):
+    red, silu, linear = write(
+        tmp_path, make_adapter("red"), make_adapter("nodireft", act_fn="silu"), make_adapter("loreft")
+    )
+    with pytest.raises(ReftEdgeError, match="elementwise and edits them by low-rank matrices"):
+        merge([Source(red), Source(linear)])
+    with pytest.raises(ReftEdgeError, match="different activations, linear and silu"):
+        merge([Source(silu), Source(linear)])
+    for path in (red, silu):
+        with pytest.raises(ReftEdgeError, match="only linear edits can be compressed"):
+            merge([Source(path)], rank=1)
+
+
 def test_one_source_keeps_its_intervention(tmp_path):
     (path,) = write(tmp_path, make_adapter("loreft", rank=4, act_fn="relu"))
     sliced = merge([Source(path, columns="1:3")]).adapter
     assert (sliced.config.intervention, sliced.config.rank, sliced.config.act_fn) == ("loreft", 2, "relu")
     assert np.array_equal(sliced.tensors["R"], load_adapter(path).tensors["R"][:, :, 1:3])
     with pytest.raises(
-        ReftEdgeError, match=r"0\.safetensors cannot be merged: the adapter's act_fn is 'relu'"
+        ReftEdgeError, match="different activations, linear and relu; an adapter file holds one act_fn"
     ):
         merge([Source(path, 0.5)])
 

@@ -100,7 +100,7 @@ def test_the_error_of_an_edit_is_that_of_its_effect(kind: str) -> None:
     found = []
     for place, part in exact.places.items():
         other = rounded.places[place]
-        change, off = (h @ part.A + part.b) @ part.B, (h @ other.A + other.b) @ other.B
+        change, off = ((h @ at.A + at.b) @ at.B + (h * at.s if len(at.s) else 0) for at in (part, other))
         found.append(np.sqrt(((off - change) ** 2).mean() / (change**2).mean()))
     assert edit_error(exact, rounded) == pytest.approx(max(found), rel=0.02)
     assert edit_error(exact, exact) == 0

@@ -27,7 +27,7 @@ from reft_edge.export.structure import find_blocks
 from reft_edge.model.fingerprint import fingerprint
 from reft_edge.model.loading import load_model
 from reft_edge.model.manifest import load_manifest
-from reft_edge.model.places import COMPONENTS, Place
+from reft_edge.model.places import COMPONENTS, PORT_KINDS, Place
 from reft_edge.model.source import ModelFolder
 from reft_edge.runtime.binding import port_inputs
 from reft_edge.runtime.onnx_runtime import _round_to_bfloat16, ort_value
@@ -45,7 +45,7 @@ TOLERANCE = 1e-3
 def exported(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     source = ModelFolder(make_model(folder / "hf", request.param), request.param)
-    manifest = export_model(source, folder / "export", components=COMPONENTS)
+    manifest = export_model(source, folder / "export", components=COMPONENTS, port_kinds=PORT_KINDS)
     return load_model(source), GraphSession(folder / "export", manifest, "cpu"), manifest
 
 
@@ -110,6 +110,27 @@ def test_a_component_without_a_port_is_refused(llama):
 
 
 @pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"act_fn": "silu"}, r"act_fn is 'silu', for which this folder has no ports; .* --ports affine,act$"),
+        ({"intervention": "red"}, r"elementwise, for which this folder has no ports; .* --ports affine,diagonal$"),
+    ],
+)
+def test_an_adapter_without_its_kind_of_port_is_refused(llama, fields, expected):
+    model, graph, manifest = llama
+    with pytest.raises(ReftEdgeError, match=expected):
+        port_inputs(fold(random_adapter(model, **fields)), manifest, graph.dtype)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "expected"), [(("affine", "acts"), "unknown ports 'acts'"), (("act",), "every port is affine")]
+)
+def test_kinds_of_ports_are_checked(tmp_path, device_folder, kinds, expected):
+    with pytest.raises(ReftEdgeError, match=expected):
+        export_model(ModelFolder(device_folder / "hf", "tiny"), tmp_path / "out", port_kinds=kinds)
+
+
+@pytest.mark.parametrize(
     ("components", "expected"), [((), "no components"), (("heads",), "unknown components 'heads'")]
 )
 def test_components_are_checked(tmp_path, components, expected):
@@ -122,7 +143,17 @@ def test_rank_0_is_bitwise_the_plain_graph(exported):
     assert exported[2].verification["rank0_bitwise"] is True
 
 
-@pytest.mark.parametrize("intervention", INTERVENTIONS)
+@pytest.mark.parametrize(
+    ("intervention", "act_fn"),
+    [("nodireft", "silu"), ("loreft", "gelu"), ("direft", "relu"), ("noreft", "tanh"), ("red", "linear")],
+)
+def test_every_kind_of_port_of_every_architecture(exported, intervention, act_fn):
+    fields = {"intervention": intervention, "act_fn": act_fn, "positions": "l3+gen"}
+    check_parity(*exported, **fields, component="attention", strength=3)
+    check_parity(*exported, **fields)
+
+
+@pytest.mark.parametrize("intervention", [kind for kind in INTERVENTIONS if kind != "red"])
 def test_every_intervention(llama, intervention):
     check_parity(*llama, intervention=intervention, positions="f3+l3")
 

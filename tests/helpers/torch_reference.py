@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from reft_edge.adapter.config import Adapter, AdapterConfig
+from reft_edge.adapter.config import OF_RANK_1, Adapter, AdapterConfig
 from reft_edge.adapter.file import save_adapter
 from reft_edge.model.encoders import load_text_tokens
 from reft_edge.model.exported_weights import GraphWeights
@@ -39,13 +39,13 @@ def random_adapter(
         model.config.hidden_size,
         num_layers,
         layers if layers is not None else tuple(range(num_layers)),
-        1 if intervention == "steering" else rank,
+        1 if intervention in OF_RANK_1 else rank,
         positions,
         tied,
         **fields,
     )
     adapter = Interventions(config, seed=seed).to_adapter()
-    if intervention == "steering":
+    if intervention in OF_RANK_1:
         torch.manual_seed(seed)
         adapter = Adapter(
             config, {name: torch.randn(shape).numpy() for name, shape in config.shapes().items()}

@@ -351,7 +351,8 @@ def test_a_decode_edit_is_what_acts_on_generated_tokens(device_folder, factors):
     found = decode_edit(edit)
     assert bool(found) == (factors[1] != 0)
     inputs = decode_inputs([{}, found], np.dtype(np.float32))
-    for place, (a, b, back) in found.items():
+    for place, part in found.items():
+        a, b, back = part.A, part.b, part.B
         h = np.random.default_rng(0).normal(size=(4, len(a))).astype(np.float32)
         whole = edits[1].places[place]
         generated = [i for i, gate in enumerate(edits[1].gates) if gate.span.on_generated]

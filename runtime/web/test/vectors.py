@@ -85,6 +85,7 @@ def good_adapters(manifest: Manifest) -> dict[str, AdapterConfig]:
     found = {
         name: config(manifest, intervention=name, rank=1 if name == "steering" else 2)
         for name in INTERVENTIONS
+        if name != "red"
     }
     found["tied"] = config(manifest, tied=True, positions="f3+l2")
     found["bias"] = config(manifest, intervention="noreft", add_bias=True, positions="all+gen")
