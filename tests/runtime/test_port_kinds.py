@@ -32,6 +32,7 @@ FIELDS = {
     "red": {"intervention": "red"},
     **{act: {"intervention": "nodireft", "act_fn": act, "rank": 4} for act in ACTS[1:]},
     "loreft_gelu": {"intervention": "loreft", "act_fn": "gelu", "rank": 3},
+    "red_gen3": {"intervention": "red", "positions": "gen3"},
     "prompt_silu": {"intervention": "direft", "act_fn": "silu", "positions": "f3+l3"},
 }
 PROMPTS = ["Who are you?", "ice", "The quick brown fox jumps over the lazy dog."]
@@ -70,7 +71,10 @@ def test_every_row_of_a_mixed_batch_is_its_solo_run(model):
     assert len(set(solo)) > 2 * len(PROMPTS)
 
 
-@pytest.mark.parametrize("choice", CHOICES[1:], ids=str)
+ON_PROMPTS = [choice for choice in CHOICES if choice not in (None, "red_gen3")]
+
+
+@pytest.mark.parametrize("choice", ON_PROMPTS, ids=str)
 def test_answers_are_pytorchs(model, folder, tiny_model, choice):
     ids = list(range(20, 41))
     scales = choice if isinstance(choice, dict) else {choice: 1.0}
