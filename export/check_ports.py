@@ -157,7 +157,9 @@ def run_graphs(
         )
     )
     in_32_bits = manifest.float_type == "fp32"
-    edits = {part: edited_values(Place(part.layer), part.skip, in_32_bits, manifest.port_kinds) for part in taps}
+    edits = {
+        part: edited_values(Place(part.layer), part.skip, in_32_bits, manifest.port_kinds) for part in taps
+    }
     inside = [name for part in taps for name in (part.value, part.skip, *edits[part]) if name]
     port_error = 0.0
     for row, found in zip(

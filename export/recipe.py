@@ -106,9 +106,7 @@ def _insert_ports(draft: Draft[Any], folder: Path) -> Manifest:
     graph = ir.load(folder / PLAIN)
     places = draft.place(graph.graph)
     size, dtype = draft.manifest.hidden_size, places.float_type.numpy()
-    ports = insert_ports(
-        graph, places.sites, size, dtype, places.keep_logits, draft.manifest.port_kinds
-    )
+    ports = insert_ports(graph, places.sites, size, dtype, places.keep_logits, draft.manifest.port_kinds)
     share_external_data(graph)
     ir.save(graph, folder / GRAPH)
     return replace(draft.manifest, ports=ports, float_type=FLOAT_TYPES[places.float_type])

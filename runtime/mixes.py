@@ -74,7 +74,9 @@ class Mixes:
         factors = np.array([gate.scale for gate in gates], self._graph.dtype).reshape(1, 1, -1)
         prompt = {**joined.prompt, **self._graph.to_device({"reft.scale": factors})}
         bound = Bound(prompt, decode_edit(edit), edit)
-        return bound, _own_bytes((array for part in bound.decode.values() for array in part.arrays), [joined.edit])
+        return bound, _own_bytes(
+            (array for part in bound.decode.values() for array in part.arrays), [joined.edit]
+        )
 
     def _join(self, edits: dict[str, Edit]) -> _Joined:
         key = tuple(edits)
@@ -120,12 +122,7 @@ def _names(key: tuple[tuple[str, float], ...]) -> tuple[str, ...]:
 
 def _own_bytes(arrays: Iterable[NDArray[np.generic]], edits: Iterable[Edit]) -> int:
     """Bytes of the arrays that are not views of an edit's."""
-    shared = {
-        id(_root(array))
-        for edit in edits
-        for part in edit.places.values()
-        for array in part.arrays
-    }
+    shared = {id(_root(array)) for edit in edits for part in edit.places.values() for array in part.arrays}
     own = {id(root): root.nbytes for array in arrays if id(root := _root(array)) not in shared}
     return sum(own.values())
 

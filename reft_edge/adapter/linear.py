@@ -18,7 +18,6 @@ from reft_edge.adapter.positions import UNLIMITED, Span, describe_spans
 from reft_edge.errors import ReftEdgeError
 from reft_edge.model.places import Place
 
-
 _ALIASES = {"swish": "silu"}
 
 
@@ -165,9 +164,7 @@ def fold(adapter: Adapter) -> Edit:
     return Edit(config.hidden_size, gates, places)
 
 
-def _columns(
-    config: AdapterConfig, t: dict[str, Array]
-) -> tuple[Array, Array, Array, NDArray[np.int64]]:
+def _columns(config: AdapterConfig, t: dict[str, Array]) -> tuple[Array, Array, Array, NDArray[np.int64]]:
     """Aᵀ, b and B of all columns, stacked over layers and groups, and each column's activation.
 
     What pyreft subtracts outside of act is columns of its own, without activation: act(hA + b)B − (hC + c)B.

@@ -140,7 +140,12 @@ def _check(manifest: Manifest) -> None:
     for name in ("ports", "verification", "versions", "quantisation"):
         if not isinstance(getattr(manifest, name), dict):
             raise ReftEdgeError(f"{name} is not a JSON object")
-    for name, known in (("components", COMPONENTS), ("port_kinds", PORT_KINDS), ("cache", CACHES), ("float_type", FLOAT_TYPES)):
+    for name, known in (
+        ("components", COMPONENTS),
+        ("port_kinds", PORT_KINDS),
+        ("cache", CACHES),
+        ("float_type", FLOAT_TYPES),
+    ):
         values = getattr(manifest, name)
         for value in values if isinstance(values, tuple) else (values,):
             if value not in known:

@@ -90,7 +90,9 @@ def delta(edit: Edit, layer: int, h: np.ndarray, n: int) -> np.ndarray:
     act=st.sampled_from(ACTS),
     positions=st.sampled_from(["f2+l2", "l3", "f1", "all", "gen", "all+gen", "f3+l3+gen"]),
 )
-def test_fold_is_the_formula(kind: str, seed: int, n: int, tied: bool, bias: bool, act: str, positions: str) -> None:
+def test_fold_is_the_formula(
+    kind: str, seed: int, n: int, tied: bool, bias: bool, act: str, positions: str
+) -> None:
     act = "linear" if kind in LINEAR_ONLY else act
     bias = bias and kind == "noreft"
     adapter = make_adapter(kind, seed, positions=positions, tied=tied, add_bias=bias, act_fn=act)
@@ -159,7 +161,9 @@ def test_on_generated() -> None:
 def test_refusals() -> None:
     with pytest.raises(ReftEdgeError, match="no edit"):
         concat([])
-    with pytest.raises(ReftEdgeError, match="act_fn is 'gelu_new', which no port can carry; train it with one"):
+    with pytest.raises(
+        ReftEdgeError, match="act_fn is 'gelu_new', which no port can carry; train it with one"
+    ):
         fold(make_adapter("loreft", act_fn="gelu_new"))
     other = Edit(D + 1, (), {})
     with pytest.raises(ReftEdgeError, match="different hidden sizes"):

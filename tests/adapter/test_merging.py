@@ -192,7 +192,7 @@ def test_red_merges_with_red_and_with_vectors(seed, tied, factor):
     same_edit(fold(merged), edit, seed, 12)
 
 
-def test_what_one_file_cannot_hold_is_refused(tmp_path):
+def test_edits_of_different_kinds_do_not_go_into_one_file(tmp_path):
     red, silu, linear = write(
         tmp_path, make_adapter("red"), make_adapter("nodireft", act_fn="silu"), make_adapter("loreft")
     )

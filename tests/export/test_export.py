@@ -113,7 +113,10 @@ def test_a_component_without_a_port_is_refused(llama):
     ("fields", "expected"),
     [
         ({"act_fn": "silu"}, r"act_fn is 'silu', for which this folder has no ports; .* --ports affine,act$"),
-        ({"intervention": "red"}, r"elementwise, for which this folder has no ports; .* --ports affine,diagonal$"),
+        (
+            {"intervention": "red"},
+            r"elementwise, for which this folder has no ports; .* --ports affine,diagonal$",
+        ),
     ],
 )
 def test_an_adapter_without_its_kind_of_port_is_refused(llama, fields, expected):

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from reft_edge.adapter.algebra import ACTS
 from reft_edge.adapter.config import AdapterConfig
-from reft_edge.adapter.file import load_adapter, save_adapter
+from reft_edge.adapter.file import load_adapter
 from reft_edge.adapter.linear import fold
 from reft_edge.cli import app
 from reft_edge.convert.onnx_adapter import from_onnx_adapter, pack_adapter
@@ -130,9 +130,9 @@ def test_stock_onnxruntime_gives_the_same_logits_and_the_packed_file_comes_back(
 
 def test_a_folder_without_such_ports_says_what_to_do(device_folder, folder):
     model = SteeredModel(device_folder / "export", device="cpu")
-    with pytest.raises(ReftEdgeError, match="act_fn is 'silu', for which .* --ports affine,act"):
+    with pytest.raises(ReftEdgeError, match=r"act_fn is 'silu', for which .* --ports affine,act"):
         model.load_adapter(folder / "silu.safetensors")
-    with pytest.raises(ReftEdgeError, match="elementwise, for which .* --ports affine,diagonal"):
+    with pytest.raises(ReftEdgeError, match=r"elementwise, for which .* --ports affine,diagonal"):
         model.load_adapter(folder / "red.safetensors")
     with pytest.raises(ReftEdgeError, match="--ports affine,diagonal"):
         pack_adapter(folder / "red.safetensors", device_folder / "export", folder / "red.onnx_adapter")
@@ -145,7 +145,9 @@ def test_other_precisions(tmp_path, kinds, precision):
     manifest = export_model(source, tmp_path / "export", precision, port_kinds=kinds)
     assert manifest.port_kinds == load_manifest(tmp_path / "export").port_kinds == kinds
     assert manifest.verification["rank0_bitwise"]
-    ops = {node.op_type for node in ir.load(tmp_path / "export/model.onnx").graph if "/reft." in str(node.name)}
+    ops = {
+        node.op_type for node in ir.load(tmp_path / "export/model.onnx").graph if "/reft." in str(node.name)
+    }
     assert ("Gelu" in ops) == ("act" in kinds)
 
 
