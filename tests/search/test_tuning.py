@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -311,14 +310,6 @@ def test_a_file_that_is_no_study(base, tmp_path):
     with pytest.raises(ReftEdgeError, match=r"cannot be used as a study: .*give another file with --study"):
         reft_edge.tune(base, ROWS, tmp_path / "a.safetensors", study=path, trials=1, **QUICK)
     assert path.read_text().startswith("my notes")
-
-
-def test_without_optuna_the_extra_is_named(base, tmp_path, monkeypatch):
-    for name in [name for name in sys.modules if name.startswith("reft_edge.search")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(ReftEdgeError, match=r"'optuna'; install it with: pip install 'reft-edge\[tune\]'"):
-        reft_edge.tune(base, ROWS, tmp_path / "a.safetensors")
 
 
 def test_differences_are_of_the_same_rows():
