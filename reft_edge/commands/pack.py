@@ -25,5 +25,5 @@ def pack(
         from reft_edge.convert.onnx_adapter import pack_adapter
 
         path, factor = split_scale(adapter)
-        size = pack_adapter(path, folder, output, factor)
+        size = pack_adapter(path, folder, output, factor, say)
     say(f"wrote {output}: {size / 1000:,.1f} kB")

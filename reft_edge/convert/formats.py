@@ -87,7 +87,7 @@ def convert(
 
         if given.folder is None:
             raise ReftEdgeError(f"a {PACKED} file is for one exported folder: give it with --for DIR")
-        pack_adapter(path, given.folder, output)
+        pack_adapter(path, given.folder, output, report=report)
         return Converted("reft-edge", "onnx_adapter", adapter)
     if ending:
         raise ReftEdgeError(

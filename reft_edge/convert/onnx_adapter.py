@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,7 +16,7 @@ from reft_edge.adapter.base import Base
 from reft_edge.adapter.config import Adapter
 from reft_edge.adapter.file import load_adapter
 from reft_edge.adapter.linear import fold, unfold
-from reft_edge.adapter.positions import Span
+from reft_edge.adapter.positions import UNLIMITED, Span
 from reft_edge.errors import ReftEdgeError
 from reft_edge.files import name_to_store, open_regular, write_atomically
 from reft_edge.model.manifest import Manifest, load_manifest
@@ -168,8 +169,14 @@ def _take(path: Path, inputs: dict[str, NDArray[Any]], name: str, shape: tuple[i
     return array
 
 
-def pack_adapter(adapter_path: Path, folder: Path, output: Path, factor: float = 1.0) -> int:
-    """Write `output` for the exported `folder`; returns its size in bytes.
+def pack_adapter(
+    adapter_path: Path,
+    folder: Path,
+    output: Path,
+    factor: float = 1.0,
+    report: Callable[[str], None] = lambda note: None,
+) -> int:
+    """Write `output` for the exported `folder`; returns its size in bytes. `report` is told what a user must know.
 
     Raises AdapterFileError, BaseMismatchError, or ReftEdgeError if the adapter does not fit or the file cannot be written.
     """
@@ -193,4 +200,9 @@ def pack_adapter(adapter_path: Path, folder: Path, output: Path, factor: float =
         packed.export_adapter(str(temporary))
         content = temporary.read_bytes()
     write_atomically(output, content)
+    if any(0 < span.after < UNLIMITED for span in adapter.config.spans):
+        report(
+            f"positions {adapter.config.positions} count generated tokens from the prompt's end: a runtime must feed "
+            "reft.prompt_len, as examples/c/steer.c does; onnxruntime-genai does not, and edits other tokens than these"
+        )
     return len(content)

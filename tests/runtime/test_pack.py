@@ -75,7 +75,9 @@ def test_positions_of_all_kinds_come_back(device_folder, tmp_path):
         path, packed = tmp_path / f"{number}.safetensors", tmp_path / f"{number}.onnx_adapter"
         adapter = random_adapter(model, 2, positions, seed=number)
         save_adapter(adapter, path)
-        pack_adapter(path, device_folder / "export", packed)
+        notes = []
+        pack_adapter(path, device_folder / "export", packed, report=notes.append)
+        assert any("must feed reft.prompt_len" in note for note in notes) == ("gen" in positions)
         again = from_onnx_adapter(packed, model.manifest, raw=False)
         assert again.config.spans == adapter.config.spans
         names = onnxruntime.AdapterFormat.read_adapter(str(packed)).get_parameters()
