@@ -36,8 +36,9 @@ const FORMAT = "reft-edge";
 const VERSIONS = ["1", "2"];
 const MAX_HEADER = 2 ** 20;
 const MAX_DATA = 2 ** 30;
-const INTERVENTIONS = ["loreft", "noreft", "direft", "nodireft", "consreft", "lobireft", "steering"];
-const LINEAR_ONLY = ["consreft", "lobireft", "steering"];
+const INTERVENTIONS = ["loreft", "noreft", "direft", "nodireft", "consreft", "lobireft", "steering", "red"];
+const LINEAR_ONLY = ["consreft", "lobireft", "steering", "red"];
+const OF_RANK_1: Record<string, string> = { steering: "a steering vector", red: "an adapter of the kind red" };
 const COMPONENTS = ["block", "attention", "mlp"];
 const DEFAULTS = {
   positions: "f7+l7",
@@ -94,6 +95,9 @@ export function tensorShapes(config: AdapterConfig): Map<string, number[]> {
       break;
     case "steering":
       shapes.set("v", matrix).set("alpha", vector);
+      break;
+    case "red":
+      shapes.set("s", matrix).set("v", matrix);
       break;
     default:
       shapes.set("R", matrix).set("b", vector);
@@ -195,7 +199,8 @@ function checkConfig(config: JsonObject): asserts config is JsonObject & Adapter
   const numLayers = config.num_layers as number;
   const rank = config.rank as number;
   expect("intervention", INTERVENTIONS.includes(intervention as string), `one of ${INTERVENTIONS.join(", ")}`);
-  expect("rank", intervention !== "steering" || rank === 1, "1, the rank of a steering vector");
+  const ofRank1 = Object.hasOwn(OF_RANK_1, intervention as string) ? OF_RANK_1[intervention as string] : undefined;
+  expect("rank", ofRank1 === undefined || rank === 1, `1, the rank of ${ofRank1}`);
   expect("rank", rank <= (config.hidden_size as number), "no more than the hidden size");
   expect(
     "layers",

@@ -1,13 +1,23 @@
-import { type Adapter, adapterSpans } from "./adapter";
+import { type Adapter, type AdapterConfig, adapterSpans } from "./adapter";
 import { ReftEdgeError } from "./errors";
 import type { Span } from "./positions";
 
-/** The edit of one place, h' = h + (h A + b) B, row-major: A [d, r], b [r], B [r, d], and the gate of each column [r]. */
+/** Activations that ports carry, as `reft_edge/adapter/algebra.py` numbers them. */
+export const ACTS = ["linear", "relu", "gelu", "silu", "tanh", "sigmoid"];
+const ALIASES: Record<string, string> = { swish: "silu" };
+
+/**
+ * The edit of one place, h' = h + act(h A + b) B + s ⊙ h, row-major: A [d, r], b [r], B [r, d], the gate of each column [r]
+ * and its activation [r], a number in ACTS; s [k, d] and the gate of each of its rows [k].
+ */
 export interface LayerEdit {
   A: Float32Array;
   b: Float32Array;
   B: Float32Array;
   gates: number[];
+  acts: number[];
+  s: Float32Array;
+  sGates: number[];
 }
 
 /** Where a set of columns acts, and how strongly. */
@@ -24,23 +34,19 @@ export interface Edit {
 }
 
 /**
- * An adapter as one linear edit a place; the formulas are those of `reft_edge/adapter.py`.
+ * An adapter as one edit a place; the formulas are those of `reft_edge/adapter/linear.py`.
  *
- * Raises ReftEdgeError if its act_fn is not linear: such an edit is not affine in h.
+ * Raises ReftEdgeError if no port carries its act_fn.
  */
 export function fold({ config, tensors }: Adapter): Edit {
-  if (config.act_fn !== "linear") {
-    throw new ReftEdgeError(
-      `the adapter's act_fn is '${config.act_fn}', which no linear port can carry; ` +
-        "train it with act_fn `linear` to run it on an exported model",
-    );
-  }
-  const rows = foldedRows(config.intervention, tensors);
-  for (const name of ["A", "b"] as const) {
-    if (!rows[name].every(Number.isFinite)) {
-      throw new ReftEdgeError(
-        `its tensors are finite, but not the ${name} of h + (hA + b)B that they fold to; train the adapter again`,
-      );
+  const sets = columnSets(config, tensors);
+  for (const { rows } of sets) {
+    for (const name of ["A", "b"] as const) {
+      if (!rows[name].every(Number.isFinite)) {
+        throw new ReftEdgeError(
+          `its tensors are finite, but not the ${name} of h + (hA + b)B that they fold to; train the adapter again`,
+        );
+      }
     }
   }
   const gates = adapterSpans(config).map((span) => ({ span, scale: 1 }));
@@ -50,14 +56,49 @@ export function fold({ config, tensors }: Adapter): Edit {
   const places = new Map<string, LayerEdit>();
   config.layers.forEach((layer, i) => {
     const from = i * r;
-    places.set(portName(layer, config.component), {
+    const diagonal = config.intervention === "red" ? tensors.get("s")!.slice(from * d, (from + r) * d) : new Float32Array();
+    const parts = sets.map(({ rows, act }, set): LayerEdit => ({
       A: transpose(rows.A.subarray(from * d, (from + r) * d), r, d),
       b: rows.b.slice(from, from + r),
       B: rows.B.slice(from * d, (from + r) * d),
       gates: columns,
-    });
+      acts: columns.map(() => act),
+      s: set === 0 ? diagonal : new Float32Array(),
+      sGates: set === 0 && diagonal.length > 0 ? columns : [],
+    }));
+    places.set(portName(layer, config.component), parts.reduce((left, right) => join(left, right, d)));
   });
   return { hiddenSize: d, gates, places };
+}
+
+interface Rows {
+  A: Float32Array;
+  b: Float32Array;
+  B: Float32Array;
+}
+
+/**
+ * Columns of an adapter, all layers and groups of one activation together. What pyreft subtracts outside of the activation
+ * is a set of its own without one: act(hA + b)B − (hC + c)B.
+ */
+function columnSets(config: AdapterConfig, tensors: Map<string, Float32Array>): { rows: Rows; act: number }[] {
+  if (config.act_fn === "linear") return [{ rows: foldedRows(config, tensors), act: 0 }];
+  const act = ACTS.indexOf(ALIASES[config.act_fn] ?? config.act_fn);
+  if (act < 0) {
+    throw new ReftEdgeError(
+      `the adapter's act_fn is '${config.act_fn}', which no port can carry; ` +
+        `train it with one of ${ACTS.join(", ")} to run it on an exported model`,
+    );
+  }
+  const t = (name: string): Float32Array => tensors.get(name)!;
+  const rotated = ["loreft", "direft"].includes(config.intervention);
+  const B = t(rotated ? "R" : "W2");
+  const sets = [{ rows: { A: t(rotated ? "W" : "W1"), b: t("b"), B }, act }];
+  if (["loreft", "noreft"].includes(config.intervention)) {
+    const b = tensors.get("b2")?.map((value) => -value) ?? new Float32Array(t("b").length);
+    sets.push({ rows: { A: B.map((value) => -value), b, B }, act: 0 });
+  }
+  return sets;
 }
 
 /** What the names of a port's inputs begin with. */
@@ -85,7 +126,8 @@ export function concat(edits: Edit[]): Edit {
   const gates: Gate[] = [];
   for (const edit of edits) {
     for (const [place, part] of edit.places) {
-      const shifted = { ...part, gates: part.gates.map((gate) => gate + gates.length) };
+      const shift = (numbers: number[]) => numbers.map((gate) => gate + gates.length);
+      const shifted = { ...part, gates: shift(part.gates), sGates: shift(part.sGates) };
       const there = places.get(place);
       places.set(place, there === undefined ? shifted : join(there, shifted, hiddenSize));
     }
@@ -100,10 +142,7 @@ export function onGenerated(edit: Edit): boolean {
 }
 
 /** Aᵀ, b and B of every layer and group, stacked as the tensors are. */
-function foldedRows(
-  intervention: string,
-  tensors: Map<string, Float32Array>,
-): { A: Float32Array; b: Float32Array; B: Float32Array } {
+function foldedRows({ intervention, hidden_size: d }: AdapterConfig, tensors: Map<string, Float32Array>): Rows {
   const t = (name: string): Float32Array => {
     const tensor = tensors.get(name);
     if (tensor === undefined) throw new ReftEdgeError(`the adapter has no tensor ${name}`);
@@ -124,6 +163,8 @@ function foldedRows(
       return { A: t("W1"), b: t("b"), B: t("W2") };
     case "consreft":
       return { A: t("R").map((value) => -value), b: t("b"), B: t("R") };
+    case "red":
+      return { A: new Float32Array(t("v").length), b: new Float32Array(t("v").length / d).fill(1), B: t("v") };
     case "lobireft":
       return { A: new Float32Array(t("R").length), b: t("b"), B: t("R") };
     default:
@@ -156,5 +197,13 @@ function join(left: LayerEdit, right: LayerEdit, d: number): LayerEdit {
     both.set(other, one.length);
     return both;
   };
-  return { A, b: append(left.b, right.b), B: append(left.B, right.B), gates: [...left.gates, ...right.gates] };
+  return {
+    A,
+    b: append(left.b, right.b),
+    B: append(left.B, right.B),
+    gates: [...left.gates, ...right.gates],
+    acts: [...left.acts, ...right.acts],
+    s: append(left.s, right.s),
+    sGates: [...left.sGates, ...right.sGates],
+  };
 }

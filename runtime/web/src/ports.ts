@@ -1,4 +1,4 @@
-import type { Edit } from "./algebra";
+import { ACTS, type Edit } from "./algebra";
 import { ReftEdgeError } from "./errors";
 import type { Manifest } from "./manifest";
 
@@ -30,7 +30,7 @@ export function emptyPorts(manifest: Manifest, rank = 0): PortInputs {
  * Every port's value under an edit, with adapter_batch 1 (`reft_edge/runtime/binding.py`); `emptyRank` is that of
  * places where nothing acts.
  *
- * Raises ReftEdgeError if the edit is for another hidden size, a place without a port, or positions that the graph does not
+ * Raises ReftEdgeError if the edit is for another hidden size, a place without a port of its kind, or positions that the graph does not
  * know.
  */
 export function portInputs(edit: Edit, manifest: Manifest, emptyRank = 0): PortInputs {
@@ -47,6 +47,7 @@ export function portInputs(edit: Edit, manifest: Manifest, emptyRank = 0): PortI
         "export the model again with --layers and --components that cover them",
     );
   }
+  checkKinds(edit, manifest);
   const inputs = emptyPorts(manifest, emptyRank);
   const perGate = [1, 1, edit.gates.length];
   for (const name of ["first", "last", "after"] as const) {
@@ -70,8 +71,33 @@ export function portInputs(edit: Edit, manifest: Manifest, emptyRank = 0): PortI
     inputs.set(`${place}.b`, { data: part.b, shape: [1, 1, r] });
     inputs.set(`${place}.B`, { data: part.B, shape: [1, r, d] });
     inputs.set(`${place}.columns`, { data: int64(part.gates), shape: [r] });
+    if (Object.hasOwn(manifest.ports, `${place}.acts`)) {
+      inputs.set(`${place}.acts`, { data: int64(part.acts.map((act, column) => act * r + column)), shape: [r] });
+    }
+    const rows = part.sGates.length;
+    if (rows > 0) {
+      inputs.set(`${place}.s`, { data: part.s, shape: [1, rows, d] });
+      inputs.set(`${place}.s_columns`, { data: int64(part.sGates), shape: [rows] });
+    }
   }
   return inputs;
+}
+
+function checkKinds(edit: Edit, manifest: Manifest): void {
+  const has = (input: string) => Object.keys(manifest.ports).some((name) => name.endsWith(`.${input}`));
+  const kinds = ["affine", ...(has("acts") ? ["act"] : []), ...(has("s_columns") ? ["diagonal"] : [])];
+  const refuse = (what: string, kind: string) => {
+    throw new ReftEdgeError(
+      `${what}, for which this folder has no ports; export the model again with --ports ${[...kinds, kind].join(",")}`,
+    );
+  };
+  for (const part of edit.places.values()) {
+    const act = part.acts.find((number) => number > 0);
+    if (act !== undefined && !has("acts")) refuse(`the adapter's act_fn is '${ACTS[act]}'`, "act");
+    if (part.sGates.length > 0 && !has("s_columns")) {
+      refuse("the adapter multiplies hidden states elementwise", "diagonal");
+    }
+  }
 }
 
 export function int64(numbers: Iterable<number>): BigInt64Array {
@@ -84,5 +110,5 @@ function isEdit(name: string): boolean {
 }
 
 function isFloat(name: string): boolean {
-  return name === "reft.scale" || /\.[AbB]$/.test(name);
+  return name === "reft.scale" || /\.[AbBs]$/.test(name);
 }

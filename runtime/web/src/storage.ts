@@ -12,7 +12,7 @@ export interface Declared {
 }
 
 /** Tensors whose rows are of the hidden size. The rest are F32 in every file. */
-const ROWS = ["R", "W", "W1", "W2", "v", "head.weight"];
+const ROWS = ["R", "W", "W1", "W2", "v", "s", "head.weight"];
 const SCALE = ".scale";
 const BYTES = { F32: 4, F16: 2, I8: 1 };
 

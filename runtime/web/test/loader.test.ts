@@ -53,7 +53,7 @@ describe("adapter files", () => {
 
   test("a refused file leaves the adapter of its name as it was", () => {
     const config = model.loadAdapter(file("loreft-fp32"), "task");
-    refusal(() => model.loadAdapter(file("bad-relu"), "task"));
+    refusal(() => model.loadAdapter(file("bad-relu6"), "task"));
     expect(model.adapters.get("task")).toEqual(config);
   });
 

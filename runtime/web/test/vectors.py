@@ -18,7 +18,8 @@ import onnx
 import onnxruntime
 from onnx import helper, numpy_helper
 
-from reft_edge.adapter.config import INTERVENTIONS, Adapter, AdapterConfig
+from reft_edge.adapter.algebra import ACTS
+from reft_edge.adapter.config import INTERVENTIONS, OF_RANK_1, Adapter, AdapterConfig
 from reft_edge.adapter.file import load_adapter, save_adapter
 from reft_edge.adapter.linear import fold
 from reft_edge.adapter.positions import parse_positions
@@ -83,10 +84,13 @@ def adapter(described: AdapterConfig, seed: int) -> Adapter:
 
 def good_adapters(manifest: Manifest) -> dict[str, AdapterConfig]:
     found = {
-        name: config(manifest, intervention=name, rank=1 if name == "steering" else 2)
+        name: config(manifest, intervention=name, rank=1 if name in OF_RANK_1 else 2)
         for name in INTERVENTIONS
-        if name != "red"
+        if name != "red" or "diagonal" in manifest.port_kinds
     }
+    for number, act in enumerate(ACTS[1:] if "act" in manifest.port_kinds else ()):
+        name = ("loreft", "noreft", "direft", "nodireft")[number % 4]
+        found[f"{name}-{act}"] = config(manifest, intervention=name, act_fn=act, add_bias=name == "noreft")
     found["tied"] = config(manifest, tied=True, positions="f3+l2")
     found["bias"] = config(manifest, intervention="noreft", add_bias=True, positions="all+gen")
     found["one-layer"] = config(manifest, layers=(1,), rank=3, positions="l4", base_name="Ein Modell, größer")
@@ -158,6 +162,13 @@ def bad_adapters(manifest: Manifest, folder: Path) -> dict[str, tuple[str, bytes
     )
 
     as_first = {**eighth["__metadata__"], "version": "1"}
+    other_kinds = {}
+    if "act" not in manifest.port_kinds:
+        relu = dataclasses.replace(plain.config, act_fn="relu")
+        other_kinds["relu"] = ("act_fn is 'relu', for which this folder has no ports", saved(relu))
+    if "diagonal" not in manifest.port_kinds:
+        red = dataclasses.replace(plain.config, intervention="red", rank=1)
+        other_kinds["red"] = ("elementwise, for which this folder has no ports", saved(red))
     return {
         "scale-below-zero": ("no scale", scaled(-1.0)),
         "scale-not-a-number": ("no scale", scaled(float("nan"))),
@@ -228,8 +239,9 @@ def bad_adapters(manifest: Manifest, folder: Path) -> dict[str, tuple[str, bytes
         "other-hidden-size": ("hidden states of size", saved(dataclasses.replace(plain.config, hidden_size=manifest.hidden_size + 8))),
         "no-port": ("have no port", saved(dataclasses.replace(plain.config, num_layers=99, layers=(50,)))),
         "no-attention-port": ("have no port", saved(dataclasses.replace(plain.config, component="attention"))),
-        "relu": ("no linear port can carry", saved(dataclasses.replace(plain.config, act_fn="relu"))),
+        "relu6": ("no port can carry", saved(dataclasses.replace(plain.config, act_fn="relu6"))),
         "classifier": ("classifies texts", saved(dataclasses.replace(plain.config, labels=("no", "yes"), pooling="cls"))),
+        **other_kinds,
     }  # fmt: skip
 
 
