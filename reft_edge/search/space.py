@@ -4,9 +4,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from reft_edge.adapter.config import INTERVENTIONS, LINEAR_ONLY, OF_RANK_1
 from reft_edge.adapter.positions import parse_positions
 from reft_edge.errors import ReftEdgeError
 from reft_edge.model.places import named_layers, parse_layers
+from reft_edge.steering.interventions import activation
 from reft_edge.training.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -19,20 +21,18 @@ class Edit:
 
     intervention: str
     act_fn: str = "linear"
-    ranked: bool = True
-    """Whether it has a rank to choose; others have rank 1."""
+
+    @property
+    def ranked(self) -> bool:
+        """Whether it has a rank to choose; others have rank 1."""
+        return self.intervention not in OF_RANK_1
 
     def __str__(self) -> str:
         return self.intervention if self.act_fn == "linear" else f"{self.intervention}:{self.act_fn}"
 
 
-EDITS = (
-    Edit("loreft"),
-    Edit("direft"),
-    Edit("noreft"),
-    Edit("nodireft"),
-    Edit("steering", ranked=False),
-)
+EDITS = (Edit("loreft"), Edit("direft"), Edit("noreft"), Edit("nodireft"), Edit("steering"))
+"""Kinds that every export runs. Others are tried where a user names them."""
 POSITIONS = ("f1", "l1", "f3+l3", "f7+l7", "l1+gen", "all", "all+gen")
 LAYERS: dict[str, Callable[[int], range]] = {
     "all": lambda count: range(count),
@@ -143,7 +143,7 @@ def space_for(narrowed: Narrowed, num_layers: int, hidden_size: int, generates: 
     """
     edits = tuple(narrowed.interventions or map(str, EDITS))
     for name in edits:
-        TrainSettings(intervention=_edit(name).intervention)
+        _edit(name)
     positions = tuple(narrowed.positions or (spec for spec in POSITIONS if generates or not _generated(spec)))
     for spec in positions:
         if _generated(spec) and not generates:
@@ -167,13 +167,12 @@ def space_for(narrowed: Narrowed, num_layers: int, hidden_size: int, generates: 
 
 def _edit(name: str) -> Edit:
     """A kind of intervention by its name, as `noreft` or `nodireft:silu`. Raises ReftEdgeError for an unknown one."""
-    from reft_edge.adapter.config import INTERVENTIONS
-
-    if (known := {str(edit): edit for edit in EDITS}.get(name)) is not None:
-        return known
     intervention, _, act_fn = name.partition(":")
     if intervention not in INTERVENTIONS:
         raise ReftEdgeError(f"unknown intervention {name!r}; known: {', '.join(INTERVENTIONS)}")
+    if act_fn and intervention in LINEAR_ONLY:
+        raise ReftEdgeError(f"{intervention} has no activation function; leave {act_fn!r} out")
+    activation(act_fn or "linear")
     return Edit(intervention, act_fn or "linear")
 
 

@@ -165,7 +165,7 @@ def test_defaults_outside_of_what_is_searched_are_tried_all_the_same(base, tmp_p
         positions=["l1"],
         layers=["1"],
         ranks=[2],
-        interventions=["nodireft", "noreft:relu"],
+        interventions=["red", "nodireft:silu"],
         lr=(1e-3, 2e-3),
         **QUICK,
     )
@@ -173,11 +173,10 @@ def test_defaults_outside_of_what_is_searched_are_tried_all_the_same(base, tmp_p
     assert first.default
     assert first.settings["positions"] == "f7+l7"
     for one in others:
-        assert (one.settings["positions"], one.settings["layers"], one.settings["rank"]) == ("l1", "1", 2)
-        assert (one.settings["intervention"], one.settings["act_fn"]) in {
-            ("nodireft", "linear"),
-            ("noreft", "relu"),
-        }
+        kind = one.settings["intervention"]
+        assert (one.settings["positions"], one.settings["layers"]) == ("l1", "1")
+        assert one.settings["rank"] == (1 if kind == "red" else 2)
+        assert (kind, one.settings["act_fn"]) in {("red", "linear"), ("nodireft", "silu")}
         assert 1e-3 <= one.settings["lr"] <= 2e-3
 
 
@@ -287,6 +286,8 @@ def test_too_few_rows(rows, said):
     ("options", "said"),
     [
         ({"interventions": ["lora"]}, "unknown intervention 'lora'"),
+        ({"interventions": ["noreft:fast"]}, "unknown act_fn 'fast'"),
+        ({"interventions": ["red:silu"]}, "red has no activation function"),
         ({"positions": ["x9"]}, "cannot read 'x9'"),
         ({"layers": ["9"]}, "no layer 9"),
         ({"ranks": [65]}, "rank is 65; expected 1 to 64"),
