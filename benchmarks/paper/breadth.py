@@ -119,7 +119,7 @@ METHODS = {
             edits("nodireft", ALWAYS, 4, act_fn="silu"),
             (2e-3, 6e-3, 7e-4),
         ),
-        Method("red", "RED, every token", "red", {}, (2e-3, 6e-3, 2e-2)),
+        Method("red", "RED, all+gen", "reft-edge", edits("red", ALWAYS, 1), (2e-3, 6e-3, 2e-2)),
         Method("bias", "bias only, all+gen", "reft-edge", edits("steering", ALWAYS, 1), (1e-2, 3e-3, 3e-2)),
         Method("lora", "LoRA, rank 8", "peft", lora(8), (1e-3, 3e-4, 3e-3)),
         Method("lora-r1", "LoRA, rank 1", "peft", lora(1), (1e-3, 3e-3, 1e-2)),

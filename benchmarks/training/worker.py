@@ -197,31 +197,6 @@ def train_reft_edge(job: Job, model: Any, on_step: OnStep) -> None:
     )
 
 
-def open_red(job: Job, model: Any) -> Adapted:
-    """RED (arXiv 2402.15179), h' = s⊙h + b at every token of every block's output, in plain PyTorch."""
-    from reft_edge.model.blocks import decoder_layers
-
-    blocks, size = decoder_layers(model), model.config.hidden_size
-    vectors = torch.stack([torch.ones(len(blocks), size), torch.zeros(len(blocks), size)], 1)
-    edits = [nn.Parameter(vector) for vector in vectors.to(device_of(model))]
-
-    def hook(edit: Tensor) -> Callable[..., Any]:
-        def edited(module: nn.Module, args: Any, output: Any) -> Any:
-            if isinstance(output, tuple):
-                return (output[0] * edit[0] + edit[1], *output[1:])
-            return output * edit[0] + edit[1]
-
-        return edited
-
-    handles = [block.register_forward_hook(hook(edit)) for block, edit in zip(blocks, edits, strict=True)]
-
-    def detach() -> None:
-        for handle in handles:
-            handle.remove()
-
-    return Adapted(plain(model), model, edits, detach=detach)
-
-
 def fit(adapted: Adapted, job: Job, on_step: OnStep) -> None:
     rows, device = job["train"]["rows"], device_of(adapted.model)
     optimizer = torch.optim.AdamW(adapted.parameters, weight_decay=0.0)
@@ -351,13 +326,7 @@ def greedy(adapted: Adapted, asked: dict[str, Any], size: int = 25) -> list[list
     return answers
 
 
-OPEN = {
-    "base": open_base,
-    "peft": open_peft,
-    "pyreft": open_pyreft,
-    "red": open_red,
-    "reft-edge": open_reft_edge,
-}
+OPEN = {"base": open_base, "peft": open_peft, "pyreft": open_pyreft, "reft-edge": open_reft_edge}
 
 
 def size_of(path: Path) -> int:
