@@ -79,6 +79,7 @@ class Search:
         """All trials, one after the other, in this process."""
         while self.more():
             candidate = self.study.next()
+            self.report(f"trial {candidate.number} of {candidate.settings.max_steps:,} steps begins")
             reached = partial(self.study.reached, candidate)
             folder = self.asked.output.parent
             try:
@@ -200,6 +201,7 @@ def _steps(session: Session, asked: Asked, study: Study, report: Report) -> int:
     if (known := study.remembered("steps")) is not None:
         return int(known)
     steps = whole = steps_of(session.settings, len(session.data.examples))
+    report("a few steps first, to see how long a training takes")
     pace = _pace(session, asked)
     takes = pace.of(whole)
     if asked.whole and takes > asked.budget:
