@@ -59,10 +59,10 @@ def rename(graph: ir.Graph, old: str, new: str) -> None:
     next(value for value in [*graph.inputs, *graph.outputs] if value.name == old).name = new
 
 
-def check_parity(model, folder, positions="f3+l3"):
+def check_parity(model, folder, positions="f3+l3", **fields):
     manifest = load_manifest(folder)
     graph = GraphSession(folder, manifest, "cpu")
-    adapter = random_adapter(model, positions=positions)
+    adapter = random_adapter(model, positions=positions, **fields)
     with steered(model, (Interventions.from_adapter(adapter), 1.0)):
         expected = logits(model, ROW).numpy()
     rows = [ROW, ROW[:5]]
@@ -90,6 +90,26 @@ def test_a_builders_graph_keeps_its_shared_cache(source, tmp_path):
     assert manifest.verification["rank0_error"] == 0
     assert (tmp_path / "ported/genai_config.json").is_file()
     check_parity(load_model(source), tmp_path / "ported")
+
+
+@pytest.mark.parametrize("built", ["genai", "torch.onnx"])
+def test_further_kinds_of_ports(built, source, tiny_model, cached, tmp_path):
+    graph = cached
+    if built == "genai":
+        (tmp_path / "out").mkdir()
+        build_graph(source.path, tmp_path / "out", Target(), tmp_path / "work")
+        graph = tmp_path / "out/model.onnx"
+    manifest = add_ports(
+        graph, tmp_path / "ported", source, port_kinds=["diagonal", "affine", "act"]
+    ).manifest
+    assert manifest.port_kinds == ("affine", "act", "diagonal")
+    assert manifest.verification["rank0_bitwise"]
+    for fields in (
+        {"intervention": "red"},
+        {"act_fn": "gelu"},
+        {"intervention": "nodireft", "act_fn": "silu"},
+    ):
+        check_parity(tiny_model, tmp_path / "ported", **fields)
 
 
 MORE = [pytest.mark.real, pytest.mark.slow]  # torch.onnx takes ten seconds for a graph

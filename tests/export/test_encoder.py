@@ -19,7 +19,7 @@ from reft_edge.export.check_encoder import torch_hidden_states
 from reft_edge.model.encoders import default_pooling, load_encoder, load_text_tokens
 from reft_edge.model.fingerprint import fingerprint
 from reft_edge.model.manifest import load_manifest
-from reft_edge.model.places import Place
+from reft_edge.model.places import PORT_KINDS, Place
 from reft_edge.model.source import ModelFolder
 from reft_edge.runtime import SteeredEncoder, SteeredModel
 from reft_edge.runtime.binding import port_inputs
@@ -98,6 +98,24 @@ def test_every_intervention_at_every_port(bert, intervention):
     (found,) = session.hidden_states([row], port_inputs(fold(adapter), manifest, np.dtype(np.float32)))
     assert np.abs(found - expected).max() <= TOLERANCE
     assert np.abs(expected - torch_hidden_states(model, row)).max() > 0.1
+
+
+def test_further_kinds_of_ports_are_checked_and_classify(bert, tmp_path):
+    source, model, _ = bert
+    manifest = export_model(source, tmp_path / "export", port_kinds=PORT_KINDS)
+    assert manifest.verification["rank0_bitwise"]
+    runner = SteeredEncoder(tmp_path / "export", "cpu")
+    row = load_text_tokens(source)(TEXTS[2])
+    session = EncoderSession(tmp_path / "export/model.onnx", "cpu")
+    for fields in ({"intervention": "red"}, {"intervention": "nodireft", "act_fn": "silu"}):
+        adapter = random_classifier(model, **fields)
+        with steered(model, (Interventions.from_adapter(adapter), 1.0)):
+            expected = torch_hidden_states(model, row)
+        ports = port_inputs(fold(adapter), manifest, np.dtype(np.float32))
+        assert np.abs(session.hidden_states([row], ports)[0] - expected).max() <= TOLERANCE
+        assert np.abs(session.hidden_states([row], {})[0] - expected).max() > 0.01
+        save_adapter(adapter, tmp_path / "a.safetensors")
+        assert runner.classify([TEXTS[2]], runner.load_adapter(tmp_path / "a.safetensors"))
 
 
 def test_the_export_checked_itself(encoder):

@@ -93,12 +93,12 @@ def random_classifier(model, path=None, intervention="loreft", labels=("no", "ye
         model.config.hidden_size,
         layers,
         tuple(range(layers)),
-        1 if intervention == "steering" else 3,
+        1 if intervention in OF_RANK_1 else 3,
         **{"positions": "f3+l3", "labels": labels, "pooling": "mean" if labels else "", **fields},
     )
     random = np.random.default_rng(seed)
     tensors = dict(Interventions(config, seed=seed).to_adapter().tensors)
-    for name in ("head.weight", "head.bias", "v"):
+    for name in ("head.weight", "head.bias", "v", "s"):
         if name in tensors:
             tensors[name] = random.normal(size=tensors[name].shape).astype(np.float32)
     adapter = Adapter(config, tensors)
