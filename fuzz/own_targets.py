@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from harness import Target
 
-from reft_edge.adapter.config import INTERVENTIONS, Adapter, AdapterConfig
+from reft_edge.adapter.config import INTERVENTIONS, OF_RANK_1, Adapter, AdapterConfig
 from reft_edge.adapter.file import parse_stored, read_config, read_stored, save_adapter
 from reft_edge.adapter.linear import fold
 from reft_edge.adapter.storage import PRECISIONS
@@ -23,7 +23,7 @@ _NOW = datetime(2026, 1, 1, tzinfo=timezone.utc)
 def make_adapter(
     kind: str, positions: str = "f2+l2", layers: tuple[int, ...] = (0, 2), **fields: Any
 ) -> Adapter:
-    rank = 1 if kind == "steering" else 2
+    rank = 1 if kind in OF_RANK_1 else 2
     config = AdapterConfig(kind, "base", "0" * 16, 8, 4, layers, rank, positions, **fields)
     random = np.random.default_rng(0)
     tensors = {name: random.normal(size=shape).astype(np.float32) for name, shape in config.shapes().items()}

@@ -72,6 +72,27 @@ def test_c_gives_pytorchs_tokens_and_ours(steer, question, device_folder, tmp_pa
     assert tokens == answer.tokens == json.loads((device_folder / "expected.json").read_text())[name]
 
 
+def test_c_runs_adapters_with_an_activation_and_red(steer, device_folder, tiny_model, tmp_path):
+    from reft_edge.export import export_model
+    from reft_edge.model.places import PORT_KINDS
+    from reft_edge.model.source import ModelFolder
+    from tests.helpers.torch_reference import random_adapter
+
+    folder = tmp_path / "export"
+    manifest = export_model(ModelFolder(device_folder / "hf", "tiny"), folder, port_kinds=PORT_KINDS)
+    model = SteeredModel(folder, device="cpu")
+    ids = model.prompts.encode_prompt(PROMPT, "chat")
+    given = (folder / manifest.graph, manifest.head_size, manifest.eos_token_ids[0], 24)
+    for name, fields in (("red", {}), ("nodireft", {"act_fn": "silu", "strength": 4.0})):
+        path = tmp_path / f"{name}.safetensors"
+        random_adapter(tiny_model, name, "all+gen", path=path, **fields)
+        pack_adapter(path, folder, tmp_path / "task.onnx_adapter")
+        answer = model.stream(PROMPT, model.load_adapter(path), max_tokens=24)
+        answer.text()
+        ran = run(steer, *given, tmp_path / "task.onnx_adapter", tokens=ids)
+        assert [int(line) for line in ran.stdout.split()] == answer.tokens != []
+
+
 def test_c_says_what_is_wrong(steer, question, device_folder):
     (model, *rest), ids = question
     for arguments, tokens, because in (

@@ -83,7 +83,7 @@ def test_batch_loss_is_the_plain_loss_of_each_row(model, data):
 
 
 @pytest.mark.parametrize(
-    "intervention", ["loreft", "noreft", "direft", "nodireft", "consreft", "lobireft", "steering"]
+    "intervention", ["loreft", "noreft", "direft", "nodireft", "consreft", "lobireft", "steering", "red"]
 )
 def test_every_intervention_learns_and_leaves_the_base_alone(model, data, tmp_path, intervention):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -97,7 +97,7 @@ def test_every_intervention_learns_and_leaves_the_base_alone(model, data, tmp_pa
         max_steps=40,
         lr=0.02,
         batch_size=12,
-        rank=1 if intervention == "steering" else 4,
+        rank=1 if intervention in ("steering", "red") else 4,
         on_step=lambda step: losses.append(step.loss),
     )
     assert np.mean(losses[-4:]) < 0.95 * losses[0]
