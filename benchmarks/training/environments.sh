@@ -8,7 +8,7 @@ folder=${1:?give a folder for the environments}
 mkdir -p "$folder"
 
 python3 -m venv "$folder/pyreft"
-"$folder/pyreft/bin/pip" install --quiet torch==2.13.0 transformers==4.45.1 accelerate datasets evaluate scikit-learn
+"$folder/pyreft/bin/pip" install --quiet torch==2.13.0 transformers==4.45.1 accelerate datasets evaluate matplotlib scikit-learn
 "$folder/pyreft/bin/pip" install --quiet --no-deps pyreft==0.1.0 pyvene==0.1.8
 
 python3 -m venv "$folder/peft"
