@@ -336,11 +336,19 @@ def fastest(code: list[str]) -> float:
 
 
 def test_help_is_instant():
-    assert fastest(["-m", "reft_edge", "--help"]) < 0.6
+    """About 0.25 s; the limit leaves room for a machine that is busy and slow."""
+    assert fastest(["-m", "reft_edge", "--help"]) < 1.2
+    code = (
+        "import sys; from reft_edge.cli import app; from typer.testing import CliRunner\n"
+        "assert CliRunner().invoke(app, ['--help']).exit_code == 0\n"
+        "print(sorted({'torch', 'transformers', 'onnx', 'onnxruntime', 'optuna', 'ray'} & set(sys.modules)))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert found.stdout == "[]\n"
 
 
 def test_the_runtime_imports_fast_and_without_torch():
-    assert fastest(["-c", "import reft_edge.runtime"]) < 0.6
+    assert fastest(["-c", "import reft_edge.runtime"]) < 1.2
     code = "import sys, reft_edge.runtime; print(sorted({'torch', 'transformers', 'onnx', 'onnx_ir'} & set(sys.modules)))"
     assert (
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
