@@ -13,7 +13,7 @@ import numpy as np
 from reft_edge.adapter.config import Adapter, AdapterConfig
 from reft_edge.adapter.file import save_adapter
 from reft_edge.errors import ReftEdgeError
-from reft_edge.runtime.binding import Bound, decode_edit, decode_inputs
+from reft_edge.runtime.binding import Bound, decode_inputs
 from reft_edge.runtime.model import SteeredModel
 from reft_edge.runtime.session import GraphSession
 
@@ -132,8 +132,8 @@ def timed_run(graph: GraphSession, bound: Bound, ids: Sequence[int], new_tokens:
     first = time.perf_counter()
     for made in range(new_tokens):
         if made in (0, *bound.ends):
-            edit = decode_edit(bound.edit, made) if bound.edit else {}
-            decode = graph.bind(cache, graph.to_device(decode_inputs([edit], graph.dtype)))
+            ports = decode_inputs([bound.decode_from(made)], graph.dtype)
+            decode = graph.bind(cache, graph.to_device(ports))
         token = int(decode.step(np.array([[token]], np.int64))[0].argmax())
     ended = time.perf_counter()
     graph.return_cache(cache)

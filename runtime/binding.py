@@ -33,6 +33,13 @@ class Bound:
         gates = () if self.edit is None else self.edit.gates
         return tuple(sorted({gate.span.after for gate in gates if gate.scale != 0} - {0, UNLIMITED}))
 
+    def decode_from(self, before: int) -> "DecodeEdit":
+        """What acts on the generated token that has `before` others before it, and on others up to the next of `ends`. Raises
+        ReftEdgeError as `decode_edit` does."""
+        if self.edit is None or before < (self.ends or (UNLIMITED,))[0]:
+            return self.decode
+        return decode_edit(self.edit, before)
+
 
 def fitted(edit: Edit, manifest: Manifest) -> Edit:
     """The edit as this folder's ports take it: with an activation for each column where they can have one.

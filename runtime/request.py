@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 
 from reft_edge.adapter.positions import UNLIMITED
 from reft_edge.errors import ReftEdgeError
-from reft_edge.runtime.binding import Bound, DecodeEdit, decode_edit
+from reft_edge.runtime.binding import Bound, DecodeEdit
 from reft_edge.runtime.constraints import Constraint, Progress
 from reft_edge.runtime.drafts import Lookup
 from reft_edge.runtime.logprobs import TokenScore
@@ -112,8 +112,7 @@ class Row:
     def edit(self) -> DecodeEdit:
         """What acts on the generated token that runs next."""
         if self._decode[0] != self.phase:
-            assert self.bound.edit is not None
-            self._decode = self.phase, decode_edit(self.bound.edit, self._generated)
+            self._decode = self.phase, self.bound.decode_from(self._generated)
         return self._decode[1]
 
     @property

@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -24,6 +23,7 @@ from reft_edge.runtime import SteeredModel
 from reft_edge.runtime.rows import SeparateRows
 from reft_edge.steering.hooks import steered
 from reft_edge.steering.interventions import Interventions
+from tests.helpers.stock import stock_logits
 from tests.helpers.tiny import make_model
 from tests.helpers.torch_reference import logits, random_adapter
 
@@ -103,23 +103,11 @@ def test_linear_adapters_are_the_same_bits_in_both_folders(model, device_folder)
 def test_stock_onnxruntime_gives_the_same_logits_and_the_packed_file_comes_back(folder, tmp_path, name):
     packed = tmp_path / "task.onnx_adapter"
     pack_adapter(folder / f"{name}.safetensors", folder / "export", packed)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    session = onnxruntime.InferenceSession(str(folder / "export/model.onnx"), options)
-    adapter = onnxruntime.LoraAdapter()
-    adapter.Load(str(packed))
-    run = onnxruntime.RunOptions()
-    run.add_active_adapter(adapter)
     model = SteeredModel(folder / "export", device="cpu")
     model.load_adapter(folder / f"{name}.safetensors")
-    ids = np.random.default_rng(0).integers(2, 320, (1, 21))
-    pasts = [value for value in session.get_inputs() if value.name.startswith("past_key_values")]
-    empty = {
-        value.name: np.zeros((1, value.shape[1], 0, model.manifest.head_size), np.float32) for value in pasts
-    }
-    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), **empty}
-    found = session.run(["logits"], feeds, run)[0][0]
-    assert np.array_equal(found, model.logits(ids.tolist(), name)[0])
+    ids = np.random.default_rng(0).integers(2, 320, 21).tolist()
+    found = stock_logits(folder / "export", packed, ids, model.manifest.head_size)
+    assert np.array_equal(found, model.logits([ids], name)[0])
     if name != "loreft_gelu":
         back = from_onnx_adapter(packed, model.manifest, raw=False)
         original = load_adapter(folder / f"{name}.safetensors")

@@ -9,7 +9,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
 
-from table import lora
+from table import Method, lora
 from tasks import TASKS, Row, Task, arc, gsm8k
 
 from reft_edge.adapter.config import INTERVENTIONS
@@ -73,17 +73,6 @@ STUDIES = {
 """In the order in which they are run. A test without a file of its own is the end of the training file."""
 
 
-@dataclass(frozen=True)
-class Method:
-    """A library with its settings, and the learning rates to choose from, the likeliest first."""
-
-    name: str
-    title: str
-    library: str
-    settings: dict[str, Any]
-    rates: tuple[float, ...]
-
-
 def edits(intervention: str, positions: str, rank: int, **further: Any) -> dict[str, Any]:
     return {"intervention": intervention, "positions": positions, "rank": rank, "tied": True, **further}
 
@@ -126,6 +115,7 @@ METHODS = {
         Method("dora", "DoRA, rank 8", "peft", lora(8) | {"use_dora": True}, (1e-3, 3e-4, 3e-3)),
     )
 }
+"""Of a method's learning rates the likeliest comes first."""
 BASE = Method("base", "no adapter", "base", {}, (0.0,))
 
 

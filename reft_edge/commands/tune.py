@@ -135,10 +135,7 @@ def tune(
     base_weights: option.BaseWeights = None,
     load_in: option.LoadIn = None,
     split: Split = None,
-    dev_split: Annotated[
-        str | None,
-        typer.Option(help="The same for the held-out rows.", show_default="validation, or test"),
-    ] = None,
+    dev_split: option.EvalSplit = None,
     config: Config = None,
     columns: Columns = None,
     last_turn: option.LastTurn = False,

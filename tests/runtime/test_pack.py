@@ -9,6 +9,7 @@ from reft_edge.convert.onnx_adapter import from_onnx_adapter, pack_adapter
 from reft_edge.errors import ReftEdgeError
 from reft_edge.runtime import SteeredModel
 from reft_edge.runtime.bench import random_adapter
+from tests.helpers.stock import stock_logits
 
 
 @pytest.mark.parametrize("name", ["first", "everywhere"])
@@ -18,24 +19,11 @@ def test_stock_onnxruntime_gives_the_same_logits(device_folder, tmp_path, name):
         pack_adapter(device_folder / f"{name}.safetensors", device_folder / "export", packed)
         == packed.stat().st_size
     )
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    session = onnxruntime.InferenceSession(str(device_folder / "export/model.onnx"), options)
-    adapter = onnxruntime.LoraAdapter()
-    adapter.Load(str(packed))
-    run = onnxruntime.RunOptions()
-    run.add_active_adapter(adapter)
     model = SteeredModel(device_folder / "export", device="cpu")
     model.load_adapter(device_folder / f"{name}.safetensors")
-    ids = np.random.default_rng(0).integers(2, 320, (1, 21))
-    pasts = [value for value in session.get_inputs() if value.name.startswith("past_key_values")]
-    empty = {
-        value.name: np.zeros((1, value.shape[1], 0, model.manifest.head_size), np.float32) for value in pasts
-    }
-    found = session.run(["logits"], {"input_ids": ids, "attention_mask": np.ones_like(ids), **empty}, run)[0][
-        0
-    ]
-    assert np.array_equal(found, model.logits(ids.tolist(), name)[0])
+    ids = np.random.default_rng(0).integers(2, 320, 21).tolist()
+    found = stock_logits(device_folder / "export", packed, ids, model.manifest.head_size)
+    assert np.array_equal(found, model.logits([ids], name)[0])
 
 
 def test_a_packed_file_has_the_mode_of_any_new_file_and_an_old_one_survives(
