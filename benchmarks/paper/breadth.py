@@ -29,6 +29,10 @@ class Study:
     """The study on whose dev rows learning rates are chosen; the study itself, or another."""
     also: tuple[Task, ...] = ()
     """Further tests of the same adapters."""
+    chat: bool = False
+    """Whether prompts are asked through the model's chat template."""
+    compared: Task | None = None
+    """Greedy answers to the first test rows, to be held against the base model's (win_rate.py)."""
 
     @property
     def tests(self) -> tuple[Task, ...]:
@@ -68,6 +72,12 @@ STUDIES = {
         Study(Task("openbookqa", "OpenBookQA", arc, 150, 16, 250, 750, test_file="train"), "sst2"),
         Study(Task("social-iqa", "Social IQa", arc, 150, 16, 150, 600, test_file="train"), "sst2"),
         Study(_known("boolq", dev_rows=250, test_rows=1000), "sst2"),
+        Study(
+            Task("instructions", "instructions, log-likelihood", dict, 40, 4, 10, 80),
+            "gsm8k",
+            chat=True,
+            compared=Task("instructions-answers", "instructions, answers", dict, test_rows=60, max_tokens=48),
+        ),
     )
 }
 """In the order in which they are run. A test without a file of its own is the end of the training file."""

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
 import numpy as np
 import torch
 from breadth import BASE, METHODS, Study
+from likeness import likeness, packaged_minilm
 from table import drawn, encoded, generated, options
 from tasks import Task, completion, load
 from worker import OPEN, Adapted, greedy, mean_likelihoods, trained
@@ -48,11 +49,17 @@ class _Process:
 
 def prepare(data: Path, study: Study, prompts: Prompts) -> dict[str, Any]:
     """A study's rows as token ids: to train on, and to ask of dev and test rows, by the name of each."""
-    parts = load(data, study.task)
+    parts = {
+        part: [through_template(row, prompts) if study.chat else row for row in rows]
+        for part, rows in load(data, study.task).items()
+    }
     tests = {"dev": asked(study.task, parts["dev"], prompts)}
     for task in study.tests:
         rows = parts["test"] if task is study.task else only_test(data, task)
         tests[task.name] = asked(task, rows, prompts)
+    if study.compared:
+        packaged_minilm()  # before several processes want it
+        tests[study.compared.name] = to_compare(study.compared, parts["test"], prompts)
     task = study.task
     return {
         "rows": [encoded(prompts, row) for row in parts["train"]],
@@ -65,6 +72,16 @@ def prepare(data: Path, study: Study, prompts: Prompts) -> dict[str, Any]:
 def only_test(data: Path, task: Task) -> list[dict[str, Any]]:
     with (data / task.name / "test.jsonl").open(encoding="utf-8") as file:
         return [task.read(json.loads(line)) for line in file][: task.test_rows]
+
+
+def through_template(row: dict[str, Any], prompts: Prompts) -> dict[str, Any]:
+    return row | {"prompt": prompts.prompt_text(row["prompt"], "chat")}
+
+
+def to_compare(task: Task, rows: list[dict[str, Any]], prompts: Prompts) -> dict[str, Any]:
+    rows = rows[: task.test_rows]
+    found = generated(prompts, (row["prompt"] for row in rows), task.max_tokens)
+    return {"asked": found, "references": [completion(row) for row in rows]}
 
 
 def asked(task: Task, rows: list[dict[str, Any]], prompts: Prompts) -> dict[str, Any]:
@@ -129,7 +146,14 @@ def make(cell: Cell) -> dict[str, Any]:
 
 
 def score(adapted: Adapted, test: dict[str, Any]) -> dict[str, Any]:
-    """`right`: a 1 or 0 for each question; or `likelihood`: nats a token of each completion."""
+    """`right`: a 1 or 0 for each question; `likelihood`: nats a token of each completion; or `answers`, their `likeness` to
+    the references, and their `lengths` in characters.
+    """
+    if "references" in test:
+        found = greedy(adapted, test["asked"], 4 * _Process.batch)
+        texts = [_Process.prompts.decode(ids).strip() for ids in found]
+        alike = [round(value, 4) for value in likeness(texts, test["references"])]
+        return {"likeness": alike, "lengths": [len(text) for text in texts], "answers": texts}
     if "asked" in test:
         texts = [_Process.prompts.decode(ids) for ids in greedy(adapted, test["asked"], 4 * _Process.batch)]
         found = [

@@ -2,8 +2,9 @@
 
     python benchmarks/paper/run.py DATA_FOLDER
 
-DATA_FOLDER holds sst2/ and gsm8k/ as they are published, as JSON lines, and what llm_adapters.py writes. Learning rates are
-chosen on dev rows with seed 0. The process may be ended at any time: started again, it goes on with the cells that are
+DATA_FOLDER holds sst2/ and gsm8k/ as they are published, as JSON lines, and what llm_adapters.py and self_instruct.py write.
+Learning rates are chosen on dev rows with seed 0; with --results those of studies that are not asked for come from
+results/MODEL.jsonl. The process may be ended at any time: started again, it goes on with the cells that are
 missing. tables.py makes the tables.
 """
 
@@ -80,7 +81,9 @@ def small(study: Study) -> Study:
     """The same with a few steps and rows."""
     few = {"steps": 3, "batch_size": 4, "dev_rows": 6, "test_rows": 8}
     also = tuple(dataclasses.replace(task, test_rows=8) for task in study.also)
-    return dataclasses.replace(study, task=dataclasses.replace(study.task, **few), also=also)
+    compared = study.compared and dataclasses.replace(study.compared, test_rows=8, max_tokens=8)
+    task = dataclasses.replace(study.task, **few)
+    return dataclasses.replace(study, task=task, also=also, compared=compared)
 
 
 def digest(value: object) -> str:
@@ -93,6 +96,20 @@ def read_lines(path: Path) -> list[Line]:
         return []
     text = path.read_text(encoding="utf-8")
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def results_of(model: str) -> Path:
+    return RESULTS / f"{model.replace('/', '-')}.jsonl"
+
+
+def searches(path: Path, model: str, studies: list[str]) -> list[Line]:
+    """Lines of the model's own results file, where another is written: those of studies not asked for, whose learning rates
+    may be wanted.
+    """
+    own = results_of(model)
+    if path.resolve() == own.resolve():
+        return []
+    return [line for line in read_lines(own) if line["study"] not in studies]
 
 
 def check_searches(studies: list[str], lines: list[Line]) -> None:
@@ -167,7 +184,7 @@ def main() -> None:
             print(f"{method.title} is left out: {why}", flush=True)
     methods = [method for method in methods if not missing(method)]
     folder = resolve_model(given.model)
-    path = given.results or RESULTS / f"{given.model.replace('/', '-')}.jsonl"
+    path = given.results or results_of(given.model)
     prompts = load_model_prompts(folder)
     tasks = {name: small(STUDIES[name]) if given.smoke else STUDIES[name] for name in given.studies}
     studies = {name: prepare(given.data, study, prompts) for name, study in tasks.items()}
@@ -186,6 +203,7 @@ def main() -> None:
             raise SystemExit(
                 f"{path} has cells of {line['study']} from other rows; give another file with --results"
             )
+    lines += searches(path, given.model, given.studies)
     check_searches(given.studies, lines)
     plan = Plan(lines, given.studies, methods, given.seeds)
     path.parent.mkdir(parents=True, exist_ok=True)

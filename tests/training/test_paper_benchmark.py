@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from reft_edge.model.source import ModelFolder
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 MODULES = ("breadth", "cells", "llm_adapters", "run", "table", "tables", "tasks", "worker")
+MODULES += ("likeness", "self_instruct", "sst2_encoder", "win_rate")
 
 
 @pytest.fixture
@@ -77,6 +79,76 @@ def test_the_data_of_a_checkout_holds_no_training_row_that_is_a_test(paper, tmp_
     assert not list((tmp_path / "data").glob("openbookqa/test*"))
 
 
+def test_instructions_are_short_each_its_own_and_answered(paper, tmp_path, monkeypatch, capsys):
+    module = paper("self_instruct")
+
+    def row(asked, given, answer):
+        return {"instruction": asked, "instances": [{"input": given, "output": answer}]}
+
+    rows = [row(f"Say {i} in words. ", f" {i}\n", f"the number {i}") for i in range(120)]
+    refused = [row("Yes or no?", "", "Yes"), row("Too long?", "é" * 240, "It is too long.")]
+    for source in module.SOURCES:
+        path = tmp_path / "checkout" / source
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *refused]), encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["x", str(tmp_path / "checkout"), str(tmp_path)])
+    module.main()
+    train, test = (
+        [json.loads(line) for line in (tmp_path / f"instructions/{part}.jsonl").read_text().splitlines()]
+        for part in ("train", "test")
+    )
+    assert (len(train), len(test)) == (20, 100)
+    assert len({row["prompt"] for row in train + test}) == 120
+    assert {"prompt": "Say 7 in words.\n\n7", "completion": "the number 7"} in train + test
+    assert [row["prompt"] for row in test[:9]] != [f"Say {i} in words.\n\n{i}" for i in range(9)]
+
+
+def answers(likeness, lengths):
+    return {"likeness": likeness, "lengths": lengths}
+
+
+def test_a_win_rate_is_freed_of_what_length_does_and_keeps_what_quality_does(paper):
+    module, drawn = paper("win_rate"), np.random.default_rng(0)
+    base = answers(np.full(400, 0.5), np.full(400, 100))
+    longer = drawn.normal(40, 40, 400)
+    once = np.ones((1, 400))
+
+    def rates(better):
+        found = module.compared(answers(0.5 + better, 100 + longer), base)
+        return float(module.plain(found, once)[0]), float(module.controlled(found, once)[0])
+
+    noise = drawn.logistic(0, 1, 400)
+    raw, free = rates(2 * np.tanh(longer / longer.std()) + noise)  # only the longer answer wins
+    assert raw > 0.7
+    assert free == pytest.approx(0.5, abs=0.06)
+    raw, free = rates(1 + noise)  # better by itself: sigmoid(1)
+    assert raw == pytest.approx(0.731, abs=0.06)
+    assert free == pytest.approx(0.731, abs=0.06)
+
+
+def test_a_win_rate_stands_where_nothing_differs_or_all_win(paper):
+    module, once = paper("win_rate"), np.ones((1, 20))
+    base = answers([0.5] * 20, [80] * 20)
+    same = module.compared(base, base)
+    assert module.plain(same, once).tolist() == module.controlled(same, once).tolist() == [0.5]
+    all_won = module.compared(answers([0.6] * 20, [*range(70, 90)]), base)
+    assert module.plain(all_won, once)[0] == 1
+    assert 0.95 < module.controlled(all_won, once)[0] < 1
+    half = np.array([[1.0] * 10 + [0.0] * 10])
+    mixed = module.compared(answers([0.6] * 10 + [0.4] * 10, [80] * 20), base)
+    assert module.plain(mixed, half)[0] == 1
+    assert module.controlled(mixed, half)[0] > 0.9 > 0.6 > module.controlled(mixed, once)[0]
+
+
+def test_likeness_is_the_cosine_of_sentence_vectors(paper, device_folder, monkeypatch):
+    module = paper("likeness")
+    monkeypatch.setattr(module, "packaged_minilm", lambda: str(device_folder / "encoder-hf"))
+    same, other, empty = module.likeness(["a good film", "a good film", ""], ["a good film", "bad", "bad"])
+    assert same == pytest.approx(1, abs=1e-5)
+    assert -1 <= other < 1
+    assert -1 <= empty < 1
+
+
 def test_learning_rates_are_chosen_before_other_seeds_and_tasks(paper):
     run, breadth = paper("run"), paper("breadth")
     method = breadth.METHODS["lora"]
@@ -118,6 +190,16 @@ def test_a_line_that_was_cut_off_is_made_again(paper, tmp_path):
     assert run.read_lines(path) == [{"a": 1}, {"a": 2}, {"a": 3}]
 
 
+def test_learning_rates_of_a_file_of_its_own_come_from_the_models_own(paper, tmp_path, monkeypatch):
+    run = paper("run")
+    monkeypatch.setattr(run, "RESULTS", tmp_path)
+    for study in ("gsm8k", "instructions"):
+        run.append(tmp_path / "smollm2.jsonl", line(study, "lora", 1e-3, 0, "1"))
+    found = run.searches(tmp_path / "other.jsonl", "smollm2", ["instructions"])
+    assert [line["study"] for line in found] == ["gsm8k"]
+    assert run.searches(tmp_path / "smollm2.jsonl", "smollm2", ["instructions"]) == []
+
+
 @pytest.fixture
 def begun(paper, device_folder, tmp_path):
     """The module of cells with a model in memory and a study of four rows."""
@@ -147,6 +229,36 @@ def test_a_cell_is_trained_tested_and_leaves_the_model_as_it_was(begun, device_f
     untouched = load_model(ModelFolder(device_folder / "hf", "tiny"))
     with torch.no_grad():
         assert torch.equal(begun._Process.model(ids).logits, untouched(ids).logits)
+
+
+def test_a_cell_of_instructions_keeps_answers_their_likeness_and_length(
+    paper, device_folder, tmp_path, monkeypatch
+):
+    cells, breadth, run = paper("cells"), paper("breadth"), paper("run")
+    encoder = str(device_folder / "encoder-hf")
+    monkeypatch.setattr(cells, "packaged_minilm", lambda: encoder)
+    monkeypatch.setattr(sys.modules["likeness"], "packaged_minilm", lambda: encoder)
+    rows = [{"prompt": f"Say {i}.", "completion": f"It is {i}."} for i in range(20)]
+    (tmp_path / "instructions").mkdir()
+    for part in ("train", "test"):
+        path = tmp_path / f"instructions/{part}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = ModelFolder(device_folder / "hf", "tiny")
+    prompts = load_model_prompts(folder)
+    study = cells.prepare(tmp_path, run.small(breadth.STUDIES["instructions"]), prompts)
+    assert study["rows"][0][0] == prompts.encode_prompt("Say 0.", "chat")
+    prepared = tmp_path / "studies.json"
+    prepared.write_text(json.dumps({"instructions": study}))
+    cells.begin(str(folder.path), "cpu", "fp32", torch.get_num_threads(), str(prepared), str(tmp_path), 16)
+    scores = cells.make(cells.Cell("instructions", "base", 0.0, 0))["scores"]
+    assert {name: list(score) for name, score in scores.items()} == {
+        "dev": ["likelihood"],
+        "instructions": ["likelihood"],
+        "instructions-answers": ["likeness", "lengths", "answers"],
+    }
+    told = scores["instructions-answers"]
+    assert [len(text) for text in told["answers"]] == told["lengths"]
+    assert len(told["likeness"]) == len(scores["instructions"]["likelihood"]) == 8
 
 
 def test_a_training_that_fails_gives_the_model_back(begun, monkeypatch):
