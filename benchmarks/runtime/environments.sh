@@ -1,5 +1,6 @@
 #!/bin/sh
-# Environments of the peers that clash with ours: FOLDER/llama.cpp, FOLDER/pyreft and FOLDER/repeng, or those that are named.
+# Environments of the peers that clash with ours: FOLDER/adapterhub, FOLDER/llama.cpp, FOLDER/pyreft and FOLDER/repeng, or
+# those that are named.
 #
 #     sh benchmarks/runtime/environments.sh FOLDER [NAME...]
 #
@@ -9,10 +10,13 @@ folder=${1:?give a folder for the environments}
 shift
 mkdir -p "$folder"
 
-for name in ${*:-llama.cpp pyreft repeng}; do
+for name in ${*:-adapterhub llama.cpp pyreft repeng}; do
     "${PYTHON:-python3}" -m venv "$folder/$name"
     pip="$folder/$name/bin/pip install --quiet --disable-pip-version-check"
     case $name in
+    adapterhub)
+        $pip torch==2.13.0 adapters==1.3.0
+        ;;
     llama.cpp)
         $pip llama-cpp-python
         ;;
@@ -24,7 +28,7 @@ for name in ${*:-llama.cpp pyreft repeng}; do
         $pip torch==2.13.0 transformers==4.45.1 'numpy<2' repeng==0.4.0
         ;;
     *)
-        echo "no peer $name; known: llama.cpp pyreft repeng" >&2
+        echo "no peer $name; known: adapterhub llama.cpp pyreft repeng" >&2
         exit 2
         ;;
     esac

@@ -14,7 +14,7 @@ def convert(
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="A folder that pyreft wrote, or its Hub id; a control vector (.gguf); an .onnx_adapter; or an adapter "
+            help="A folder that pyreft or AdapterHub wrote, or its Hub id; a control vector (.gguf); an .onnx_adapter; or an adapter "
             "file (.safetensors) to convert to one of these.",
             show_default=False,
         ),
@@ -44,7 +44,7 @@ def convert(
     positions: Annotated[
         str | None,
         typer.Option(
-            help="pyreft: the positions that it was trained with, such as f7+l7.",
+            help="pyreft: the positions that it was trained with, such as f7+l7. AdapterHub: the stored prefix with +gen.",
             show_default="all+gen for control vectors",
         ),
     ] = None,
@@ -57,7 +57,7 @@ def convert(
     intervention: Annotated[
         str | None,
         typer.Option(
-            help="pyreft without config.json: noreft or nodireft, consreft or lobireft, which look alike.",
+            help="noreft or nodireft, consreft or lobireft, which look alike in pyreft without config.json and in AdapterHub.",
             show_default=False,
         ),
     ] = None,
@@ -71,7 +71,7 @@ def convert(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Convert adapters from pyreft, control vectors or packed files, and to them."""
+    """Convert adapters from pyreft, AdapterHub, control vectors or packed files, and to them."""
     from reft_edge.commands.screen import Screen
 
     console = Screen(stderr=True)

@@ -132,7 +132,7 @@ def _read(source: str, kind: str, given: Given, report: Callable[[str], None]) -
         if given.positions is None:
             report(f"control vectors act on every token: positions {EVERY_TOKEN}")
         return "control vector", from_control_vector(path, base, raw, given.positions or EVERY_TOKEN)
-    from reft_edge.convert.from_adapterhub import from_adapterhub, is_adapterhub
+    from reft_edge.convert.from_adapterhub import from_adapterhub, is_adapterhub, refuse_other_folders
     from reft_edge.convert.from_pyreft import Asked, from_pyreft
 
     asked = Asked(given.positions, given.act_fn, given.intervention, given.raw)
@@ -143,6 +143,7 @@ def _read(source: str, kind: str, given: Given, report: Callable[[str], None]) -
 
     if is_adapterhub(folder):
         return "adapterhub", from_adapterhub(folder, found, asked, report)
+    refuse_other_folders(folder)
     return "pyreft", from_pyreft(folder, found, asked, report)
 
 

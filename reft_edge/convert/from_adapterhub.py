@@ -10,6 +10,7 @@ for a P that is not orthogonal: NoReftConfig does, DiReftConfig does not.
 import os
 import re
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,12 @@ from reft_edge.steering.interventions import activation
 
 CONFIG = "adapter_config.json"
 _PICKLED, _PLAIN = "pytorch_adapter.bin", "adapter.safetensors"
+_FUSION = "adapter_fusion_config.json"
+_MAX_LISTED = 1000
 _HEADS = ("pytorch_model_head.bin", "model_head.safetensors")
 _HEAD_CONFIG = "head_config.json"
 _MAX_CONFIG = 1 << 20
+_PARTS = (("f", "prefix"), ("l", "suffix"))
 _MAX_POSITIONS, _MAX_RANK = 9_999_999, 1 << 12
 _MAX_TENSORS = 1 << 14
 _NAMED = re.compile(
@@ -51,6 +55,20 @@ def is_adapterhub(folder: Path) -> bool:
     )
 
 
+def refuse_other_folders(folder: Path) -> None:
+    """Raise ReftEdgeError for a folder of the library that is not one adapter: of a fusion, or with a folder for each adapter."""
+    if os.path.lexists(folder / _FUSION):
+        raise ReftEdgeError(
+            f"{folder} is a fusion of adapters of AdapterHub, which mixes their outputs by attention; only one ReFT adapter can be "
+            "carried: give the folder of one"
+        )
+    inside = [path for path in islice(folder.iterdir(), _MAX_LISTED) if path.is_dir() and is_adapterhub(path)]
+    if inside:
+        raise ReftEdgeError(
+            f"{folder} has a folder for each adapter of AdapterHub: give one of them, such as {min(inside)}"
+        )
+
+
 def from_adapterhub(
     folder: Path,
     base: Callable[[], Base],
@@ -59,17 +77,14 @@ def from_adapterhub(
 ) -> Adapter:
     """The adapter of a folder; `base` is called, and `report` told what to know, once its description is found sound.
 
-    Positions, act_fn and, for orthogonal projections, the intervention are stored; given, they must be the same. Raises
-    ReftEdgeError that names the option for what is not stored, or what is malformed or cannot be carried.
+    Positions, act_fn and, for orthogonal projections, the intervention are stored; given, they must be the same, but positions
+    without a suffix may be given with `+gen`, as the library edits when it decodes with a KV cache. Raises ReftEdgeError that
+    names the option for what is not stored, or what is malformed or cannot be carried.
     """
     config = _read_config(folder)
-    rank, tied = _number(config, "r", 1, _MAX_RANK), _flag(config, "tied_weights", False)
-    first, last = (_number(config, f"{part}_positions", 0, _MAX_POSITIONS) for part in ("prefix", "suffix"))
-    parts = [f"f{first}"] * (first > 0) + [f"l{last}"] * (last > 0)
-    if not parts:
-        raise ReftEdgeError(f"{folder} has no prefix_positions and no suffix_positions: it changes nothing")
-    stored = "+".join(parts)
-    _agree(folder, "positions", asked.positions, stored)
+    rank, shared = _number(config, "r", 1, _MAX_RANK), _flag(config, "tied_weights", False)
+    stored = _stored_positions(folder, config)
+    spec = _positions(folder, stored, asked.positions)
     act = str(config.get("non_linearity") or "linear").lower()
     act = _ACTIVATIONS.get(act, act)
     activation(act)  # raises for one that there is not
@@ -88,8 +103,9 @@ def from_adapterhub(
         raise ReftEdgeError(
             f"{folder} has rank {rank}; expected less than the hidden size {whole.hidden_size}"
         )
-    units = [0] if tied or (len(parts) == 1 and first) else [1] if len(parts) == 1 else [0, 1]
-    found = _units(folder, _read_tensors(folder, rank, whole, tied), whole)
+    parts = stored.split("+")
+    units = [0] if shared or parts[-1].startswith("f") else [1] if len(parts) == 1 else [0, 1]
+    found = _units(folder, _read_tensors(folder, rank, whole, shared), whole)
     layers = _layers(folder, config, found, whole)
     groups = [
         [_unpack(folder, kind, found[layer, unit], rank, whole.hidden_size) for unit in units]
@@ -100,7 +116,7 @@ def from_adapterhub(
         for name in groups[0][0]
     }
     kind, tensors = sound(kind, stacked, report)
-    _tell(folder, stored, report)
+    _tell(folder, stored, spec, report)
     described = AdapterConfig(
         kind,
         whole.name,
@@ -109,8 +125,8 @@ def from_adapterhub(
         whole.num_layers,
         layers,
         rank,
-        stored,
-        tied and len(parts) == 2,
+        spec,
+        "+" in spec and (shared or spec != stored),
         act,
         prompt_format="raw" if asked.raw else "chat",
         training={"converted": {"from": "adapterhub", "name": name_to_store(folder)}},
@@ -154,6 +170,22 @@ def _flag(config: dict[str, Any], name: str, default: bool) -> bool:
     if not isinstance(value, bool):
         raise ReftEdgeError(f"{CONFIG}: {name} is {value!r:.60}; expected true or false")
     return value
+
+
+def _stored_positions(folder: Path, config: dict[str, Any]) -> str:
+    """The spec of the prefix and suffix positions, such as f3+l2."""
+    counts = [(part, _number(config, f"{name}_positions", 0, _MAX_POSITIONS)) for part, name in _PARTS]
+    if not (parts := [f"{part}{count}" for part, count in counts if count]):
+        raise ReftEdgeError(f"{folder} has no prefix_positions and no suffix_positions: it changes nothing")
+    return "+".join(parts)
+
+
+def _positions(folder: Path, stored: str, given: str | None) -> str:
+    """What is stored, or, where it has no suffix and that is asked for, the generated tokens beside it."""
+    if given == f"{stored}+gen" and "l" not in stored:
+        return given
+    _agree(folder, "positions", given, stored)
+    return stored
 
 
 def _agree(folder: Path, option: str, given: str | None, stored: str) -> None:
@@ -265,10 +297,15 @@ def _unpack(folder: Path, kind: str, state: dict[str, Array], rank: int, size: i
     return {"W1": state[_SOURCE], "W2": state[_MATRIX], "b": state[_BIAS]}
 
 
-def _tell(folder: Path, positions: str, report: Callable[[str], None]) -> None:
+def _tell(folder: Path, stored: str, spec: str, report: Callable[[str], None]) -> None:
+    cached = f"with a KV cache it also edits every generated token: give --positions {stored}+gen for that"
+    if "l" in stored:
+        cached = "with a KV cache it cannot generate where there are suffix positions, so generated tokens are not edited here"
     report(
-        f"positions {positions}: of a prompt too short for them, AdapterHub edits all tokens, here at most half count for each part; "
-        "and with a KV cache it also edits every generated token, which is not carried"
+        f"positions {spec}: of a prompt too short for them, AdapterHub edits all tokens, here at most half count for each part"
+        + (f"; {cached}" if spec == stored else "")
     )
+    if all(os.path.lexists(folder / name) for name in (_PICKLED, _PLAIN)):
+        report(f"{_PICKLED} is read, as AdapterHub does where {_PLAIN} is beside it")
     if any((folder / name).exists() for name in _HEADS):
         report(f"the prediction head beside it ({_HEAD_CONFIG}) is left: the base's own head is used")

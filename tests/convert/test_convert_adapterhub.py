@@ -16,6 +16,7 @@ from reft_edge.adapter.config import Adapter
 from reft_edge.adapter.file import load_adapter
 from reft_edge.adapter.linear import fold
 from reft_edge.cli import app
+from reft_edge.convert.formats import Given, convert
 from reft_edge.convert.from_adapterhub import from_adapterhub, is_adapterhub
 from reft_edge.convert.from_pyreft import Asked
 from reft_edge.errors import ReftEdgeError
@@ -170,9 +171,62 @@ def test_the_command_and_a_model(device_folder, tmp_path, tiny_model):
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
+def test_generated_tokens_are_edited_where_asked(tmp_path):
+    units = write(tmp_path / "ad")
+    notes: list[str] = []
+    from_adapterhub(tmp_path / "ad", lambda: BASE, ASKED, notes.append)
+    assert "give --positions f3+gen for that" in notes[0]
+    asked = Asked("f3+gen", raw=True)
+    adapter = from_adapterhub(tmp_path / "ad", lambda: BASE, asked, notes.append)
+    assert (adapter.config.positions, adapter.config.tied) == ("f3+gen", True)
+    h = torch.randn(10, D)
+    expected = h.clone()
+    with torch.no_grad():
+        for part in (slice(0, 3), slice(7, 10)):
+            expected[part] = units[0, 0](h[part])
+    found = apply(fold(adapter), Place(0), h.numpy(), np.arange(10), 7)
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-5)
+
+
+def test_with_a_suffix_the_library_cannot_decode_with_a_cache(tmp_path):
+    write(tmp_path / "ad", suffix_positions=2)
+    notes: list[str] = []
+    from_adapterhub(tmp_path / "ad", lambda: BASE, ASKED, notes.append)
+    assert "cannot generate where there are suffix positions" in notes[0]
+    with pytest.raises(ReftEdgeError, match=r"--positions is f3\+gen, but .* says f3\+l2"):
+        from_adapterhub(tmp_path / "ad", lambda: BASE, Asked("f3+gen", raw=True))
+
+
+def test_the_file_that_the_library_reads_is_read(tmp_path):
+    units = write(tmp_path / "ad")
+    (tmp_path / "ad/adapter.safetensors").write_bytes(b"another adapter, or none")
+    notes: list[str] = []
+    adapter = from_adapterhub(tmp_path / "ad", lambda: BASE, ASKED, notes.append)
+    assert notes[1].startswith("pytorch_adapter.bin is read")
+    np.testing.assert_array_equal(adapter.tensors["W"][0, 0], units[0, 0].learned_source.weight.detach())
+
+
+@pytest.mark.parametrize("kind", ["fusion", "many"])
+def test_folders_that_are_not_one_adapter_are_refused(tmp_path, kind):
+    write(tmp_path / "all/lo")
+    if kind == "fusion":
+        (tmp_path / "all/adapter_fusion_config.json").write_text("{}")
+    message = {"fusion": "is a fusion of adapters", "many": f"give one of them, such as {tmp_path}/all/lo"}
+    with pytest.raises(ReftEdgeError, match=message[kind]):
+        convert(str(tmp_path / "all"), tmp_path / "x.safetensors", Given(raw=True))
+
+
+def test_an_encoder_is_a_base(device_folder, tmp_path):
+    write(tmp_path / "ad", size=64)
+    given = Given(model=str(device_folder / "encoder-hf"), raw=True)
+    done = convert(str(tmp_path / "ad"), tmp_path / "x.safetensors", given)
+    assert (done.source, done.adapter.config.num_layers) == ("adapterhub", LAYERS)
+
+
 BAD = {
     "lora": ({"architecture": "lora"}, ASKED, "of the kind 'lora'"),
     "no positions": ({"prefix_positions": 0}, ASKED, "changes nothing"),
+    "a union of configs": ({"architecture": "union"}, ASKED, "of the kind 'union'"),
     "another rank": ({}, ASKED, "expected {"),
     "rank": ({"r": "4"}, ASKED, "r is '4'"),
     "huge rank": ({"r": 10**9}, ASKED, "expected a whole number from 1"),

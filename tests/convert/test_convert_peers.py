@@ -1,4 +1,4 @@
-"""Conversions against the original libraries, by logits. Run with `pytest -m real`.
+"""Conversions against the original libraries, by logits. Run with `pytest -m peers`.
 
 pyreft and repeng get environments of their own, in minutes; llama.cpp is compiled for longer, and therefore
 only tried where $REFT_EDGE_PEERS names a folder that `benchmarks/runtime/environments.sh` has filled (it is
@@ -6,11 +6,7 @@ looked into for the others, too).
 """
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import gguf
 import numpy as np
@@ -20,55 +16,19 @@ import torch
 from reft_edge.adapter.config import Adapter
 from reft_edge.adapter.file import load_adapter
 from reft_edge.convert.formats import Given, convert
-from reft_edge.steering.hooks import steered
-from reft_edge.steering.interventions import Interventions
+from tests.helpers.peers import TOLERANCE, largest, peer, run, steered_logits
 from tests.helpers.tiny import LAYERS
 from tests.helpers.tiny_gguf import write_gguf
 from tests.helpers.torch_reference import logits, random_adapter
 from tests.peers.llama_cpp_side import ROW
 
 pytestmark = pytest.mark.peers
-ROOT = Path(__file__).parents[2]
-TOLERANCE = 1e-4
 SPEC = "f3+l2"
-
-
-def peer(name: str, folder: Path) -> Path:
-    """The Python of a peer's environment, which is made where $REFT_EDGE_PEERS has none."""
-    given = os.environ.get("REFT_EDGE_PEERS")
-    if given and (Path(given) / name / "bin/python").exists():
-        return Path(given) / name / "bin/python"
-    if name == "llama.cpp":
-        pytest.skip("set REFT_EDGE_PEERS to a folder that benchmarks/runtime/environments.sh filled")
-    subprocess.run([sys.executable, "-m", "venv", folder / name], check=True)
-    site = next((folder / name).rglob("site-packages"))
-    (site / "torch.pth").write_text(str(Path(torch.__file__).parent.parent))  # its 200 MB once
-    subprocess.run(
-        ["sh", ROOT / "benchmarks/runtime/environments.sh", folder, name],
-        check=True,
-        env={**os.environ, "PYTHON": sys.executable},
-    )
-    return folder / name / "bin/python"
 
 
 @pytest.fixture(scope="module")
 def pyreft_python(tmp_path_factory):
     return peer("pyreft", tmp_path_factory.mktemp("peers"))
-
-
-def run(python: Path, script: str, *arguments: object) -> None:
-    command = [python, ROOT / "tests/peers" / script, *arguments]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-def steered_logits(model, adapter, rows):
-    with steered(model, (Interventions.from_adapter(adapter), 1.0)):
-        return [logits(model, row).numpy() for row in rows]
-
-
-def largest(found, expected) -> float:
-    return max(float(np.abs(a - b).max()) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.fixture(scope="module")
