@@ -141,6 +141,7 @@ class FrozenModel:
         """
         from reft_edge.model.encoders import is_encoder
         from reft_edge.training.trainable import interventions_of, new_interventions, trainable
+        from reft_edge.training.triggers import tokenised
 
         self.check_free()
         if is_encoder(self.folder):
@@ -158,6 +159,8 @@ class FrozenModel:
         }
         if adapter is None:
             form = "raw" if raw or self.prompts.template is None else "chat"
+            if positions is not None:
+                settings["positions"] = tokenised(positions, self.prompts)
             new = new_interventions(self.model, self.name, {**settings, "dropout": dropout}, form)
             return trainable(self.model, new)
         if given := [name for name, value in settings.items() if value is not None] + ["raw"] * raw:

@@ -165,8 +165,9 @@ class Batch:
         if row.length == 0:
             self._begin(slot, row)
         if self._bound_prefill is None or self._bound_prefill[0] != slot:
-            length = self._graph.to_device({"reft.prompt_len": np.array([len(ids)], np.int64)})
-            self._bound_prefill = slot, self._cache.bind_prompt(slot, {**row.bound.prompt, **length})
+            own = {**row.bound.gates, "reft.prompt_len": np.array([len(ids)], np.int64)}
+            ports = {**row.bound.prompt, **self._graph.to_device(own)}
+            self._bound_prefill = slot, self._cache.bind_prompt(slot, ports)
         chunk = _CHUNK_BESIDE_OTHERS if self.decoding else PREFILL_CHUNK
         end = part_end(row.length, len(ids), chunk)
         logits = self._bound_prefill[1].step(np.array([ids[row.length : end]], np.int64), [row.length])

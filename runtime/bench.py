@@ -88,11 +88,14 @@ def bench(
             names.append(model.load_adapter(path, f"bench{seed}"))
         vocabulary = model.prompts.tokenizer.get_vocab_size(with_added_tokens=False)
         ids = np.random.default_rng(0).integers(0, vocabulary, settings.prompt_tokens).tolist()
+        for trigger in (span.trigger for span in model.adapters[names[0]].spans if span.trigger is not None):
+            ids[: len(trigger.ids)] = trigger.ids[: len(ids)]
         runs: dict[str | None, list[tuple[float, float]]] = {None: [], names[0]: []}
         for number in range(settings.repeats + 1):
             report(f"round {number} of {settings.repeats}")
             for name, found in runs.items():
-                timed = timed_run(model.graph, model.prepare(name), ids, settings.new_tokens)
+                bound = model.prepare(name).in_prompt(ids)
+                timed = timed_run(model.graph, bound, ids, settings.new_tokens)
                 if number:
                     found.append(timed)
         report("switching adapters")
@@ -126,7 +129,8 @@ def timed_run(graph: GraphSession, bound: Bound, ids: Sequence[int], new_tokens:
     tokens are."""
     cache = graph.take_cache(1, len(ids) + new_tokens)
     started = time.perf_counter()
-    length = graph.to_device({"reft.prompt_len": np.array([len(ids)], np.int64)}) if bound.prompt else {}
+    own = {**bound.gates, "reft.prompt_len": np.array([len(ids)], np.int64)}
+    length = graph.to_device(own) if bound.prompt else {}
     logits = graph.bind(cache, {**bound.prompt, **length}).prefill(np.array([ids], np.int64))
     token = int(logits[0].argmax())
     first = time.perf_counter()

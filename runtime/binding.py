@@ -1,7 +1,7 @@
 """From edits to the inputs of a graph's ports."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NoReturn
 
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reft_edge.adapter.algebra import ACTS, Edit, LayerEdit
-from reft_edge.adapter.positions import UNLIMITED
+from reft_edge.adapter.positions import UNLIMITED, Span
 from reft_edge.errors import ReftEdgeError
 from reft_edge.model.manifest import Manifest
 from reft_edge.model.places import Place
@@ -26,19 +26,38 @@ class Bound:
     """On the first generated token, and on others up to the first of `ends`."""
     edit: Edit | None = None
     """None where nothing acts."""
+    gates: PortInputs = field(default_factory=dict)
+    """What of the prompt's port inputs is `in_prompt`'s own, on the host."""
+    opened: Edit | None = None
+    """`edit` without triggers, `in_prompt`."""
+
+    def in_prompt(self, ids: Sequence[int]) -> "Bound":
+        """The same for a prompt of these tokens, which says where triggers open gates. Raises ReftEdgeError as `decode_edit`
+        does."""
+        if self.edit is None or not self.edit.triggers:
+            return self
+        opened = self.edit.in_prompt(ids)
+        gates = gate_inputs([[gate.span for gate in opened.gates]])
+        whole = [gate.span.after for gate in opened.gates] == [gate.span.after for gate in self.edit.gates]
+        decode = self.decode if whole else decode_edit(opened)
+        return replace(self, decode=decode, gates=gates, opened=opened)
 
     @cached_property
     def ends(self) -> tuple[int, ...]:
         """After how many generated tokens something stops acting, ascending."""
-        gates = () if self.edit is None else self.edit.gates
+        gates = () if self._acting is None else self._acting.gates
         return tuple(sorted({gate.span.after for gate in gates if gate.scale != 0} - {0, UNLIMITED}))
 
     def decode_from(self, before: int) -> "DecodeEdit":
         """What acts on the generated token that has `before` others before it, and on others up to the next of `ends`. Raises
         ReftEdgeError as `decode_edit` does."""
-        if self.edit is None or before < (self.ends or (UNLIMITED,))[0]:
+        if self._acting is None or before < (self.ends or (UNLIMITED,))[0]:
             return self.decode
-        return decode_edit(self.edit, before)
+        return decode_edit(self._acting, before)
+
+    @property
+    def _acting(self) -> Edit | None:
+        return self.edit if self.opened is None else self.opened
 
 
 def fitted(edit: Edit, manifest: Manifest) -> Edit:
@@ -74,30 +93,23 @@ def _refuse_kind(what: str, kind: str, kinds: Sequence[str]) -> NoReturn:
 
 
 def port_inputs(edit: Edit, manifest: Manifest, dtype: np.dtype[np.generic]) -> PortInputs:
-    """The edit as port inputs with adapter_batch 1, floats in the graph's `dtype`.
+    """The edit as port inputs with adapter_batch 1, floats in the graph's `dtype`. Gates with triggers are shut: `gate_inputs`
+    opens them for a prompt.
 
     Raises ReftEdgeError if the edit does not fit the folder, as `fitted` says, if the graph does not know its positions, or if
     `dtype` cannot hold it.
     """
     edit = fitted(edit, manifest)
 
-    def per_gate(numbers: list[float], kind: np.dtype[np.generic]) -> NDArray[np.generic]:
-        return np.array(numbers, kind).reshape(1, 1, -1)
-
     int64 = np.dtype(np.int64)
-    skips = {name: [getattr(gate.span, name) for gate in edit.gates] for name in ("skip_first", "skip_last")}
-    left_out = {f"reft.{name}": per_gate(counts, int64) for name, counts in skips.items() if any(counts)}
-    if missing := sorted(left_out.keys() - set(manifest.ports)):
+    inputs = gate_inputs([[Span() if gate.span.trigger else gate.span for gate in edit.gates]])
+    needed = {*inputs, *(["reft.skip_first"] if edit.triggers else [])}
+    if missing := sorted(needed & {f"reft.{name}" for name in _SKIPS} - set(manifest.ports)):
         raise ReftEdgeError(
-            f"the adapter leaves out tokens of the prompt (positions such as all-f1), for which this folder has no {missing[0]}; "
-            "export the model again"
+            "the adapter leaves out tokens of the prompt (positions such as all-f1, or those of a trigger), for which this folder "
+            f"has no {missing[0]}; export the model again"
         )
-    inputs: PortInputs = left_out | {
-        "reft.first": per_gate([gate.span.first for gate in edit.gates], int64),
-        "reft.last": per_gate([gate.span.last for gate in edit.gates], int64),
-        "reft.after": per_gate([gate.span.after for gate in edit.gates], int64),
-        "reft.scale": per_gate([gate.scale for gate in edit.gates], np.dtype(np.float32)),
-    }
+    inputs["reft.scale"] = np.array([gate.scale for gate in edit.gates], np.float32).reshape(1, 1, -1)
     for place, part in edit.places.items():
         name = place.port
         inputs[f"{name}.A"] = part.A[None]
@@ -113,6 +125,21 @@ def port_inputs(edit: Edit, manifest: Manifest, dtype: np.dtype[np.generic]) -> 
         if len(part.s):
             inputs[f"{place.port}.s_columns"] = np.ascontiguousarray(part.s_gates, np.int64)
     return inputs
+
+
+_COUNTS, _SKIPS = ("first", "last", "after"), ("skip_first", "skip_last")
+GATES = tuple(f"reft.{name}" for name in (*_COUNTS, *_SKIPS))
+"""Ports that say where gates are open; each may have a value for each row."""
+
+
+def gate_inputs(rows: Sequence[Sequence[Span]]) -> PortInputs:
+    """Where the gates of each row are open, `[rows, 1, gates]`; the spans have no triggers. What is left out of prompts is only
+    among them where it is anything."""
+    counts = {
+        name: np.array([[getattr(span, name) for span in spans] for spans in rows], np.int64)[:, None]
+        for name in (*_COUNTS, *_SKIPS)
+    }
+    return {f"reft.{name}": values for name, values in counts.items() if name in _COUNTS or values.any()}
 
 
 def _held(array: NDArray[np.generic], dtype: np.dtype[np.generic]) -> NDArray[np.generic]:

@@ -12,11 +12,12 @@ from reft_edge.adapter.algebra import Edit, concat, scale
 from reft_edge.adapter.config import AdapterConfig
 from reft_edge.adapter.file import AdapterSource
 from reft_edge.adapter.linear import fold
+from reft_edge.adapter.triggers import check_ids
 from reft_edge.errors import ReftEdgeError
 from reft_edge.model.manifest import load_manifest
 from reft_edge.model.prompts import Message, Prompts, choose_format, load_prompts
 from reft_edge.runtime.batch import Batch
-from reft_edge.runtime.binding import Bound, PortInputs, port_inputs
+from reft_edge.runtime.binding import Bound, PortInputs, gate_inputs, port_inputs
 from reft_edge.runtime.constraints import Constraint, Constraints
 from reft_edge.runtime.generation import Generation
 from reft_edge.runtime.int8_cache import open_session
@@ -116,7 +117,7 @@ class SteeredModel:
 
         A name that is loaded already is replaced. Raises AdapterFileError for a malformed file, BaseMismatchError
         for another base model, SignatureError for one that no trusted key signed where that is asked for, ReftEdgeError
-        for a layer without a port or an act_fn that no port carries.
+        for a layer without a port, an act_fn that no port carries, or a trigger of tokens that the model lacks.
         """
         adapter, signature = load_verified(path, self.trusted)
         self.manifest.check_base(adapter.config.base_fingerprint, str(path), adapter.config.base_name)
@@ -124,6 +125,8 @@ class SteeredModel:
             raise ReftEdgeError(f"{path} classifies texts with a head of its own; this model continues text")
         edit = fold(adapter)
         port_inputs(edit, self.manifest, self.graph.dtype)
+        for trigger in edit.triggers:
+            check_ids(trigger, self.prompts.token_limit)
         name = name or Path(path).name.removesuffix(".safetensors")
         with self._lock:
             self._forget(name)
@@ -285,7 +288,11 @@ class SteeredModel:
         chosen = self._chosen(adapter)
         inputs: PortInputs = {}
         if chosen:
-            inputs = port_inputs(self._edit(chosen), self.manifest, self.graph.dtype)
+            edit = self._edit(chosen)
+            inputs = port_inputs(edit, self.manifest, self.graph.dtype)
+            if edit.triggers:
+                prompts = [row[:n] for row, n in zip(rows, lengths, strict=True)]
+                inputs |= gate_inputs([[gate.span.in_prompt(ids) for gate in edit.gates] for ids in prompts])
             inputs["reft.prompt_len"] = np.array(lengths, np.int64)
         return self.graph.score(rows, inputs)
 

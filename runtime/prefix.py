@@ -5,13 +5,14 @@ import weakref
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from reft_edge.adapter.algebra import Edit
-from reft_edge.adapter.positions import active
+from reft_edge.adapter.positions import Span, active
+from reft_edge.adapter.triggers import Tokens
 from reft_edge.runtime.rows import ALIGNMENT, KeysAndValues
 
 _FEW = 16
@@ -156,17 +157,18 @@ class PrefixCache:
                 self._entries.pop(0)
 
 
-Tokens = Sequence[int] | NDArray[np.int64]
-
-
 def shared(before: Tokens, ids: Tokens, edit: Edit | None) -> int:
     """How many tokens at the start of two prompts have the same keys and values: they are the same tokens, and every
-    gate that acts on one of them does so in both prompts, whose lengths may differ."""
+    gate that acts on one of them does so in both prompts, whose lengths may differ, and whose triggers may stand elsewhere."""
     count = min(len(before), len(ids))
     same = np.array(before[:count]) == np.array(ids[:count])
     count = int(same.argmin()) if not same.all() else count
     t = np.arange(count)
     for gate in edit.gates if edit is not None else ():
-        alike = active(gate.span, t, len(before)) == active(gate.span, t, len(ids))
+        alike = _opened(gate.span, t, before) == _opened(gate.span, t, ids)
         count = min(count, int(alike.argmin()) if not alike.all() else count)
     return count
+
+
+def _opened(span: Span, t: NDArray[np.int64], prompt: Tokens) -> Any:
+    return active(span, t, len(prompt), span.start(prompt))

@@ -73,7 +73,7 @@ class Row:
                 "more memory (serve --cache-memory)"
             )
         self.request, self.deliver = request, deliver
-        self.bound, self.progress = bound, progress
+        self.bound, self.progress = bound.in_prompt(request.ids), progress
         most = context if room is None else min(context, room)
         self.limit = answer_limit(len(request.ids), request.max_tokens, most)
         self.sampler = Sampler(request.sampling, request.ids)
@@ -81,7 +81,7 @@ class Row:
         self.length = 0
         """Tokens in the KV cache."""
         self.tokens: list[int] = []
-        self._decode = 0, bound.decode
+        self._decode = 0, self.bound.decode
         self.together = 1
         """The last of them that may run at once: one that was chosen, and those that had to follow."""
         self.lookup: Lookup | None = None

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from reft_edge.errors import ReftEdgeError
 from reft_edge.model.manifest import Manifest
+from reft_edge.runtime.binding import GATES
 from reft_edge.runtime.devices import choose
 from reft_edge.runtime.onnx_runtime import (
     ELEMENT_TYPES,
@@ -368,10 +369,8 @@ def _state(value: Any) -> NDArray[np.generic]:
 
 def _of_row(ports: Mapping[str, NDArray[np.generic]], row: int, rows: int) -> dict[str, NDArray[np.generic]]:
     """What of a batch's port inputs is for one row."""
-    name = "reft.prompt_len"
-    if name not in ports or len(ports[name]) != rows:
-        return dict(ports)
-    return {**ports, name: ports[name][row : row + 1]}
+    own = [name for name in ("reft.prompt_len", *GATES) if name in ports and len(ports[name]) == rows]
+    return {**ports, **{name: ports[name][row : row + 1] for name in own}}
 
 
 def present_name(past: str) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reft_edge.adapter.positions import Span, active
+from reft_edge.adapter.triggers import Trigger
 from reft_edge.errors import ReftEdgeError
 from reft_edge.model.places import Place
 
@@ -102,6 +103,18 @@ class Edit:
         return digest.hexdigest()
 
     @property
+    def triggers(self) -> tuple[Trigger, ...]:
+        """Those of its gates."""
+        return tuple(gate.span.trigger for gate in self.gates if gate.span.trigger is not None)
+
+    def in_prompt(self, prompt: Sequence[int]) -> "Edit":
+        """The same edit for a prompt of these tokens, without triggers: itself where it has none."""
+        if not self.triggers:
+            return self
+        gates = tuple(replace(gate, span=gate.span.in_prompt(prompt)) for gate in self.gates)
+        return replace(self, gates=gates)
+
+    @property
     def on_generated(self) -> bool:
         """Whether any column can be active after the prompt."""
         return any(gate.span.on_generated and gate.scale != 0 for gate in self.gates)
@@ -147,7 +160,8 @@ def subspace(edit: Edit, columns: slice) -> Edit:
 def apply(edit: Edit, place: Place, h: Array, t: NDArray[np.int64], n: int) -> Array:
     """The edited hidden states of one row: the reference that graphs and runtimes are checked against.
 
-    `h [sequence, d]`, `t [sequence]` absolute positions, `n` the prompt's length in tokens.
+    `h [sequence, d]`, `t [sequence]` absolute positions, `n` the prompt's length in tokens. The edit has no triggers
+    (`Edit.in_prompt`).
     """
     part = edit.places.get(place)
     if part is None:

@@ -10,6 +10,7 @@ import numpy as np
 from reft_edge.adapter.algebra import Array, folded_rows
 from reft_edge.adapter.positions import Span, parse_positions
 from reft_edge.adapter.storage import data_bytes, declared
+from reft_edge.adapter.triggers import check_ids
 from reft_edge.errors import AdapterFileError
 from reft_edge.model.places import COMPONENTS, Place
 
@@ -196,7 +197,16 @@ def _check_config(config: AdapterConfig) -> None:
     if not isinstance(config.training, dict):
         raise AdapterFileError("training is not a JSON object")
     spans = parse_positions(config.positions, config.tied)
+    if not config.positions.isprintable():
+        raise AdapterFileError(f"positions {config.positions!r} are not plain text")
+    for trigger in (span.trigger for span in spans if span.trigger is not None):
+        check_ids(trigger)
     _check_head(config)
+    if config.labels and any(span.trigger for span in spans):
+        raise AdapterFileError(
+            f"positions {config.positions!r}: a classifier reads texts, without a prompt that a trigger could stand in; choose "
+            "f, l or all"
+        )
     if config.labels and any(span.on_generated for span in spans):
         raise AdapterFileError(
             f"positions {config.positions!r}: a classifier generates no tokens; drop the part `gen`"

@@ -189,7 +189,13 @@ def pack_adapter(
             f"{adapter_path} has a classification head, which an .onnx_adapter cannot carry; "
             "run it with reft-edge"
         )
-    inputs = port_inputs(scale(fold(adapter), factor), manifest, HOST_TYPES[manifest.float_type])
+    edit = fold(adapter)
+    if triggers := edit.triggers:
+        raise ReftEdgeError(
+            f"{adapter_path} acts {triggers[0]} on, and an .onnx_adapter cannot say this: where it acts depends on each prompt's "
+            "tokens; run it with reft-edge"
+        )
+    inputs = port_inputs(scale(edit, factor), manifest, HOST_TYPES[manifest.float_type])
     packed = ort.AdapterFormat()
     packed.set_adapter_version(1)
     packed.set_model_version(1)

@@ -43,6 +43,10 @@ def to_pyreft(adapter: Adapter, output: Path) -> list[str]:
         raise ReftEdgeError(
             f"pyreft stores no act_fn: its reload would run {config.intervention} with linear in place of {config.act_fn}"
         )
+    if any(span.trigger for span in config.spans):
+        raise ReftEdgeError(
+            f"positions {config.positions}: pyreft has no triggers; it edits places that are told for each prompt"
+        )
     if any(0 < span.after < UNLIMITED for span in config.spans):
         raise ReftEdgeError(
             f"positions {config.positions}: pyreft edits every generated token or none; it cannot stop after the first ones"

@@ -123,11 +123,13 @@ def measure(
         for row in rows:
             n, inputs = _inputs(model, row, device)
             names = [position(t, n) for t in range(inputs["input_ids"].shape[1])]
+            starts = [span.start(inputs["input_ids"][0, :n].tolist()) for span in adapter.config.spans]
             with steering.prompts(torch.tensor([n], device=device)), readable(model, len(names)):
                 output = model(**inputs)
             for layer, relative in edits.items():
                 for t, name in enumerate(names):
-                    if any(bool(active(span, t, n)) for span in adapter.config.spans):
+                    gates = zip(adapter.config.spans, starts, strict=True)
+                    if any(bool(active(span, t, n, start)) for span, start in gates):
                         total, count = sums.get((name, layer), (0.0, 0))
                         sums[name, layer] = (total + float(relative[t]), count + 1)
             if prompts is None:

@@ -13,6 +13,7 @@ from reft_edge.errors import ReftEdgeError
 from reft_edge.files import check_apart, check_place, sha256_of, write_atomically
 from reft_edge.model.blocks import decoder_layers
 from reft_edge.model.fingerprint import fingerprint
+from reft_edge.model.loading import load_model_prompts
 from reft_edge.rows.source import file_of
 from reft_edge.search.page import render
 from reft_edge.search.result import Asked, Check, Tuned
@@ -24,6 +25,7 @@ from reft_edge.training.classification import LabelledTexts
 from reft_edge.training.session import Report, Session
 from reft_edge.training.settings import TrainSettings
 from reft_edge.training.trainer import steps_of
+from reft_edge.training.triggers import tokenised
 
 _PART = 4
 """A whole training takes at most one such part of the budget, unless the user says how long it is."""
@@ -178,7 +180,12 @@ def check_asked(session: Session, asked: Asked) -> None:
 def _space(session: Session, asked: Asked) -> Space:
     layers = len(decoder_layers(session.model))
     generates = not isinstance(session.data, LabelledTexts)
-    return space_for(asked.narrowed, layers, session.model.config.hidden_size, generates)
+    narrowed = asked.narrowed
+    if generates and narrowed.positions:
+        prompts = load_model_prompts(session.folder)
+        specs = tuple(tokenised(spec, prompts) for spec in narrowed.positions)
+        narrowed = dataclasses.replace(narrowed, positions=specs)
+    return space_for(narrowed, layers, session.model.config.hidden_size, generates)
 
 
 def _identity(session: Session, asked: Asked) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache
 
 from reft_edge.adapter.config import Adapter
-from reft_edge.adapter.positions import active
+from reft_edge.adapter.positions import Span, active
+from reft_edge.adapter.triggers import Trigger, check_ids
 from reft_edge.errors import BaseMismatchError, ReftEdgeError
 from reft_edge.model.blocks import component_module, decoder_layers
 from reft_edge.model.fingerprint import fingerprint
@@ -33,17 +34,29 @@ class Steering:
 
     Positions come from the attention mask, so that left and right padding both work. The prompt's length of each
     row is what `prompts` was given, or, in a pass without a KV cache behind it, the row's whole length; later
-    passes (decode steps) keep the lengths of that pass.
+    passes (decode steps) keep the lengths of that pass, and where triggers stood in it.
     """
 
     def __init__(self, model: Any, adapters: Sequence[tuple[Interventions, float]]) -> None:
-        """`adapters`: interventions and the scale of each. Raises ReftEdgeError if a layer does not exist."""
+        """`adapters`: interventions and the scale of each. Raises ReftEdgeError if a layer, or a trigger's token, does not
+        exist."""
         self.adapters = list(adapters)
         self._step: _Step | None = None
         self._off = False
         self._continuing = False
         self._given: Tensor | None = None
         self._lengths: Tensor | None = None
+        self._triggers = list(
+            dict.fromkeys(
+                span.trigger
+                for interventions, _ in self.adapters
+                for span in interventions.config.spans
+                if span.trigger is not None
+            )
+        )
+        for trigger in self._triggers:
+            check_ids(trigger, int(model.get_input_embeddings().num_embeddings))
+        self._starts: dict[Trigger, Tensor] = {}
         blocks = decoder_layers(model)
         for interventions, _ in self.adapters:
             if (
@@ -113,9 +126,8 @@ class Steering:
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._off:
             return
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        if ids is None:
-            ids = kwargs["inputs_embeds"][..., 0]
+        given = kwargs.get("input_ids", args[0] if args else None)
+        ids = kwargs["inputs_embeds"][..., 0] if given is None else given
         cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
         past = cache.get_seq_length() if cache is not None else 0
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
@@ -132,18 +144,48 @@ class Steering:
         ):
             self._lengths = mask.long().sum(dim=1)
         n = self._lengths.to(t.device)[:, None]
+        if self._triggers:
+            self._find_triggers(given, now, past)
         with torch.autocast(ids.device.type, enabled=False):
             weights = [interventions.weights() for interventions, _ in self.adapters]
         self._step = _Step(
             weights=weights,
             tokens=[
                 [
-                    (active(span, t, n) & now).flatten().nonzero().squeeze(1)
+                    (active(span, t, n, self._start(span)) & now).flatten().nonzero().squeeze(1)
                     for span in interventions.config.spans
                 ]
                 for interventions, _ in self.adapters
             ],
         )
+
+    def _start(self, span: Span) -> Tensor | None:
+        return None if span.trigger is None else self._starts[span.trigger]
+
+    def _find_triggers(self, ids: Tensor | None, now: Tensor, past: int) -> None:
+        """Where each trigger starts in the rows' prompts, `[batch, 1]`; passes behind a KV cache keep what the first one found.
+
+        Raises ReftEdgeError where the prompts' tokens are not all in one pass.
+        """
+        if past:
+            if not self._starts or any(len(start) != len(now) for start in self._starts.values()):
+                raise ReftEdgeError(
+                    f"the adapter acts {self._triggers[0]} on, and the prompts began in an earlier pass; give each prompt's "
+                    "tokens in one pass, without a KV cache behind it"
+                )
+            return
+        if ids is None:
+            raise ReftEdgeError(
+                f"the adapter acts {self._triggers[0]} on, which is looked for in input_ids; inputs_embeds have no tokens"
+            )
+        assert self._lengths is not None
+        prompts = [
+            row[real][:n] for row, real, n in zip(ids.cpu(), now.cpu(), self._lengths.tolist(), strict=True)
+        ]
+        self._starts = {
+            trigger: torch.tensor([[trigger.start(prompt.numpy())] for prompt in prompts], device=now.device)
+            for trigger in self._triggers
+        }
 
     def _hook(self, place: Place) -> Any:
         def edit(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

@@ -86,12 +86,27 @@ def check_positions(rows: Sequence[Example], positions: str, tied: bool) -> tupl
     """Notices on rows, and on positions, at which nothing is edited. Raises ReftEdgeError if no row has any to learn from."""
     spans = parse_positions(positions, tied)
     # The last token of a completion is predicted, but never read.
-    lengths = Counter((len(row.prompt), len(row.prompt) + len(row.completion) - 1) for row in rows)
+    shapes = Counter(
+        (
+            len(row.prompt),
+            len(row.prompt) + len(row.completion) - 1,
+            tuple(span.start(row.prompt) for span in spans),
+        )
+        for row in rows
+    )
     open_at = {
-        (n, end): [any(bool(active(span, t, n)) for t in _edges(span, n, end)) for span in spans]
-        for n, end in lengths
+        (n, end, starts): [
+            any(bool(active(span, t, n, start)) for t in _edges(span, n, end, start))
+            for span, start in zip(spans, starts, strict=True)
+        ]
+        for n, end, starts in shapes
     }
-    idle = sum(count for key, count in lengths.items() if not any(open_at[key]))
+    idle = sum(count for key, count in shapes.items() if not any(open_at[key]))
+    if idle == len(rows) and all(span.trigger for span in spans):
+        raise ReftEdgeError(
+            f"nothing can be learnt: in none of the {len(rows):,} rows does the prompt have the tokens of {positions} with "
+            "something to edit behind them"
+        )
     if idle == len(rows):
         raise ReftEdgeError(
             f"nothing can be learnt: in none of the {len(rows):,} rows do the positions {positions} edit a token; fN and lN "
@@ -112,7 +127,7 @@ def check_positions(rows: Sequence[Example], positions: str, tied: bool) -> tupl
     return tuple(told if idle else told[1:])
 
 
-def _edges(span: Span, n: int, end: int) -> Iterable[int]:
+def _edges(span: Span, n: int, end: int, start: int) -> Iterable[int]:
     """Tokens among which a gate that is open somewhere is open: the first and last of the prompt that are not left out, the
     next."""
-    return [t for t in {span.skip_first, n - 1 - span.skip_last, n} if 0 <= t < end]
+    return [t for t in {max(span.skip_first, start), n - 1 - span.skip_last, n} if 0 <= t < end]

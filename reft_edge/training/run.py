@@ -202,13 +202,13 @@ def _checked_rows(
         if isinstance(part, LabelledTexts):
             check_tokens(model, [row.tokens.ids for row in part.examples])
         elif part is not None:
-            check_tokens(model, [(*row.prompt, *row.completion) for row in _answers(part)])
+            check_tokens(model, [(*row.prompt, *row.completion) for row in answers_of(part)])
     if isinstance(data, LabelledTexts):
         return ()
-    return check_positions(_answers(data), settings.positions, settings.tied)
+    return check_positions(answers_of(data), settings.positions, settings.tied)
 
 
-def _answers(data: Dataset | Preferences) -> list[Example]:
+def answers_of(data: Dataset | Preferences) -> list[Example]:
     """Of a pair, both."""
     if isinstance(data, Dataset):
         return data.examples

@@ -26,9 +26,10 @@ from reft_edge.training.objectives import Data
 from reft_edge.training.output import checkpoint_of, training_to
 from reft_edge.training.preference import load_preferences
 from reft_edge.training.recipes import recipe as recipe_options
-from reft_edge.training.run import train
+from reft_edge.training.run import answers_of, train
 from reft_edge.training.settings import PLAIN, Execution, StepReport, TrainResult, TrainSettings, of_kind
 from reft_edge.training.trackers import Trackers, trackers
+from reft_edge.training.triggers import check_triggers, tokenised
 
 Report = Callable[[str], None]
 Working = Callable[[str], AbstractContextManager[None]]
@@ -181,7 +182,11 @@ def read_session(
     prompt_format = "raw" if wanted.raw or classifies or prompts.template is None else "chat"
     pooling = (settings.get("pooling") or default_pooling(folder)) if classifies else ""
     chosen = TrainSettings(**{**settings, "prompt_format": prompt_format, "pooling": pooling})
+    if not classifies:
+        chosen = dataclasses.replace(chosen, positions=tokenised(chosen.positions, prompts))
     data, evaluation = _read(wanted, task, folder, prompts, prompt_format, report, working)
+    if not isinstance(data, LabelledTexts):
+        check_triggers(answers_of(data), chosen.positions, chosen.tied, prompts)
     return Session(wanted, folder, data, evaluation, chosen, **told)
 
 

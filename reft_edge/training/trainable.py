@@ -206,7 +206,9 @@ class Trainable(nn.Module):
             before = before & mask[:, -labels.shape[1] :].bool().to(before.device)
         lengths = before.long().sum(dim=1)
         config = self.interventions.config
-        if not bool(lengths.any()) and not any(span.on_generated for span in config.spans):
+        if not bool(lengths.any()) and not any(
+            span.on_generated and not span.trigger for span in config.spans
+        ):
             raise ReftEdgeError(
                 f"the labels leave no row a prompt, so that the positions {config.positions} edit nothing: give prompts "
                 "the label -100 (in TRL: rows of prompt and completion, or assistant_only_loss=True), or train at "

@@ -227,7 +227,10 @@ function checkConfig(config: JsonObject): asserts config is JsonObject & Adapter
   const poolings = (labels as string[]).length > 0 ? ["cls", "mean"] : [""];
   expect("pooling", poolings.includes(config.pooling as string), poolings.join(" or ") || "no pooling without labels");
   expect("positions", typeof config.positions === "string", "text");
-  parsePositions(config.positions as string, config.tied as boolean);
+  const spans = parsePositions(config.positions as string, config.tied as boolean);
+  expect("positions", isPlainText(config.positions, 0, Infinity), "plain text");
+  const triggers = spans.filter(({ trigger }) => trigger !== null);
+  expect("positions", triggers.every(({ trigger }) => trigger!.ids.length > 0), "token ids behind each text of a trigger");
 }
 
 function isPlainText(value: unknown, least: number, most: number): boolean {

@@ -1,6 +1,6 @@
 import { type Adapter, type AdapterConfig, adapterSpans } from "./adapter";
 import { ReftEdgeError } from "./errors";
-import type { Span } from "./positions";
+import { inPrompt, type Span } from "./positions";
 
 /** Activations that ports carry, as `reft_edge/adapter/algebra.py` numbers them. */
 export const ACTS = ["linear", "relu", "gelu", "silu", "tanh", "sigmoid"];
@@ -69,6 +69,16 @@ export function fold({ config, tensors }: Adapter): Edit {
     places.set(portName(layer, config.component), parts.reduce((left, right) => join(left, right, d)));
   });
   return { hiddenSize: d, gates, places };
+}
+
+/** Whether it depends on a prompt's tokens where the edit acts. */
+export function hasTrigger(edit: Edit): boolean {
+  return edit.gates.some(({ span }) => span.trigger !== null);
+}
+
+/** The same edit for a prompt of these tokens, without triggers. */
+export function editInPrompt(edit: Edit, prompt: number[]): Edit {
+  return { ...edit, gates: edit.gates.map((gate) => ({ ...gate, span: inPrompt(gate.span, prompt) })) };
 }
 
 interface Rows {

@@ -1,7 +1,7 @@
 import type * as ort from "onnxruntime-common";
 
 import { type AdapterConfig, readAdapter } from "./adapter";
-import { concat, type Edit, fold, onGenerated, scale } from "./algebra";
+import { concat, type Edit, editInPrompt, fold, hasTrigger, onGenerated, scale } from "./algebra";
 import { ReftEdgeError } from "./errors";
 import type { Folder, Progress } from "./folder";
 import { loadManifest, type Manifest } from "./manifest";
@@ -143,8 +143,8 @@ export class SteeredModel {
    * Raises ReftEdgeError for an unknown adapter, or a prompt that is empty or leaves no room in the context.
    */
   async *stream(prompt: string | Message[], options: StreamOptions = {}): Generation {
-    const bound = this.bind(options.adapters ?? {});
     const ids = this.encode(prompt, options);
+    const bound = this.bind(options.adapters ?? {}, ids);
     const room = this.manifest.context_length - ids.length;
     if (ids.length === 0) throw new ReftEdgeError("the prompt is empty; give at least one token");
     if (room < 1) {
@@ -207,7 +207,7 @@ export class SteeredModel {
 
   /** Logits `[vocabulary]` after a row of tokens, all of them prompt. */
   async logits(ids: number[], adapters: Record<string, number> = {}): Promise<Float32Array> {
-    return this.graph.run(ids, this.graph.emptyCache(), this.bind(adapters).prompt, ids.length);
+    return this.graph.run(ids, this.graph.emptyCache(), this.bind(adapters, ids).prompt, ids.length);
   }
 
   /** Give the session's memory back; the model cannot be used any more. */
@@ -227,7 +227,7 @@ export class SteeredModel {
     return format === undefined ? !this.prompts.hasTemplate : format === "raw";
   }
 
-  private bind(adapters: Record<string, number>): Bound {
+  private bind(adapters: Record<string, number>, ids: number[]): Bound {
     const acting = Object.entries(adapters).filter(([name, factor]) => {
       this.find(name);
       if (!Number.isFinite(factor)) {
@@ -236,9 +236,11 @@ export class SteeredModel {
       return factor !== 0;
     });
     if (acting.length === 0) return { prompt: this.nothing, decode: this.nothing };
-    const key = JSON.stringify(acting);
+    const triggered = acting.some(([name]) => hasTrigger(this.find(name).edit));
+    const key = JSON.stringify(triggered ? [acting, ids] : acting);
     if (this.lastBound?.key !== key) {
-      const edit = concat(acting.map(([name, factor]) => scale(this.find(name).edit, factor)));
+      const together = concat(acting.map(([name, factor]) => scale(this.find(name).edit, factor)));
+      const edit = editInPrompt(together, ids);
       const prompt = this.graph.bind(portInputs(edit, this.manifest, this.graph.emptyRank));
       this.lastBound = { key, bound: { prompt, decode: onGenerated(edit) ? prompt : this.nothing } };
     }

@@ -1,6 +1,7 @@
-import { ACTS, type Edit } from "./algebra";
+import { ACTS, type Edit, hasTrigger } from "./algebra";
 import { ReftEdgeError } from "./errors";
 import type { Manifest } from "./manifest";
+import { inPrompt } from "./positions";
 
 /** A value for a graph's input, row-major. */
 export interface PortValue {
@@ -28,7 +29,7 @@ export function emptyPorts(manifest: Manifest, rank = 0): PortInputs {
 
 /**
  * Every port's value under an edit, with adapter_batch 1 (`reft_edge/runtime/binding.py`); `emptyRank` is that of
- * places where nothing acts.
+ * places where nothing acts. Gates with triggers are shut: `editInPrompt` opens them.
  *
  * Raises ReftEdgeError if the edit is for another hidden size, a place without a port of its kind, or positions that the graph does not
  * know.
@@ -50,16 +51,18 @@ export function portInputs(edit: Edit, manifest: Manifest, emptyRank = 0): PortI
   checkKinds(edit, manifest);
   const inputs = emptyPorts(manifest, emptyRank);
   const perGate = [1, 1, edit.gates.length];
+  const spans = edit.gates.map(({ span }) => (span.trigger === null ? span : inPrompt(span, [])));
   for (const name of ["first", "last", "after"] as const) {
-    inputs.set(`reft.${name}`, { data: int64(edit.gates.map((gate) => gate.span[name])), shape: perGate });
+    inputs.set(`reft.${name}`, { data: int64(spans.map((span) => span[name])), shape: perGate });
   }
   for (const name of ["skip_first", "skip_last"] as const) {
-    const counts = edit.gates.map((gate) => gate.span[name]);
+    const counts = spans.map((span) => span[name]);
     if (Object.hasOwn(manifest.ports, `reft.${name}`)) {
       inputs.set(`reft.${name}`, { data: int64(counts), shape: perGate });
-    } else if (counts.some((count) => count > 0)) {
+    } else if (counts.some((count) => count > 0) || hasTrigger(edit)) {
       throw new ReftEdgeError(
-        `the adapter leaves out tokens of the prompt (positions such as all-f1), for which this folder has no reft.${name}; ` +
+        "the adapter leaves out tokens of the prompt (positions such as all-f1, or those of a trigger), for which this folder " +
+          `has no reft.${name}; ` +
           "export the model again",
       );
     }

@@ -35,6 +35,8 @@ SPECS = (
     "f7+l7|all+gen", "all|f1", "f3 | l2", "f1|f1", "f1||l1",
     "", "f0", "l", "f7+f8", "all+f1", "gen+gen", "gen+gen2", "gen0", "all3", "gen-f1", "all-f0", "all-gen", "all-f1-f2", "all-", "f3-f3", "l2-l3",
     "f12345678", "x3", "F7", "f7+", "f٣",
+    'from:"<tool>"[27,5]', "from:[0]-l2", 'f3|from:"a+b|c from:\\"x\\""[1, 2]-f1-l2|from: "ü\\n"', 'from:"x"', "from:", 'from:"x"+f3', 'from:"x"5',
+    "from:0;", "from:[]", "from:[-1]", "from:[4294967296]", 'from:"\\ud800"', 'from:"x"|from:"x"', f"from:[{'1,' * 64}1]", f'from:"{"x" * 201}"',
 )  # fmt: skip
 NUMBERS = (
     0,
@@ -93,6 +95,7 @@ def good_adapters(manifest: Manifest) -> dict[str, AdapterConfig]:
         found[f"{name}-{act}"] = config(manifest, intervention=name, act_fn=act, add_bias=name == "noreft")
     found["tied"] = config(manifest, tied=True, positions="f3+l2")
     found["bias"] = config(manifest, intervention="noreft", add_bias=True, positions="all+gen")
+    found["trigger"] = config(manifest, positions='from:"tool+|"[5,6]-l1|f1')
     found["one-layer"] = config(manifest, layers=(1,), rank=3, positions="l4", base_name="Ein Modell, größer")
     return found
 
@@ -255,7 +258,11 @@ def refusal(model: SteeredModel, path: Path) -> str:
 
 def spans(spec: str, tied: bool) -> dict[str, Any]:
     try:
-        return {"spec": spec, "tied": tied, "spans": [vars(span) for span in parse_positions(spec, tied)]}
+        return {
+            "spec": spec,
+            "tied": tied,
+            "spans": [dataclasses.asdict(span) for span in parse_positions(spec, tied)],
+        }
     except ReftEdgeError as error:
         return {"spec": spec, "tied": tied, "error": str(error)}
 
