@@ -25,25 +25,30 @@ def reft_edge(job: Job, report: Report) -> None:
 
     from reft_edge.adapter.file import load_adapter
     from reft_edge.model.loading import load_model
+    from reft_edge.model.packed_base import load_halved
     from reft_edge.model.source import ModelFolder
     from reft_edge.steering.hooks import steered
     from reft_edge.steering.interventions import Interventions
     from reft_edge.training.data import Dataset
     from reft_edge.training.frozen_base import compiled, frozen
-    from reft_edge.training.settings import StepReport, TrainSettings
+    from reft_edge.training.passes import Passes
+    from reft_edge.training.settings import Execution, StepReport, TrainSettings
     from reft_edge.training.trainer import Trainer
     from reft_edge.training.turns import Example
 
     torch.set_num_threads(job["threads"])
-    model = load_model(ModelFolder(Path(job["model"]), "model"))
     settings = TrainSettings(**job["settings"])
+    load = load_halved if settings.dtype == "bf16" else load_model
+    model = load(ModelFolder(Path(job["model"]), "model"))
     rows = Dataset([Example(tuple(prompt), tuple(completion)) for prompt, completion in job["rows"]], 0, "")
     interventions = Interventions.from_adapter(load_adapter(Path(job["adapter"])))
-    trainer = Trainer(model, interventions, settings, rows, torch.device("cpu"))
+    passes = Passes(model, interventions, rows, settings, Execution(compile=job["compiled"]))
+    trainer = Trainer(model, interventions, settings, rows, torch.device("cpu"), logits=passes)
     clock = Clock(report)
     with (
         frozen(model, trainer.autocast),
         compiled(model) if job["compiled"] else nullcontext(),
+        passes.attached(),
         steered(model, (trainer.interventions, 1.0)) as steering,
     ):
         clock.wait()
