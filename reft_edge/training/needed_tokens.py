@@ -1,4 +1,6 @@
-"""Work on tokens alone that matter: MLPs leave padding out, and in the last block only tokens with a label have a query."""
+"""Work on tokens alone that matter: matrix products leave padding out, and in the last block only tokens with a label have
+a query.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,13 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from reft_edge.errors import ReftEdgeError
 from reft_edge.model.blocks import component_module, decoder_layers
+from reft_edge.model.packed import PackedLinear
 from reft_edge.training.replaced_forwards import replaced_forwards
 
 _PADDING = 0.05
 """Share of padding from which it is left out: gathering the other tokens costs something, too."""
+_LINEAR = (nn.Linear, PackedLinear, Conv1D)
 _QUERIES = ("q_proj", "o_proj", "dense", "out_proj")
 """Parts of an attention that work on each query by itself."""
 
@@ -46,9 +51,9 @@ class NeededTokens:
         """Inside the block, the model works so."""
         blocks = list(decoder_layers(model))
         some = (
-            (module, self._only(module, block is blocks[-1]))
+            (module, self._only(module, of_labels))
             for block in blocks
-            for module in _by_token(block, block is blocks[-1])
+            for module, of_labels in _by_token(block, block is blocks[-1])
         )
         try:
             with replaced_forwards(some):
@@ -56,11 +61,11 @@ class NeededTokens:
         finally:
             self.nothing()
 
-    def _only(self, module: nn.Module, last: bool) -> Any:
+    def _only(self, module: nn.Module, of_labels: bool) -> Any:
         forward = module.forward
 
         def some(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            tokens = self._needed.labelled if last else self._needed.real
+            tokens = self._needed.labelled if of_labels else self._needed.real
             if tokens is None:
                 return forward(x, *args, **kwargs)
             output = forward(x.flatten(0, 1).index_select(0, tokens)[None], *args, **kwargs)
@@ -71,20 +76,19 @@ class NeededTokens:
         return some
 
 
-def _by_token(block: nn.Module, last: bool) -> list[nn.Module]:
-    """Parts of a block that do the same with each token by itself."""
-    found = []
-    for component in ("mlp", "attention") if last else ("mlp",):
+def _by_token(block: nn.Module, last: bool) -> Iterator[tuple[nn.Module, bool]]:
+    """Parts of a block that do the same with each token by itself, and whether only labels depend on them."""
+    for component in ("mlp", "attention"):
         try:
             part = component_module(block, component)
         except ReftEdgeError:
             continue
-        found += (
-            [part]
-            if component == "mlp"
-            else [module for name, module in part.named_children() if name in _QUERIES]
-        )
-    return found
+        if component == "mlp":
+            yield part, last
+            continue
+        for name, module in part.named_children():
+            if isinstance(module, _LINEAR):
+                yield module, last and name in _QUERIES
 
 
 def _spread(output: Tensor, tokens: Tensor, x: Tensor) -> Tensor:
