@@ -33,7 +33,7 @@ class Passes:
 
     - Tokens with which all rows of a batch begin are run once (`shared_prefix`), unless the adapter has a trigger.
     - Hidden states below the lowest edit are kept from one epoch to the next (`kept_states`).
-    - MLPs leave padding out, and the last block what has no label (`needed_tokens`).
+    - Matrix products leave padding out, and the last block what has no label (`needed_tokens`).
 
     On the first batch the logits are held against those of a plain pass: a model for which an idea does not hold is trained
     without them.
