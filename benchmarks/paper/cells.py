@@ -10,16 +10,19 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
 
+import encoders
 import numpy as np
 import torch
-from breadth import BASE, METHODS, Study
-from likeness import likeness, packaged_minilm
-from table import drawn, encoded, generated, options
+from breadth import BASE, DECODERS, ENCODERS, Comparison, Study
+from likeness import likeness
+from minilm import packaged_minilm
+from table import Method, drawn, encoded, generated, options
 from tasks import Task, completion, load
-from worker import OPEN, Adapted, greedy, mean_likelihoods, trained
+from worker import OPEN, Adapted, Job, OnStep, greedy, mean_likelihoods, trained
 
 from reft_edge.evaluation.answering import judge
 from reft_edge.evaluation.tasks import Question
+from reft_edge.model.encoders import default_pooling, is_encoder, load_encoder
 from reft_edge.model.loading import load_model, load_model_prompts
 from reft_edge.model.prompts import Prompts
 from reft_edge.model.source import ModelFolder
@@ -41,6 +44,9 @@ class _Process:
     model: Any
     prompts: Prompts
     folder: Path
+    comparison: Comparison
+    pooling: str
+    """Of an encoder."""
     studies: dict[str, dict[str, Any]]
     dtype: str
     work: Path
@@ -98,7 +104,10 @@ def begin(folder: str, device: str, dtype: str, threads: int, prepared: str, wor
     torch.set_num_threads(threads)
     _Process.folder = Path(folder)
     source = ModelFolder(_Process.folder, _Process.folder.name)
-    _Process.model = load_model(source).to(device)
+    encoder = is_encoder(source)
+    _Process.comparison = ENCODERS if encoder else DECODERS
+    _Process.pooling = default_pooling(source) if encoder else ""
+    _Process.model = (load_encoder if encoder else load_model)(source).to(device)
     _Process.prompts = load_model_prompts(source)
     _Process.studies = json.loads(Path(prepared).read_text(encoding="utf-8"))
     _Process.dtype, _Process.work, _Process.batch = dtype, Path(work), batch
@@ -107,7 +116,7 @@ def begin(folder: str, device: str, dtype: str, threads: int, prepared: str, wor
 def make(cell: Cell) -> dict[str, Any]:
     """Train and test; what a line of the results says but for the cell itself."""
     started = time.perf_counter()
-    study, method = _Process.studies[cell.study], METHODS.get(cell.method, BASE)
+    study, method = _Process.studies[cell.study], _Process.comparison.all_methods[cell.method]
     settings = TrainSettings(lr=cell.lr or 1.0, max_steps=study["steps"])
     adapter = _Process.work / f"{os.getpid()}.safetensors"
     job = {
@@ -120,13 +129,13 @@ def make(cell: Cell) -> dict[str, Any]:
         "lr": cell.lr,
         "train": {
             "rows": study["rows"],
-            "batches": drawn(cell.seed, len(study["rows"]), study["batch_size"], study["steps"]),
+            "batches": batches(study, cell.seed),
             "rates": [cell.lr * rate(settings, step, study["steps"]) for step in range(study["steps"])],
         },
     }
     losses: list[float] = []
     model = _Process.model
-    adapted = OPEN["base"](job, model) if method is BASE else trained(job, model, losses.append)
+    adapted = adapted_by(method, job, losses.append)
     trained_for = time.perf_counter() - started
     try:
         scores = {name: score(adapted, test) for name, test in study["tests"].items()}
@@ -145,10 +154,26 @@ def make(cell: Cell) -> dict[str, Any]:
     }
 
 
+def batches(study: dict[str, Any], seed: int) -> list[list[int]]:
+    """Row numbers of every step."""
+    if _Process.pooling:
+        return encoders.batches(study, seed)
+    return drawn(seed, len(study["rows"]), study["batch_size"], study["steps"])
+
+
+def adapted_by(method: Method, job: Job, on_step: OnStep) -> Adapted:
+    if _Process.pooling:
+        return encoders.trained(job, _Process.model, _Process.pooling, on_step)
+    return OPEN["base"](job, _Process.model) if method is BASE else trained(job, _Process.model, on_step)
+
+
 def score(adapted: Adapted, test: dict[str, Any]) -> dict[str, Any]:
     """`right`: a 1 or 0 for each question; `likelihood`: nats a token of each completion; or `answers`, their `likeness` to
     the references, and their `lengths` in characters.
     """
+    if "labelled" in test:
+        answers = encoders.answered(adapted, test["labelled"], _Process.batch, _Process.dtype)
+        return {"right": "".join(str(int(right)) for right in answers)}
     if "references" in test:
         found = greedy(adapted, test["asked"], 4 * _Process.batch)
         texts = [_Process.prompts.decode(ids).strip() for ids in found]
@@ -156,11 +181,11 @@ def score(adapted: Adapted, test: dict[str, Any]) -> dict[str, Any]:
         return {"likeness": alike, "lengths": [len(text) for text in texts], "answers": texts}
     if "asked" in test:
         texts = [_Process.prompts.decode(ids) for ids in greedy(adapted, test["asked"], 4 * _Process.batch)]
-        found = [
+        judged = [
             judge("number", Question(row, "", expected), text).right
             for row, (expected, text) in enumerate(zip(test["expected"], texts, strict=True))
         ]
-        return {"right": "".join(str(int(right)) for right in found)}
+        return {"right": "".join(str(int(right)) for right in judged)}
     if test["answers"] is None:
         likelihoods = mean_likelihoods(adapted, test["questions"])
         return {"likelihood": [round(likelihood, 4) for (likelihood,) in likelihoods]}

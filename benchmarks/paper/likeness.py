@@ -9,7 +9,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from sst2_encoder import packaged_minilm, pooled_vectors
+from minilm import packaged_minilm
+from sst2_encoder import pooled_vectors
 
 from reft_edge.model.encoders import default_pooling, load_encoder, load_text_tokens
 from reft_edge.model.source import resolve_model

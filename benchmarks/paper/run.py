@@ -15,56 +15,75 @@ import json
 import multiprocessing
 import os
 import statistics
+import sys
 import tempfile
 import time
+from collections.abc import Collection
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from breadth import BASE, METHODS, STUDIES, Method, Study, missing
-from cells import Cell, begin, make, prepare
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import encoders
+from breadth import DECODERS, ENCODERS, Comparison, Method, Study, missing
+from cells import Cell, begin, make, prepare
+from minilm import packaged_minilm
+
+from reft_edge.model.encoders import is_encoder
 from reft_edge.model.loading import load_model_prompts
-from reft_edge.model.source import resolve_model
+from reft_edge.model.source import ModelFolder, resolve_model
 
 RESULTS = Path(__file__).parent / "results"
+MINILM = "minilm"
 Line = dict[str, Any]
 
 
 class Plan:
     """The cells that are wanted, the most valuable first, and the lines of those that are there."""
 
-    def __init__(self, lines: list[Line], studies: list[str], methods: list[Method], seeds: int) -> None:
+    def __init__(
+        self,
+        lines: list[Line],
+        compared: Comparison,
+        studies: list[str],
+        methods: list[Method],
+        seeds: int,
+    ) -> None:
         self.done = {cell_of(line): line for line in lines}
-        self.studies, self.methods, self.seeds = studies, methods, seeds
+        self.compared, self.studies, self.methods, self.seeds = compared, studies, methods, seeds
         self.failed: set[Cell] = set()
 
     def rates(self, study: str, method: Method) -> tuple[float, ...]:
         """Those to train with: the chosen one, where its search is over or was made on another study; none yet if not."""
-        searched = STUDIES[study].searched
+        searched = self.compared.studies[study].searched
         tried = {rate: Cell(searched, method.name, rate, 0) for rate in method.rates}
         open_ones = [
             rate for rate, cell in tried.items() if cell not in self.done and cell not in self.failed
         ]
-        if open_ones or method is BASE:
+        if open_ones or method is self.compared.base:
             return method.rates if study == searched else ()
         found = {rate: dev_score(self.done[cell]) for rate, cell in tried.items() if cell in self.done}
         return (max(found, key=lambda rate: found[rate]),) if found else ()
 
     def wanted(self) -> list[Cell]:
         """Cells that can be made now."""
-        searches = [name for name in self.studies if STUDIES[name].searched == name]
+        searches = [name for name in self.studies if self.compared.studies[name].searched == name]
         rounds = [(name, 0) for name in searches]
         rounds += [(name, 0) for name in self.studies if name not in searches]
         rounds += [(name, seed) for seed in range(1, self.seeds) for name in self.studies]
-        cells = [Cell(name, BASE.name, 0.0, 0) for name in self.studies]
+        base = self.compared.base
+        cells = [Cell(name, base.name, 0.0, 0) for name in self.studies] if base else []
         for name, seed in rounds:
+            by_method = []
             for method in self.methods:
                 rates = self.rates(name, method)
-                if seed and len(rates) > 1:
-                    continue
-                cells += [Cell(name, method.name, rate, seed) for rate in rates]
+                if not seed or len(rates) == 1:
+                    by_method.append([Cell(name, method.name, rate, seed) for rate in rates])
+            # the likeliest rate of every method before any second one
+            cells += [cell for row in zip_longest(*by_method) for cell in row if cell]
         return [cell for cell in cells if cell not in self.done and cell not in self.failed]
 
 
@@ -112,12 +131,28 @@ def searches(path: Path, model: str, studies: list[str]) -> list[Line]:
     return [line for line in read_lines(own) if line["study"] not in studies]
 
 
-def check_searches(studies: list[str], lines: list[Line]) -> None:
+def check_searches(compared: Comparison, studies: list[str], lines: list[Line]) -> None:
     """Raise SystemExit if a study takes its learning rates from one that is neither asked for nor in the file."""
     there = {*studies, *(line["study"] for line in lines)}
     for name in studies:
-        if (searched := STUDIES[name].searched) not in there:
+        if (searched := compared.studies[name].searched) not in there:
             raise SystemExit(f"{name} takes the learning rates of {searched}: add it to --studies")
+
+
+def named(kind: str, given: list[str] | None, known: Collection[str]) -> list[str]:
+    """Those that are asked for. Raises SystemExit for one that this kind of model does not have."""
+    for name in given or ():
+        if name not in known:
+            raise SystemExit(f"{name} is none of this model's {kind}: {', '.join(known)}")
+    return list(given or known)
+
+
+def prepared(data: Path, studies: dict[str, Study], folder: ModelFolder) -> dict[str, Any]:
+    """Rows as token ids, by study."""
+    if is_encoder(folder):
+        return {name: encoders.prepare(data, study.task, folder) for name, study in studies.items()}
+    prompts = load_model_prompts(folder)
+    return {name: prepare(data, study, prompts) for name, study in studies.items()}
 
 
 def append(path: Path, line: Line) -> None:
@@ -163,12 +198,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("data", type=Path)
-    parser.add_argument("--model", default="smollm2")
+    parser.add_argument(
+        "--model", default="smollm2", help="smollm2, gemma3-270m, minilm (an encoder), or another's folder"
+    )
     parser.add_argument(
         "--results", type=Path, help="a file of lines; by default results/MODEL.jsonl beside this script"
     )
-    parser.add_argument("--studies", nargs="+", default=list(STUDIES), choices=list(STUDIES))
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--studies", nargs="+", help="by default all of the model's kind")
+    parser.add_argument("--methods", nargs="+", help="by default all of the model's kind")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="bf16", choices=("fp32", "bf16"), help="of the trainings' base")
@@ -178,16 +215,17 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="a few steps and rows of everything")
     given = parser.parse_args()
 
-    methods = [METHODS[name] for name in given.methods]
+    folder = resolve_model(packaged_minilm() if given.model == MINILM else given.model)
+    compared = ENCODERS if is_encoder(folder) else DECODERS
+    names = named("studies", given.studies, compared.studies)
+    methods = [compared.methods[name] for name in named("methods", given.methods, compared.methods)]
     for method in methods:
         if why := missing(method):
             print(f"{method.title} is left out: {why}", flush=True)
     methods = [method for method in methods if not missing(method)]
-    folder = resolve_model(given.model)
     path = given.results or results_of(given.model)
-    prompts = load_model_prompts(folder)
-    tasks = {name: small(STUDIES[name]) if given.smoke else STUDIES[name] for name in given.studies}
-    studies = {name: prepare(given.data, study, prompts) for name, study in tasks.items()}
+    tasks = {name: small(compared.studies[name]) if given.smoke else compared.studies[name] for name in names}
+    studies = prepared(given.data, tasks, folder)
     said: dict[str, Line] = {
         name: {
             "model": given.model,
@@ -203,14 +241,14 @@ def main() -> None:
             raise SystemExit(
                 f"{path} has cells of {line['study']} from other rows; give another file with --results"
             )
-    lines += searches(path, given.model, given.studies)
-    check_searches(given.studies, lines)
-    plan = Plan(lines, given.studies, methods, given.seeds)
+    lines += searches(path, given.model, names)
+    check_searches(compared, names, lines)
+    plan = Plan(lines, compared, names, methods, given.seeds)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as work:
-        prepared = Path(work) / "studies.json"
-        prepared.write_text(json.dumps(studies), encoding="utf-8")
-        start = (str(folder.path), given.device, given.dtype, given.threads, str(prepared), work, given.batch)
+        rows = Path(work) / "studies.json"
+        rows.write_text(json.dumps(studies), encoding="utf-8")
+        start = (str(folder.path), given.device, given.dtype, given.threads, str(rows), work, given.batch)
         os.environ["OMP_NUM_THREADS"] = str(given.threads)
         with ProcessPoolExecutor(given.workers, multiprocessing.get_context("spawn"), begin, start) as pool:
             run(plan, pool, given.workers, said, path)

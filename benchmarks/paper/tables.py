@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from breadth import BASE, METHODS, STUDIES, Study
+from breadth import DECODERS, ENCODERS, Comparison, Study
 from run import RESULTS, dev_score, read_lines
 from table import fill
 from tasks import Task
@@ -33,6 +33,10 @@ class Found:
     seeds: tuple[int, ...]
 
 
+Cells = dict[tuple[str, str], Found]
+"""By method and test."""
+
+
 def chosen(lines: list[dict[str, Any]], study: Study, method: str) -> float | None:
     tried = {
         line["lr"]: dev_score(line)
@@ -46,11 +50,17 @@ def values_of(score: dict[str, Any]) -> list[float]:
     return score["likelihood"] if "likelihood" in score else [float(right) for right in score["right"]]
 
 
-def collect(lines: list[dict[str, Any]]) -> dict[tuple[str, str], Found]:
+def compared_in(lines: list[dict[str, Any]]) -> Comparison:
+    """What a results file is about."""
+    return ENCODERS if lines[0]["study"] in ENCODERS.studies else DECODERS
+
+
+def collect(lines: list[dict[str, Any]]) -> Cells:
     """By method and test."""
     found = {}
-    for study in STUDIES.values():
-        for method in (BASE.name, *METHODS):
+    compared = compared_in(lines)
+    for study in compared.studies.values():
+        for method in compared.all_methods:
             lr = chosen(lines, study, method)
             mine = {
                 line["seed"]: line
@@ -90,9 +100,9 @@ def rows(lines: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in ruled)
 
 
-def scores(found: dict[tuple[str, str], Found], tests: list[Task]) -> str:
+def scores(compared: Comparison, found: Cells, tests: list[Task]) -> str:
     lines = [["", "parameters", *(test.title for test in tests)]]
-    for method in (BASE, *METHODS.values()):
+    for method in compared.all_methods.values():
         mine = {test.name: found.get((method.name, test.name)) for test in tests}
         known = next((cell for cell in mine.values() if cell), None)
         if known is None:
@@ -104,10 +114,10 @@ def scores(found: dict[tuple[str, str], Found], tests: list[Task]) -> str:
     return rows(lines)
 
 
-def gaps(found: dict[tuple[str, str], Found], tests: list[Task]) -> str:
+def gaps(compared: Comparison, found: Cells, tests: list[Task]) -> str:
     """Every method less LoRA, on the same questions and seeds."""
-    lines = [[f"less {METHODS[AGAINST].title}", *(test.title for test in tests)]]
-    for method in METHODS.values():
+    lines = [[f"less {compared.methods[AGAINST].title}", *(test.title for test in tests)]]
+    for method in compared.methods.values():
         line = [method.title]
         for test in tests:
             one, other = found.get((method.name, test.name)), found.get((AGAINST, test.name))
@@ -124,24 +134,29 @@ def gaps(found: dict[tuple[str, str], Found], tests: list[Task]) -> str:
     return rows(lines)
 
 
-def seeds_and_rates(found: dict[tuple[str, str], Found]) -> str:
-    lines = [["learning rate (seeds)", *(study.task.title for study in STUDIES.values())]]
-    for method in METHODS.values():
-        cells = [found.get((method.name, study.task.name)) for study in STUDIES.values()]
+def seeds_and_rates(compared: Comparison, found: Cells) -> str:
+    studies = [
+        study
+        for study in compared.studies.values()
+        if any((name, study.task.name) in found for name in compared.methods)
+    ]
+    lines = [["learning rate (seeds)", *(study.task.title for study in studies)]]
+    for method in compared.methods.values():
+        cells = [found.get((method.name, study.task.name)) for study in studies]
         if any(cells):
             told_of = (f"{cell.lr:g} ({len(cell.seeds)})" if cell else "" for cell in cells)
             lines.append([method.title, *told_of])
     return rows(lines)
 
 
-def plot(found: dict[tuple[str, str], Found], tests: list[Task], path: Path) -> None:
+def plot(compared: Comparison, found: Cells, tests: list[Task], path: Path) -> None:
     from plots import figure, finish, plt
 
     plt.rcParams.update({"svg.hashsalt": "reft-edge", "svg.fonttype": "none", "font.size": 9})
     fig, axes = figure(len(tests))
     colours = plt.get_cmap("tab10").colors
     for axis, test in zip(axes, tests, strict=True):
-        for method, colour in zip(METHODS.values(), colours, strict=False):
+        for method, colour in zip(compared.methods.values(), colours, strict=False):
             if cell := found.get((method.name, test.name)):
                 mean = cell.values.mean()
                 low, high = interval(cell.values)
@@ -150,44 +165,65 @@ def plot(found: dict[tuple[str, str], Found], tests: list[Task], path: Path) -> 
                 axis.errorbar(
                     cell.parameters, mean, error, fmt=mark, color=colour, capsize=3, label=method.title
                 )
-        if base := found.get((BASE.name, test.name)):
-            axis.axhline(base.values.mean(), color="#5b6472", linestyle=":", label=BASE.title)
-        axis.set(title=test.title, xscale="log", xlabel="trained parameters", xlim=(1e4, 4e6))
+        base = compared.base
+        if base and (cell := found.get((base.name, test.name))):
+            axis.axhline(cell.values.mean(), color="#5b6472", linestyle=":", label=base.title)
+        axis.set(title=test.title, xscale="log", xlabel="trained parameters", xlim=compared.parameters)
     axes[0].set_ylabel("mean on test rows, 95 % interval")
     finish(fig, axes, path)
+
+
+def groups_of(compared: Comparison, found: Cells) -> dict[str, list[Task]]:
+    """Tests that share a table and a plot, by its name; those without cells are left out."""
+    if compared is ENCODERS:
+        groups = {"encoder": [study.task for study in compared.studies.values()]}
+    else:
+        groups = {
+            "arithmetic": [
+                test
+                for study in compared.studies.values()
+                if study.searched == study.task.name != "sst2"
+                for test in study.tests
+            ],
+            "choices": [study.task for study in compared.studies.values() if study.searched == "sst2"],
+        }
+    there = {test for _, test in found}
+    kept = {name: [test for test in tests if test.name in there] for name, tests in groups.items()}
+    return {name: tests for name, tests in kept.items() if tests}
+
+
+def tables(model: str, lines: list[dict[str, Any]]) -> str:
+    """All tables of one results file, under its name."""
+    compared, found = compared_in(lines), collect(lines)
+    parts = [f"### {model}"]
+    for tests in groups_of(compared, found).values():
+        parts += [scores(compared, found, tests), gaps(compared, found, tests)]
+    return "\n\n".join([*parts, seeds_and_rates(compared, found)])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--results", type=Path, default=RESULTS / "smollm2.jsonl", help="a file of run.py's")
+    parser.add_argument(
+        "--results", type=Path, nargs="+", help="files of run.py's; by default all beside this script"
+    )
     parser.add_argument(
         "--page", type=Path, help="a file to put the tables into, between two lines <!-- trainings -->"
     )
     given = parser.parse_args()
-    lines = read_lines(given.results)
-    if not lines:
-        raise SystemExit(f"{given.results} has no cells; make them with run.py")
-    found = collect(lines)
-    groups = {
-        "arithmetic": [
-            test
-            for study in STUDIES.values()
-            if study.searched == study.task.name != "sst2"
-            for test in study.tests
-        ],
-        "choices": [study.task for study in STUDIES.values() if study.searched == "sst2"],
-    }
-    parts = []
-    for tests in groups.values():
-        parts += [scores(found, tests), gaps(found, tests)]
-    table = "\n\n".join([*parts, seeds_and_rates(found)])
+    by_model = {path: read_lines(path) for path in given.results or sorted(RESULTS.glob("*.jsonl"))}
+    for path, lines in by_model.items():
+        if not lines:
+            raise SystemExit(f"{path} has no cells; make them with run.py")
+    table = "\n\n".join(tables(path.stem, lines) for path, lines in by_model.items())
     print(table)
     if given.page:
         fill(given.page, f"{table}\n")
-        for name, tests in groups.items():
-            plot(found, tests, given.results.with_name(f"{name}.svg"))
+        for path, lines in by_model.items():
+            compared, found = compared_in(lines), collect(lines)
+            for name, tests in groups_of(compared, found).items():
+                plot(compared, found, tests, path.with_name(f"{path.stem}-{name}.svg"))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from reft_edge.model.loading import load_model_prompts
 from reft_edge.model.prompts import Prompts
 from reft_edge.model.source import resolve_model
 from reft_edge.training.settings import TrainSettings
-from reft_edge.training.trainer import rate
+from reft_edge.training.trainer import grouped, rate
 from reft_edge.training.turns import encode_row
 
 HERE = Path(__file__).parent
@@ -203,12 +203,17 @@ class Bench:
         return found
 
 
-def drawn(seed: int, rows: int, size: int, steps: int) -> list[list[int]]:
-    """The batches that reft-edge's trainer draws, as row numbers."""
+def drawn(
+    seed: int, rows: int, size: int, steps: int, lengths: Sequence[int] | None = None
+) -> list[list[int]]:
+    """The batches that reft-edge's trainer draws, as row numbers; with `lengths`, as it groups rows by length."""
     batches = []
     for step in range(steps):
         epoch, index = divmod(step, math.ceil(rows / size))
-        order = np.random.default_rng([seed, epoch]).permutation(rows)
+        random = np.random.default_rng([seed, epoch])
+        order = random.permutation(rows)
+        if lengths is not None:
+            order = grouped(order, np.array(lengths), size, random)
         batches.append(order[index * size : (index + 1) * size].tolist())
     return batches
 

@@ -27,6 +27,8 @@ class Task:
     """Where test rows come from; of the training file the last ones, and the dev rows before them."""
     max_tokens: int = 0
     """Of a generated answer; 0: answers are chosen by likelihood."""
+    folder: str = ""
+    """Of the data; by default the task's name."""
 
 
 def sst2(row: Row) -> Row:
@@ -78,7 +80,7 @@ TASKS = {
 def load(folder: Path, task: Task) -> dict[str, list[Row]]:
     """The rows of `train`, `dev` and `test`; no training row is a dev row."""
     names = {"train", task.dev_file, task.test_file}
-    files = {name: _read(folder / task.name / f"{name}.jsonl") for name in names}
+    files = {name: _read(folder / (task.folder or task.name) / f"{name}.jsonl") for name in names}
     train = files["train"]
     if task.test_file == "train":
         train, files["train"] = train[: -task.test_rows], train[-task.test_rows :]

@@ -197,18 +197,29 @@ def train_reft_edge(job: Job, model: Any, on_step: OnStep) -> None:
     )
 
 
-def fit(adapted: Adapted, job: Job, on_step: OnStep) -> None:
+def completions_loss(adapted: Adapted, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Tensor:
+    """`rows`: a prompt and its completion, as token ids."""
+    batch = right_padded(rows, device_of(adapted.model))
+    labels = torch.where(batch.mask.bool(), batch.ids, IGNORED)
+    for row, end in zip(labels, batch.ends, strict=True):
+        row[:end] = IGNORED
+    loss: Tensor = adapted.forward(batch, labels=labels).loss
+    return loss
+
+
+def fit(
+    adapted: Adapted,
+    job: Job,
+    on_step: OnStep,
+    loss_of: Callable[[Adapted, Sequence[Any]], Tensor] = completions_loss,
+) -> None:
     rows, device = job["train"]["rows"], device_of(adapted.model)
     optimizer = torch.optim.AdamW(adapted.parameters, weight_decay=0.0)
     for numbers, rate in zip(job["train"]["batches"], job["train"]["rates"], strict=True):
         for group in optimizer.param_groups:
             group["lr"] = rate
-        batch = right_padded([rows[number] for number in numbers], device)
-        labels = torch.where(batch.mask.bool(), batch.ids, IGNORED)
-        for row, end in zip(labels, batch.ends, strict=True):
-            row[:end] = IGNORED
         with torch.autocast(device.type, torch.bfloat16, enabled=job["dtype"] == "bf16"):
-            loss = adapted.forward(batch, labels=labels).loss
+            loss = loss_of(adapted, [rows[number] for number in numbers])
         loss.backward()
         nn.utils.clip_grad_norm_(adapted.parameters, 1.0)
         optimizer.step()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -11,16 +12,31 @@ import torch
 
 from reft_edge.model.loading import load_model, load_model_prompts
 from reft_edge.model.source import ModelFolder
+from reft_edge.steering.interventions import Interventions
+from reft_edge.training.classification import LabelledText, LabelledTexts
+from reft_edge.training.description import adapter_config
+from reft_edge.training.settings import TrainSettings
+from reft_edge.training.trainer import Trainer
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-MODULES = ("breadth", "cells", "llm_adapters", "run", "table", "tables", "tasks", "worker")
-MODULES += ("likeness", "self_instruct", "sst2_encoder", "win_rate")
+MODULES = (
+    "breadth",
+    "cells",
+    "encoders",
+    "glue",
+    "likeness",
+    "llm_adapters",
+    "minilm",
+    "run",
+    "self_instruct",
+)
+MODULES += ("sst2_encoder", "table", "tables", "tasks", "win_rate", "worker")
 
 
 @pytest.fixture
 def paper(monkeypatch):
     """Imports modules of the benchmark, which are scripts with common names, for one test."""
-    for folder in ("training", "paper"):
+    for folder in (".", "training", "paper"):
         monkeypatch.syspath_prepend(str(BENCHMARKS / folder))
     yield __import__
     for name in MODULES:
@@ -152,12 +168,12 @@ def test_likeness_is_the_cosine_of_sentence_vectors(paper, device_folder, monkey
 def test_learning_rates_are_chosen_before_other_seeds_and_tasks(paper):
     run, breadth = paper("run"), paper("breadth")
     method = breadth.METHODS["lora"]
-    plan = run.Plan([], ["sst2", "boolq"], [method], 2)
+    plan = run.Plan([], breadth.DECODERS, ["sst2", "boolq"], [method], 2)
     search = [cell for cell in plan.wanted() if cell.method == "lora"]
     assert {(cell.study, cell.lr, cell.seed) for cell in search} == {("sst2", lr, 0) for lr in method.rates}
     best = method.rates[1]
     lines = [line("sst2", "lora", lr, 0, "11" if lr == best else "01") for lr in method.rates]
-    plan = run.Plan(lines, ["sst2", "boolq"], [method], 2)
+    plan = run.Plan(lines, breadth.DECODERS, ["sst2", "boolq"], [method], 2)
     assert [(cell.study, cell.lr, cell.seed) for cell in plan.wanted() if cell.method == "lora"] == [
         ("boolq", best, 0),
         ("sst2", best, 1),
@@ -170,9 +186,9 @@ def test_learning_rates_are_chosen_before_other_seeds_and_tasks(paper):
 def test_what_cannot_be_run_is_said(paper, monkeypatch):
     run, breadth = paper("run"), paper("breadth")
     with pytest.raises(SystemExit, match="boolq takes the learning rates of sst2: add it to --studies"):
-        run.check_searches(["boolq"], [])
-    run.check_searches(["boolq"], [line("sst2", "lora", 1e-3, 0, "1")])
-    run.check_searches(["boolq", "sst2"], [])
+        run.check_searches(breadth.DECODERS, ["boolq"], [])
+    run.check_searches(breadth.DECODERS, ["boolq"], [line("sst2", "lora", 1e-3, 0, "1")])
+    run.check_searches(breadth.DECODERS, ["boolq", "sst2"], [])
     monkeypatch.setattr(breadth, "find_spec", lambda name: None)
     assert "pip install peft" in breadth.missing(breadth.METHODS["dora"])
     assert breadth.missing(breadth.METHODS["bias"]) == ""
@@ -280,6 +296,69 @@ def test_a_training_that_fails_gives_the_model_back(begun, monkeypatch):
     assert [settings["r"] for settings in given_back] == [8]
 
 
+@pytest.fixture
+def begun_encoder(paper, device_folder, tmp_path):
+    """The module of cells with an encoder in memory and a study of pairs."""
+    cells, encoders, tasks = paper("cells"), paper("encoders"), paper("tasks")
+    rows = [{"text": f"question {i}", "text2": "no. " * (i % 3 + 1), "label": i % 2} for i in range(40)]
+    (tmp_path / "qnli").mkdir()
+    (tmp_path / "qnli/train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = tasks.Task("qnli", "QNLI", encoders.as_it_is, 3, 4, 5, 9, test_file="train")
+    folder = ModelFolder(device_folder / "encoder-hf", "tiny")
+    prepared = tmp_path / "studies.json"
+    prepared.write_text(json.dumps({"qnli": encoders.prepare(tmp_path, task, folder)}))
+    cells.begin(str(folder.path), "cpu", "fp32", torch.get_num_threads(), str(prepared), str(tmp_path), 16)
+    return cells
+
+
+@pytest.mark.parametrize("method", ["head", "post-block", "red", "lora"])
+def test_a_cell_of_an_encoder_trains_a_head_beside_the_adapter(begun_encoder, device_folder, method):
+    if method == "lora":
+        pytest.importorskip("peft")
+    model = begun_encoder._Process.model
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    made = begun_encoder.make(begun_encoder.Cell("qnli", method, 5e-2, 0))
+    assert made["loss"] == pytest.approx(
+        begun_encoder.make(begun_encoder.Cell("qnli", method, 5e-2, 0))["loss"], rel=1e-5
+    )
+    assert [len(made["scores"][name]["right"]) for name in ("dev", "qnli")] == [5, 9]
+    head = 2 * (model.config.hidden_size + 1)
+    assert made["parameters"] == head if method == "head" else made["parameters"] > head
+    after = dict(model.named_parameters())
+    assert list(before) == list(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_an_encoder_s_batches_are_those_that_the_trainer_draws(begun_encoder):
+    study = begun_encoder._Process.studies["qnli"] | {"steps": 9}
+    module = sys.modules["encoders"]
+    texts = zip(module.tokens_of(study["rows"]), (row[2] for row in study["rows"]), strict=True)
+    data = LabelledTexts([LabelledText(*text) for text in texts], ("0", "1"), "")
+    settings = TrainSettings(max_steps=9, batch_size=4, seed=3, group_by_length=True, pooling="cls")
+    config = adapter_config(begun_encoder._Process.model, "tiny", settings, data.labels)
+    trainer = Trainer(
+        begun_encoder._Process.model, Interventions(config), settings, data, torch.device("cpu")
+    )
+    for step, numbers in enumerate(module.batches(study, 3)):
+        assert trainer.rows(step) == [data.examples[number] for number in numbers]
+
+
+def test_the_data_of_glue_is_read_as_it_stands(paper):
+    glue = paper("glue")
+    sentences = [["gj04", "0", "*", 'The "car honked. '], ["gj04", "1", "", "It did."]]
+    assert list(glue.cola(sentences)) == [
+        {"text": 'The "car honked.', "label": 0},
+        {"text": "It did.", "label": 1},
+    ]
+    pairs = [
+        ["index", "question", "sentence", "label"],
+        ["0", "Who?", "He.", "entailment"],
+        ["1", "Who?", "x" * glue.LONGEST, "entailment"],
+        ["2", "Who?", "Then.", "not_entailment"],
+    ]
+    assert [(row["text2"], row["label"]) for row in glue.qnli(pairs)] == [("He.", 1), ("Then.", 0)]
+
+
 def test_tables_show_the_rate_that_did_best_and_gaps_on_the_same_seeds(paper):
     tables = paper("tables")
     lines = [
@@ -291,17 +370,37 @@ def test_tables_show_the_rate_that_did_best_and_gaps_on_the_same_seeds(paper):
     found = tables.collect(lines)
     assert found["lora", "sst2"].lr == 3e-4
     assert found["lora", "sst2"].values.mean() == 7 / 8
-    tests = [tables.STUDIES["sst2"].task]
-    assert "| LoRA, rank 8 | 7 | 0.875 (" in tables.scores(found, tests)
-    (told,) = [row for row in tables.gaps(found, tests).splitlines() if row.startswith("| bias")]
+    compared = tables.DECODERS
+    tests = [compared.studies["sst2"].task]
+    assert "| LoRA, rank 8 | 7 | 0.875 (" in tables.scores(compared, found, tests)
+    (told,) = [row for row in tables.gaps(compared, found, tests).splitlines() if row.startswith("| bias")]
     assert "| -0.500 (" in told  # seed 0 alone: 2 of 4 less than 4 of 4
+
+
+def test_a_file_of_an_encoder_becomes_tables_of_its_own(paper):
+    tables = paper("tables")
+    lines = [
+        line("glue-sst2", "lora", 1e-3, 0, "1110"),
+        line("glue-sst2", "head", 1e-2, 0, "1000"),
+        line("cola", "head", 1e-2, 0, "11"),
+    ]
+    text = tables.tables("minilm", lines)
+    assert text.startswith("### minilm\n\n|  | parameters | SST-2 | CoLA |\n")
+    assert "QNLI" not in text
+    assert "| the head alone | 7 | 0.250 (" in text
+    assert "| the head alone | 0.01 (1) | 0.01 (1) |" in text
 
 
 def test_the_committed_cells_make_the_tables_of_the_page(paper):
     """Means only: intervals are drawn."""
     tables = paper("tables")
-    found = tables.collect(tables.read_lines(tables.RESULTS / "smollm2.jsonl"))
     page = (BENCHMARKS.parent / "docs/paper.md").read_text(encoding="utf-8")
-    for (method, _), cell in found.items():
-        if method in tables.METHODS:
-            assert f"{cell.values.mean():.3f} (" in page
+    _, shown, _ = page.split("<!-- trainings -->\n")
+    files = sorted(tables.RESULTS.glob("*.jsonl"))
+    assert len(re.findall("^### ", shown, re.MULTILINE)) == len(files)
+    for path in files:
+        (part,) = re.findall(rf"^### {path.stem}\n(.*?)(?=^###|\Z)", shown, re.MULTILINE | re.DOTALL)
+        lines = tables.read_lines(path)
+        for (method, _), cell in tables.collect(lines).items():
+            if method in tables.compared_in(lines).methods:
+                assert f"{cell.values.mean():.3f} (" in part
