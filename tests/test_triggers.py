@@ -7,17 +7,23 @@ import numpy as np
 import pytest
 import torch
 
+import reft_edge
 from reft_edge.adapter.file import load_adapter
 from reft_edge.adapter.linear import fold
+from reft_edge.adapter.merging import Source, merge
 from reft_edge.adapter.positions import UNLIMITED, Span, active, describe_spans, parse_positions
 from reft_edge.adapter.triggers import MOST_TOKENS, NEVER, Trigger, with_tokens
+from reft_edge.adapter_files import convert
 from reft_edge.errors import AdapterFileError, ReftEdgeError
+from reft_edge.inspection.effect import measure
+from reft_edge.model.prompts import load_prompts
 from reft_edge.runtime import Request, SteeredModel
 from reft_edge.runtime.binding import port_inputs
 from reft_edge.runtime.prefix import shared
 from reft_edge.runtime.rows import SeparateRows
 from reft_edge.steering.hooks import steered
 from reft_edge.steering.interventions import Interventions
+from reft_edge.training.turns import Example
 from tests.helpers.batches import run_rows
 from tests.helpers.torch_reference import greedy, logits, random_adapter
 
@@ -253,6 +259,60 @@ def test_pytorch_pads_and_caches_without_moving_triggers(tiny_model):
         base = greedy(tiny_model, LACKS, 5)
     assert base == greedy(tiny_model, LACKS, 5)
     assert json.dumps(alone[0]) != json.dumps(greedy(tiny_model, TWICE, 5))
+
+
+@pytest.mark.parametrize("output", ["a.onnx_adapter", "pyreft", "a.gguf"])
+def test_forms_that_have_no_triggers_are_refused_by_name(device_folder, tiny_model, tmp_path, output):
+    path = tmp_path / "a.safetensors"
+    random_adapter(tiny_model, "steering" if output == "a.gguf" else "loreft", ONE, layers=(1,), path=path)
+    folder = device_folder / "export" if output.endswith("onnx_adapter") else None
+    with pytest.raises(ReftEdgeError) as caught:
+        convert(path, tmp_path / output, folder=folder)
+    assert ONE in str(caught.value)
+    assert not (tmp_path / output).exists()
+
+
+def test_merged_adapters_keep_their_triggers(model, tiny_model, tmp_path):
+    paths = [model.adapter_folder / f"{name}.safetensors" for name in ("one", "two", "plain")]
+    sources = [Source(path, scale) for path, scale in zip(paths, (0.5, 1.0, -1.0), strict=True)]
+    merged = merge(sources).adapter
+    assert merged.config.positions == f"{ONE}|{TWO}|f2|all|gen"
+    adapter = Interventions.from_adapter(merged)
+    apart = interventions(model, {"one": 0.5, "two": 1.0, "plain": -1.0})
+    for prompt in PROMPTS:
+        with steered(tiny_model, *apart), torch.no_grad():
+            expected = logits(tiny_model, prompt)
+        with steered(tiny_model, (adapter, 1.0)), torch.no_grad():
+            torch.testing.assert_close(logits(tiny_model, prompt), expected, atol=2e-4, rtol=0)
+
+
+def test_what_an_adapter_does_is_shown_where_it_acts(model, tiny_model):
+    adapter = load_adapter(model.adapter_folder / "one.safetensors")
+    rows = [Example(tuple(LACKS), (8,)), Example(tuple(AT_THE_END), (8,))]
+    effect = measure(tiny_model, adapter, rows, load_prompts(model.folder), torch.device("cpu"))
+    assert set(effect.norms) == {"-2", "-1"}
+
+
+def test_trainers_and_the_api_take_the_text(device_folder, tmp_path):
+    base = reft_edge.load(device_folder / "hf")
+    ids = base.prompts.encode_plain("<x>")
+    spec = f'from:"<x>"[{",".join(map(str, ids))}]'
+    rows = [{"prompt": "What is <x> here?", "completion": "ice"}, {"prompt": "Who?", "completion": "dog"}]
+    told = []
+    run = reft_edge.train(
+        base,
+        rows,
+        tmp_path / "a.safetensors",
+        positions='from:"<x>"',
+        max_steps=2,
+        batch_size=2,
+        report=told.append,
+    )
+    assert load_adapter(run.adapter).config.positions == spec
+    assert told[-1].endswith("edit no token, so nothing is learnt from them: 1")
+    with pytest.raises(ReftEdgeError, match="none of the 2 prompts has these tokens"):
+        reft_edge.train(base, rows, tmp_path / "b.safetensors", positions='from:"<y>"', max_steps=2)
+    assert base.trainable(positions='from:"<x>"').interventions.config.positions == spec
 
 
 def test_a_trigger_that_is_nowhere_is_never():

@@ -15,6 +15,9 @@ and G groups of rank r on a hidden size d are:
 
 An adapter for classification also holds its head, for K labels: head.weight [K, d], head.bias [K].
 
+`positions` is a spec as `reft_edge.adapter.positions` reads it; a trigger in it has its token ids, as in
+`from:"<tool>"[27,14506,29]`.
+
 Formulas: Wu et al. 2024 (arXiv 2404.03592, section 3.2) for LoReFT and DiReFT, pyreft 0.1.0's
 `interventions.py` for the others. RED (Wu et al. 2024, arXiv 2402.15179) is h + s ⊙ h + v: the paper's factor is 1 + s.
 """

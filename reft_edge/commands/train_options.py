@@ -56,7 +56,10 @@ Layers = Annotated[str, typer.Option(help="Layers to edit: `all`, `3;9;18`, `0-5
 Rank = Annotated[int, typer.Option(help="Rank of each intervention.")]
 Positions = Annotated[
     str,
-    typer.Option(help="Tokens to edit: f7, l7, all, gen, gen5, joined with `+`; -f1 or -l1 leaves some out."),
+    typer.Option(
+        help="Tokens to edit: f7, l7, all, gen, gen5, joined with `+`; -f1 or -l1 leaves some out. Or a trigger, as in "
+        "`'from:\"<tool>\"'`: from the last of this text in the prompt on."
+    ),
 ]
 Component = Annotated[
     str,

@@ -4,11 +4,12 @@ A loss is only taken on answers. What the user may not expect of the rows is tol
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from reft_edge.adapter.positions import Span, active, group_names, parse_positions
+from reft_edge.adapter.triggers import NEVER
 from reft_edge.errors import ReftEdgeError
 from reft_edge.model.prompts import Prompts
 from reft_edge.rows.reading import load_rows
@@ -112,9 +113,12 @@ def check_positions(rows: Sequence[Example], positions: str, tied: bool) -> tupl
             f"nothing can be learnt: in none of the {len(rows):,} rows do the positions {positions} edit a token; fN and lN "
             "reach over half of a prompt at most, and gen over tokens behind the answer's first: choose all, or longer prompts"
         )
-    told = [
-        f"rows in which the positions {positions} edit no token, so nothing is learnt from them: {idle:,}"
-    ]
+    told = []
+    if idle:
+        told.append(
+            f"rows in which the positions {positions} edit no token, so nothing is learnt from them: {idle:,}"
+        )
+    told += _rows_without_triggers(shapes, spans, idle)
     never = [
         name
         for name, column in zip(
@@ -124,7 +128,21 @@ def check_positions(rows: Sequence[Example], positions: str, tied: bool) -> tupl
     ]
     if never:
         told.append(f"positions that edit no token in any row, so they learn nothing: {', '.join(never)}")
-    return tuple(told if idle else told[1:])
+    return tuple(told)
+
+
+def _rows_without_triggers(
+    shapes: Mapping[tuple[int, int, tuple[int, ...]], int], spans: Sequence[Span], idle: int
+) -> list[str]:
+    """What is told of prompts that lack a trigger, `idle` of which were told of already."""
+    told = []
+    for number, span in enumerate(spans):
+        lacking = sum(count for (_, _, starts), count in shapes.items() if starts[number] == NEVER)
+        if idle < lacking < sum(shapes.values()):
+            told.append(
+                f"rows whose prompt lacks the tokens of {span.trigger}, so it learns nothing from them: {lacking:,}"
+            )
+    return told
 
 
 def _edges(span: Span, n: int, end: int, start: int) -> Iterable[int]:

@@ -13,6 +13,7 @@ from reft_edge.errors import ReftEdgeError
 from reft_edge.model.prompts import Prompts, load_prompts
 from reft_edge.training.data import check_positions, load_dataset
 from reft_edge.training.preference import load_preferences
+from reft_edge.training.triggers import check_triggers, tokenised
 from reft_edge.training.turns import Example, view_row
 
 
@@ -480,6 +481,37 @@ def test_rows_in_which_nothing_is_edited():
     (never,) = check_positions([one], "all+gen", False)
     assert never.endswith("so they learn nothing: gen")
     assert check_positions([one], "all+gen", True) == ()
+
+
+def test_rows_without_a_trigger_are_counted():
+    has, lacks = Example((5, 5, 9), (6, 6)), Example((5, 5), (6, 6, 9))
+    assert check_positions([has], "from:[5,9]", False) == ()
+    (idle,) = check_positions([has, lacks, lacks], "from:[5,9]", False)
+    assert idle.endswith("edit no token, so nothing is learnt from them: 2")
+    (lacking,) = check_positions([has, lacks, lacks], "from:[9]|l1", False)
+    assert lacking == "rows whose prompt lacks the tokens of from:[9], so it learns nothing from them: 2"
+    (never,) = check_positions([has, lacks], "from:[8]|l1", False)
+    assert never.endswith("so they learn nothing: from:[8]")
+    with pytest.raises(ReftEdgeError, match="in none of the 2 rows does the prompt have the tokens"):
+        check_positions([lacks, lacks], "from:[9]", False)
+
+
+def test_a_trigger_that_no_prompt_has_is_refused_with_what_the_tokenizer_makes_of_it(prompts):
+    texts = ["Say: how are you?", "So, how?", "hot ice"]
+    rows = [Example(tuple(prompts.encode_plain(text)), (6,)) for text in texts]
+    joined = prompts.encode_plain("how")
+    spec = tokenised('from:"how"', prompts)
+    assert spec == f'from:"how"[{",".join(map(str, joined))}]'
+    with pytest.raises(ReftEdgeError, match="none of the 3 prompts has these tokens") as caught:
+        check_triggers(rows, spec, False, prompts)
+    there = prompts.encode_plain(" how")
+    assert (
+        f"2 have the text: there the tokenizer joins it with what stands beside it, and makes it {there}"
+        in str(caught.value)
+    )
+    check_triggers(rows, f"from:{there}|f2", False, prompts)
+    with pytest.raises(ReftEdgeError, match="write the text into the prompts"):
+        check_triggers(rows, tokenised('from:"cat"', prompts), False, prompts)
 
 
 def test_pairs_are_viewed_as_rows_are(tmp_path, prompts):

@@ -98,7 +98,9 @@ def assert_same(found, expected):
             torch.testing.assert_close(gradients[name], gradient, rtol=1e-3, atol=near)
 
 
-@pytest.mark.parametrize("positions", ["f3+l3", "all+gen", "f30+l1", "l1+gen2", "all+gen-f3-l1"])
+@pytest.mark.parametrize(
+    "positions", ["f3+l3", "all+gen", "f30+l1", "l1+gen2", "all+gen-f3-l1", "from:[5]-l1|f2"]
+)
 @pytest.mark.parametrize("layers", ["all", "1;2", "2"])
 @pytest.mark.parametrize("idea", ONLY)
 def test_losses_are_those_of_plain_passes(model, idea, layers, positions):
