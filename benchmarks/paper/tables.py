@@ -7,16 +7,19 @@ again, and seeds too, where a method has several. The plot needs matplotlib.
 """
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from breadth import DECODERS, ENCODERS, Comparison, Study
+from breadth import BASE, DECODERS, ENCODERS, Comparison, Study
 from run import RESULTS, dev_score, read_lines
 from table import fill
 from tasks import Task
+from win_rate import Compared, controlled, plain
+from win_rate import compared as held_against
 
 Values = np.ndarray[Any, np.dtype[np.float64]]
 DRAWS = 2000
@@ -50,8 +53,20 @@ def values_of(score: dict[str, Any]) -> list[float]:
     return score["likelihood"] if "likelihood" in score else [float(right) for right in score["right"]]
 
 
+def by_model(paths: list[Path]) -> dict[str, list[dict[str, Any]]]:
+    """The lines of results files, of which several may be of one model. Raises SystemExit for one without lines."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for path in paths:
+        lines = read_lines(path)
+        if not lines:
+            raise SystemExit(f"{path} has no cells; make them with run.py")
+        for line in lines:
+            found.setdefault(line["model"], []).append(line)
+    return found
+
+
 def compared_in(lines: list[dict[str, Any]]) -> Comparison:
-    """What a results file is about."""
+    """What a model's lines are about."""
     return ENCODERS if lines[0]["study"] in ENCODERS.studies else DECODERS
 
 
@@ -83,16 +98,23 @@ def drawn_again(questions: int) -> Values:
 
 def interval(values: Values) -> tuple[float, float]:
     """95 % of the means of values drawn again, `[seeds, questions]`."""
-    seeds, questions = values.shape
-    by_seed = drawn_again(questions) @ values.T
-    picked = np.random.default_rng(1).integers(seeds, size=by_seed.shape)
+    return seeds_drawn_again(drawn_again(values.shape[1]) @ values.T)
+
+
+def seeds_drawn_again(by_seed: Values) -> tuple[float, float]:
+    """95 % of the means over seeds drawn again, of `[draws, seeds]`."""
+    picked = np.random.default_rng(1).integers(by_seed.shape[1], size=by_seed.shape)
     low, high = np.quantile(np.take_along_axis(by_seed, picked, 1).mean(1), [0.025, 0.975])
     return float(low), float(high)
 
 
 def told(values: Values, sign: str = "") -> str:
-    low, high = interval(values)
-    return f"{values.mean():{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})"
+    return shown(values.mean(), interval(values), sign)
+
+
+def shown(mean: float, bounds: tuple[float, float], sign: str = "") -> str:
+    low, high = bounds
+    return f"{mean:{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})"
 
 
 def rows(lines: list[list[str]]) -> str:
@@ -132,6 +154,68 @@ def gaps(compared: Comparison, found: Cells, tests: list[Task]) -> str:
         if any(line[1:]):
             lines.append(line)
     return rows(lines)
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A win rate against the base model by seed, `[seeds]`, and of questions drawn again, `[draws, seeds]`."""
+
+    seeds: tuple[int, ...]
+    means: Values
+    drawn: Values
+
+    @classmethod
+    def of(cls, by_seed: dict[int, Compared], formula: Callable[[Compared, Values], Values]) -> "Rate":
+        questions = len(next(iter(by_seed.values())).wins)
+        means = [formula(found, np.ones((1, questions)))[0] for found in by_seed.values()]
+        drawn = [formula(found, drawn_again(questions) * questions) for found in by_seed.values()]
+        return cls(tuple(by_seed), np.array(means), np.array(drawn).T)
+
+    def less(self, other: "Rate") -> "Rate":
+        """The difference with the same questions, of the seeds that both have."""
+        both = tuple(seed for seed in self.seeds if seed in other.seeds)
+        mine, theirs = ([rate.seeds.index(seed) for seed in both] for rate in (self, other))
+        return Rate(
+            both, self.means[mine] - other.means[theirs], self.drawn[:, mine] - other.drawn[:, theirs]
+        )
+
+    def told(self, sign: str = "") -> str:
+        return shown(self.means.mean(), seeds_drawn_again(self.drawn), sign) if self.seeds else ""
+
+
+def against_base(lines: list[dict[str, Any]], compared: Comparison, found: Cells, study: Study) -> str:
+    """Answers held against those of the model without an adapter (win_rate.py); empty without cells."""
+    assert study.compared is not None
+    by_method: dict[str, dict[int, dict[str, Any]]] = {}
+    for line in sorted(lines, key=lambda line: line["seed"]):
+        cell = found.get((line["method"], study.task.name))
+        if cell and (line["study"], line["lr"]) == (study.task.name, cell.lr):
+            by_method.setdefault(line["method"], {})[line["seed"]] = line["scores"][study.compared.name]
+    if BASE.name not in by_method:
+        return ""
+    base = by_method[BASE.name][0]
+    pairs = {
+        method: {seed: held_against(score, base) for seed, score in scores.items()}
+        for method, scores in by_method.items()
+        if method != BASE.name
+    }
+    controlled_rates = {method: Rate.of(by_seed, controlled) for method, by_seed in pairs.items()}
+    lora = controlled_rates.get(AGAINST)
+    titles = ["length-controlled win rate", f"less {compared.methods[AGAINST].title}", "win rate"]
+    table = [["answers against the base model's", *titles, "likeness", "characters"]]
+    for name, method in compared.all_methods.items():
+        if name not in by_method:
+            continue
+        rates = ["", "", ""]
+        if name in pairs:
+            rate = controlled_rates[name]
+            gap = rate.less(lora).told("+") if lora and name != AGAINST else ""
+            rates = [rate.told(), gap, Rate.of(pairs[name], plain).told()]
+        scored = by_method[name].values()
+        alike = told(np.array([score["likeness"] for score in scored]))
+        characters = np.mean([score["lengths"] for score in scored])
+        table.append([method.title, *rates, alike, f"{characters:.0f}"])
+    return rows(table)
 
 
 def seeds_and_rates(compared: Comparison, found: Cells) -> str:
@@ -186,6 +270,7 @@ def groups_of(compared: Comparison, found: Cells) -> dict[str, list[Task]]:
                 for test in study.tests
             ],
             "choices": [study.task for study in compared.studies.values() if study.searched == "sst2"],
+            "instructions": [study.task for study in compared.studies.values() if study.compared],
         }
     there = {test for _, test in found}
     kept = {name: [test for test in tests if test.name in there] for name, tests in groups.items()}
@@ -193,11 +278,14 @@ def groups_of(compared: Comparison, found: Cells) -> dict[str, list[Task]]:
 
 
 def tables(model: str, lines: list[dict[str, Any]]) -> str:
-    """All tables of one results file, under its name."""
+    """All tables of one model, under its name."""
     compared, found = compared_in(lines), collect(lines)
     parts = [f"### {model}"]
     for tests in groups_of(compared, found).values():
         parts += [scores(compared, found, tests), gaps(compared, found, tests)]
+    for study in compared.studies.values():
+        if study.compared and (table := against_base(lines, compared, found, study)):
+            parts.append(table)
     return "\n\n".join([*parts, seeds_and_rates(compared, found)])
 
 
@@ -212,18 +300,16 @@ def main() -> None:
         "--page", type=Path, help="a file to put the tables into, between two lines <!-- trainings -->"
     )
     given = parser.parse_args()
-    by_model = {path: read_lines(path) for path in given.results or sorted(RESULTS.glob("*.jsonl"))}
-    for path, lines in by_model.items():
-        if not lines:
-            raise SystemExit(f"{path} has no cells; make them with run.py")
-    table = "\n\n".join(tables(path.stem, lines) for path, lines in by_model.items())
+    paths = given.results or sorted(RESULTS.glob("*.jsonl"))
+    models = by_model(paths)
+    table = "\n\n".join(tables(model, lines) for model, lines in models.items())
     print(table)
     if given.page:
         fill(given.page, f"{table}\n")
-        for path, lines in by_model.items():
+        for model, lines in models.items():
             compared, found = compared_in(lines), collect(lines)
             for name, tests in groups_of(compared, found).items():
-                plot(compared, found, tests, path.with_name(f"{path.stem}-{name}.svg"))
+                plot(compared, found, tests, paths[0].with_name(f"{model}-{name}.svg"))
 
 
 if __name__ == "__main__":

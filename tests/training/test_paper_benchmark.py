@@ -391,16 +391,50 @@ def test_a_file_of_an_encoder_becomes_tables_of_its_own(paper):
     assert "| the head alone | 0.01 (1) | 0.01 (1) |" in text
 
 
+def test_answers_are_held_against_the_base_models(paper, tmp_path):
+    tables = paper("tables")
+
+    def told(method, lr, seed, likeness, lengths):
+        test = {"instructions-answers": {"likeness": likeness, "lengths": lengths, "answers": []}}
+        scores = {"dev": {"likelihood": [-1.0]}, "instructions": {"likelihood": [-2.0] * 4}}
+        return line("instructions", method, lr, seed, "") | {"model": "m", "scores": scores | test}
+
+    lines = [
+        line("gsm8k", method, lr, 0, "1", model="m") for method, lr in {"base": 0.0, "lora": 1e-3}.items()
+    ]
+    lines += [line("gsm8k", "bias", lr, 0, right, model="m") for lr, right in {1e-2: "1", 3e-2: "0"}.items()]
+    answers = [
+        told("base", 0.0, 0, [0.5] * 4, [9] * 4),
+        told("lora", 1e-3, 0, [0.6, 0.6, 0.4, 0.4], [5, 13, 5, 13]),
+        told("bias", 1e-2, 0, [0.6, 0.6, 0.6, 0.5], [9] * 4),
+        told("bias", 1e-2, 1, [0.6, 0.6, 0.6, 0.5], [9] * 4),
+        told("bias", 3e-2, 0, [0.1] * 4, [9] * 4),
+    ]
+    paths = [tmp_path / "one.jsonl", tmp_path / "another.jsonl"]
+    for path, mine in zip(paths, (lines, answers), strict=True):
+        path.write_text("".join(json.dumps(line) + "\n" for line in mine))
+    shown = tables.tables("m", tables.by_model(paths)["m"])
+    rows = [row for row in shown.splitlines() if row.count("|") == 7]
+    base, bias, lora = rows[-3:]
+    assert base.startswith("| no adapter |  |  |  | 0.500 (")
+    assert base.endswith("| 9 |")
+    cells = bias.split(" | ")
+    assert float(cells[1][:5]) == pytest.approx(0.835, abs=0.01)  # the ridge draws it to a half
+    assert float(cells[2][:6]) == pytest.approx(0.335, abs=0.01)
+    assert cells[3].startswith("0.875 (")
+    assert lora.startswith("| LoRA, rank 8 | 0.500 (")
+    assert " |  | 0.500 (" in lora
+
+
 def test_the_committed_cells_make_the_tables_of_the_page(paper):
     """Means only: intervals are drawn."""
     tables = paper("tables")
     page = (BENCHMARKS.parent / "docs/paper.md").read_text(encoding="utf-8")
     _, shown, _ = page.split("<!-- trainings -->\n")
-    files = sorted(tables.RESULTS.glob("*.jsonl"))
-    assert len(re.findall("^### ", shown, re.MULTILINE)) == len(files)
-    for path in files:
-        (part,) = re.findall(rf"^### {path.stem}\n(.*?)(?=^###|\Z)", shown, re.MULTILINE | re.DOTALL)
-        lines = tables.read_lines(path)
+    models = tables.by_model(sorted(tables.RESULTS.glob("*.jsonl")))
+    assert re.findall("^### (.*)", shown, re.MULTILINE) == list(models)
+    for model, lines in models.items():
+        (part,) = re.findall(rf"^### {model}\n(.*?)(?=^###|\Z)", shown, re.MULTILINE | re.DOTALL)
         for (method, _), cell in tables.collect(lines).items():
             if method in tables.compared_in(lines).methods:
                 assert f"{cell.values.mean():.3f} (" in part
