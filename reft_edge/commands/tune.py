@@ -232,15 +232,18 @@ def _line(one: "Tried") -> str:
 
 def _interrupted(tried: list["Tried"], output: Path, interrupt: KeyboardInterrupt, as_json: bool) -> None:
     """What is there when a search is interrupted. Raises typer.Exit."""
+    from reft_edge.files import sha256_of
     from reft_edge.search.page import rows_of
 
-    done = [one for one in tried if one.state == "done"]
+    found: Tuned | None = getattr(interrupt, "found", None)
+    ended = tried if found is None else found.tried
     if as_json:
-        print_json({"interrupted": True, "tried": [_trial(one) for one in tried]})
-    elif done:
-        show_table(rows_of(tried, None))
-    kept = f"{output} is the best trial's so far; " if output.exists() and done else ""
-    fail(f"interrupted: {kept}the same command goes on from here")
+        print_json({"interrupted": True, "tried": [_trial(one) for one in ended]})
+    elif found is not None:
+        show_table(rows_of(_shown(found), found.best))
+    kept = found is not None and output.is_file() and sha256_of(output) == found.best.sha256
+    so_far = f"{output} is the best trial's so far; " if kept else ""
+    fail(f"interrupted: {so_far}the same command goes on from here")
     raise typer.Exit(128 + getattr(interrupt, "number", 2))
 
 
@@ -265,10 +268,9 @@ def _as_json(found: "Tuned") -> dict[str, Any]:
 def _print_result(found: "Tuned") -> None:
     from reft_edge.search.page import rows_of
 
-    ordered = sorted(found.tried, key=lambda one: _order(one, found.score))
-    shown = [one for number, one in enumerate(ordered) if number < _SHOWN or one.default]
+    shown = _shown(found)
     show_table(rows_of(shown, found.best))
-    if hidden := len(ordered) - len(shown):
+    if hidden := len(found.tried) - len(shown):
         say(f"and {hidden} more; {found.plot} has them all")
     check = found.check
     assert check is not None
@@ -278,6 +280,12 @@ def _print_result(found: "Tuned") -> None:
     )
     say(_worth(found))
     say(f"wrote {found.plot}; {found.study} keeps the study")
+
+
+def _shown(found: "Tuned") -> list["Tried"]:
+    """The best trials first; the default ones are never left out."""
+    ordered = sorted(found.tried, key=lambda one: _order(one, found.score))
+    return [one for number, one in enumerate(ordered) if number < _SHOWN or one.default]
 
 
 def _order(one: "Tried", score: str) -> tuple[bool, float]:

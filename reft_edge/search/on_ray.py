@@ -76,7 +76,7 @@ def _look(search: "Search", pool: Pool, board: Any, running: dict[int, Candidate
     by_number = {candidate.number: candidate for candidate in running.values()}
     for number, rung, measured in pool.ray.get(board.news.remote()):
         if number in by_number:
-            stop = search.study.reached(by_number[number], rung, measured)
+            stop = search.reached(by_number[number], rung, measured)
             board.answer.remote(number, stop)
 
 

@@ -80,6 +80,17 @@ class Tuned:
         return self.path
 
 
+class SearchInterrupted(KeyboardInterrupt):
+    """A signal ended a search of which at least one trial came to its end."""
+
+    def __init__(self, found: Tuned, number: int) -> None:
+        super().__init__()
+        self.found = found
+        """What there is until now."""
+        self.number = number
+        """The signal."""
+
+
 def parse_budget(given: str | float) -> float:
     """Seconds, from such as 90s, 20m, 1h or 1h30m, or a number of seconds. Raises ReftEdgeError for anything else."""
     text = str(given).strip()

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import math
+import signal
 import time
 from collections.abc import Callable
 from functools import partial
@@ -16,8 +17,8 @@ from reft_edge.model.fingerprint import fingerprint
 from reft_edge.model.loading import load_model_prompts
 from reft_edge.rows.source import file_of
 from reft_edge.search.page import render
-from reft_edge.search.result import Asked, Check, Tuned
-from reft_edge.search.scores import check_score, default_score, difference
+from reft_edge.search.result import Asked, Check, SearchInterrupted, Tuned
+from reft_edge.search.scores import Measured, check_score, default_score, difference
 from reft_edge.search.space import SEARCHED, Space, space_for
 from reft_edge.search.study import Candidate, Study, Tried, open_study
 from reft_edge.search.trial import RUNGS, Outcome, Pace, measure_file, pace_of, run_trial
@@ -29,6 +30,8 @@ from reft_edge.training.triggers import tokenised
 
 _PART = 4
 """A whole training takes at most one such part of the budget, unless the user says how long it is."""
+_PARTS = {1: "a quarter", 2: "half"}
+"""What rungs before the last one are called."""
 _GIVEN_UP = 5
 """Trials after which a search of which none could be trained ends."""
 
@@ -60,8 +63,33 @@ class Search:
             raise ReftEdgeError(
                 f"none of the first {len(tried)} trials could be trained; the last one said: {tried[-1].error}"
             )
+        return self.left > self._shortest(tried) and not self._enough(tried, running)
+
+    def _enough(self, tried: list[Tried], running: int = 0) -> bool:
+        """Whether there are as many trials as were asked for."""
         counted = sum(one.state != "time" for one in tried)
-        return self.left > 0 and (self.asked.trials is None or counted + running < self.asked.trials)
+        return self.asked.trials is not None and counted + running >= self.asked.trials
+
+    def _shortest(self, tried: list[Tried]) -> float:
+        """Seconds of the quickest trial that came to its end; 0 where none did."""
+        return min((one.seconds for one in tried if one.state == "done"), default=0.0)
+
+    def tell_rest(self) -> None:
+        """Say it where no further trial was begun because it would not have come to its end."""
+        tried = self.study.tried
+        if 0 < self.left <= (shortest := self._shortest(tried)) and not self._enough(tried):
+            self.report(
+                f"{self.left:,.0f} s of the budget are left, too little for one more trial: the quickest so far took "
+                f"{shortest:,.0f} s"
+            )
+
+    def reached(self, candidate: Candidate, rung: int, measured: Measured) -> bool:
+        """Say how a trial does, and whether it is to stop."""
+        self.report(
+            f"trial {candidate.number} after {_PARTS[rung]} of its steps: held-out loss {measured.loss:.4f}, "
+            f"accuracy {measured.accuracy:.3f}"
+        )
+        return self.study.reached(candidate, rung, measured)
 
     def take(self, candidate: Candidate, outcome: Outcome) -> None:
         """Keep what became of a trial, and its file if there is no better one."""
@@ -81,8 +109,11 @@ class Search:
         """All trials, one after the other, in this process."""
         while self.more():
             candidate = self.study.next()
-            self.report(f"trial {candidate.number} of {candidate.settings.max_steps:,} steps begins")
-            reached = partial(self.study.reached, candidate)
+            self.report(
+                f"trial {candidate.number} of {candidate.settings.max_steps:,} steps begins; {self.left:,.0f} s of the budget "
+                "are left"
+            )
+            reached = partial(self.reached, candidate)
             folder = self.asked.output.parent
             try:
                 outcome = run_trial(self.session, candidate.settings, folder, reached, self.left)
@@ -100,8 +131,8 @@ def search(
 ) -> Tuned:
     """Search, and write the best adapter to `asked.output`. `session` has the rows, held-out ones too, and the base.
 
-    After Ctrl-C what was found until then is on disk. Raises ReftEdgeError for what cannot be searched, and where no trial
-    came to its end.
+    After Ctrl-C what was found until then is on disk: raises SearchInterrupted, or KeyboardInterrupt where that is
+    nothing. Raises ReftEdgeError for what cannot be searched, and where no trial came to its end.
     """
     assert session.evaluation is not None
     started = time.monotonic()
@@ -112,7 +143,7 @@ def search(
     interrupted = None
     with open_study(asked.study, of, space, session.settings, score, session.settings.seed) as study:
         if known := len(study.tried):
-            report(f"continuing the study of {asked.study}, which has {known} trials")
+            report(f"continuing the study of {asked.study}, which has {known} trials{_so_far(study, score)}")
         under_way = Search(session, asked, study, score, report, on_trial, started + asked.budget)
         try:
             study.baseline = dataclasses.replace(
@@ -143,17 +174,26 @@ def search(
         )
     write_atomically(asked.plot, render(found).encode("utf-8"))
     if interrupted is not None:
-        raise interrupted
+        raise SearchInterrupted(found, getattr(interrupted, "number", signal.SIGINT)) from interrupted
     return found
+
+
+def _so_far(study: Study, score: str) -> str:
+    """The best trial of earlier runs, as the rest of a sentence."""
+    best = study.best
+    if best is None or best.measured is None:
+        return ""
+    return f"; the best so far is trial {best.number}, held-out {score} {best.measured.value(score):.4f}"
 
 
 def _run(under_way: Search) -> None:
     if under_way.asked.ray is None:
         under_way.run_here()
-        return
-    from reft_edge.search.on_ray import run_on_ray
+    else:
+        from reft_edge.search.on_ray import run_on_ray
 
-    run_on_ray(under_way)
+        run_on_ray(under_way)
+    under_way.tell_rest()
 
 
 def check_asked(session: Session, asked: Asked) -> None:

@@ -208,6 +208,20 @@ def test_a_budget_that_is_too_small_says_so_and_shortens_trials(base, tmp_path, 
     assert any("each trial has 9" in text for text in told)
 
 
+def test_no_trial_begins_that_would_not_come_to_its_end(base, tmp_path, monkeypatch):
+    plain, told = search_run.run_trial, []
+
+    def slow(*arguments):
+        return dataclasses.replace(plain(*arguments), seconds=5000.0)
+
+    monkeypatch.setattr(search_run, "run_trial", slow)
+    found = reft_edge.tune(base, ROWS, tmp_path / "a.safetensors", budget="1h", report=told.append, **QUICK)
+    assert len(found.tried) == 1
+    assert any("too little for one more trial: the quickest so far took 5,000 s" in text for text in told)
+    assert any(text.startswith("trial 0 after half of its steps: held-out loss ") for text in told)
+    assert any("s of the budget are left" in text for text in told if text.startswith("trial 0 of 4 steps"))
+
+
 def test_labels_are_searched_by_accuracy(device_folder, tmp_path):
     rows = [
         {"text": text * (1 + i % 3) + str(i), "label": label}
@@ -380,12 +394,25 @@ def test_ctrl_c_on_the_command_line(device_folder, tmp_path, monkeypatch):
         return plain(*arguments)
 
     monkeypatch.setattr(search_run, "run_trial", interrupted)
-    shown = run(
-        device_folder / "hf", rows, "-o", tmp_path / "a.safetensors", "--max-steps", 4, "--batch-size", 8
-    )
+    given = [
+        device_folder / "hf",
+        rows,
+        "-o",
+        tmp_path / "a.safetensors",
+        "--max-steps",
+        4,
+        "--batch-size",
+        8,
+    ]
+    shown = run(*given)
     assert shown.exit_code == 130
     assert "a.safetensors is the best trial's so far; the same command goes on from here" in shown.output
     assert "Traceback" not in shown.output
+    calls[:] = [1]  # the next trial is interrupted
+    again = run(*given)
+    assert "which has 2 trials; the best so far is trial 0, held-out loss " in again.output
+    assert "best, default" in again.output, "what earlier runs tried is shown, too"
+    assert "a.safetensors is the best trial's so far" in again.output
 
 
 def test_settings_are_those_of_train():
