@@ -32,7 +32,8 @@ def convert(
     """Convert an adapter of another library to ours, or ours to one of theirs; the names tell the formats.
 
     `source`: a folder or Hub id of pyreft or AdapterHub, a control vector (.gguf), a packed file (.onnx_adapter), or an
-    adapter file (.safetensors). `model`, or an exported `folder`: the base, where the source does not say it. `positions`,
+    adapter file (.safetensors). `output`: an adapter file, or what one is converted to: .gguf, .onnx_adapter, .json for EasySteer,
+    or a folder for pyreft. `model`, or an exported `folder`: the base, where the source does not say it. `positions`,
     `act_fn`, `intervention`, `raw`: what the source's format does not store. `report` is told what a user must know.
 
     Gives the formats as `source` and `result`, and the `adapter`. Raises ReftEdgeError for what is missing or cannot be carried.

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Environments of the peers that clash with ours: FOLDER/adapterhub, FOLDER/llama.cpp, FOLDER/pyreft and FOLDER/repeng, or
-# those that are named.
+# Environments of the peers that clash with ours: FOLDER/adapterhub, FOLDER/easysteer (without its vLLM), FOLDER/llama.cpp,
+# FOLDER/pyreft and FOLDER/repeng, or those that are named.
 #
 #     sh benchmarks/runtime/environments.sh FOLDER [NAME...]
 #
@@ -10,12 +10,15 @@ folder=${1:?give a folder for the environments}
 shift
 mkdir -p "$folder"
 
-for name in ${*:-adapterhub llama.cpp pyreft repeng}; do
+for name in ${*:-adapterhub easysteer llama.cpp pyreft repeng}; do
     "${PYTHON:-python3}" -m venv "$folder/$name"
     pip="$folder/$name/bin/pip install --quiet --disable-pip-version-check"
     case $name in
     adapterhub)
         $pip torch==2.13.0 adapters==1.3.0
+        ;;
+    easysteer) # what its steering code imports beside vLLM
+        $pip torch==2.13.0 transformers==4.57.6 msgspec pydantic
         ;;
     llama.cpp)
         $pip llama-cpp-python
@@ -28,7 +31,7 @@ for name in ${*:-adapterhub llama.cpp pyreft repeng}; do
         $pip torch==2.13.0 transformers==4.45.1 'numpy<2' repeng==0.4.0
         ;;
     *)
-        echo "no peer $name; known: adapterhub llama.cpp pyreft repeng" >&2
+        echo "no peer $name; known: adapterhub easysteer llama.cpp pyreft repeng" >&2
         exit 2
         ;;
     esac

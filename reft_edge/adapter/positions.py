@@ -95,6 +95,14 @@ def active(span: Span, t: Any, n: Any, start: Any = None) -> Any:
     return opened & (t >= start)
 
 
+def meet(one: Span, other: Span) -> bool:
+    """Whether both gates are open at some token of some prompt."""
+    reached = [UNLIMITED if span.last == UNLIMITED else span.first for span in (one, other)]
+    prefixes = max(one.skip_first, other.skip_first) < min(reached)
+    suffixes = max(one.skip_last, other.skip_last) < min(one.last, other.last)
+    return prefixes or suffixes or min(one.after, other.after) > 0
+
+
 def parse_positions(spec: str, tied: bool) -> tuple[Span, ...]:
     """The gates of a spec: one a part if untied, one for all parts if tied, one a group where groups are set
     apart by `|`.

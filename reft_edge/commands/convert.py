@@ -24,7 +24,7 @@ def convert(
         typer.Option(
             "--output",
             "-o",
-            help="What to write: .safetensors, .gguf, .onnx_adapter, or a folder for pyreft.",
+            help="What to write: .safetensors, .gguf, .onnx_adapter, .json for EasySteer, or a folder for pyreft.",
             show_default=False,
         ),
     ],

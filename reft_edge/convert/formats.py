@@ -14,7 +14,7 @@ from reft_edge.errors import ReftEdgeError
 from reft_edge.files import check_place
 from reft_edge.model.gguf_header import is_gguf
 
-OURS, GGUF, PACKED = ".safetensors", ".gguf", ".onnx_adapter"
+OURS, GGUF, PACKED, EASYSTEER = ".safetensors", ".gguf", ".onnx_adapter", ".json"
 _MAX_HUB = 8 << 30
 """Bytes; DiReFT of a model with 7 billion parameters, untied at every layer, has 4.5 GB, since pyreft stores [d, d] for each."""
 _HUB_FILES = [
@@ -46,7 +46,7 @@ class Converted:
 
     source: str
     result: str
-    """Formats: `reft-edge`, `pyreft`, `adapterhub`, `control vector` or `onnx_adapter`."""
+    """Formats: `reft-edge`, `pyreft`, `adapterhub`, `control vector`, `onnx_adapter` or `easysteer`."""
     adapter: Adapter
 
 
@@ -69,13 +69,13 @@ def convert(
         return Converted(library, "reft-edge", adapter)
     if ending == OURS:
         raise ReftEdgeError(
-            f"{source} and {output} are both adapter files; give a {GGUF} or {PACKED} file, or a folder for pyreft"
+            f"{source} and {output} are both adapter files; give a {GGUF}, {PACKED} or {EASYSTEER} file, or a folder for pyreft"
         )
     _refuse(given, source, "positions", "act_fn", "intervention", "raw", "model")
     if ending != PACKED and given.folder is not None:
         raise ReftEdgeError(f"{source} says which base it is for; --for DIR is for {PACKED} files")
     adapter = load_adapter(path)
-    if output.suffix in (GGUF, PACKED):
+    if ending in (GGUF, PACKED, EASYSTEER):
         check_place(output)
     if ending == GGUF:
         from reft_edge.convert.control_vector import to_control_vector
@@ -89,9 +89,15 @@ def convert(
             raise ReftEdgeError(f"a {PACKED} file is for one exported folder: give it with --for DIR")
         pack_adapter(path, given.folder, output, report=report)
         return Converted("reft-edge", "onnx_adapter", adapter)
+    if ending == EASYSTEER:
+        from reft_edge.convert.to_easysteer import to_easysteer
+
+        for note in to_easysteer(adapter, output):
+            report(note)
+        return Converted("reft-edge", "easysteer", adapter)
     if ending:
         raise ReftEdgeError(
-            f"{output} has no ending that is known: {GGUF}, {PACKED}, or none, for a folder that pyreft loads"
+            f"{output} has no ending that is known: {GGUF}, {PACKED}, {EASYSTEER} for EasySteer, or none, for a folder that pyreft loads"
         )
     from reft_edge.convert.to_pyreft import to_pyreft
 

@@ -18,7 +18,7 @@ import torch
 
 from reft_edge.adapter.algebra import Array, folded_rows
 from reft_edge.adapter.config import Adapter
-from reft_edge.adapter.positions import UNLIMITED, Span, group_names
+from reft_edge.adapter.positions import UNLIMITED, group_names, meet
 from reft_edge.convert.pyreft_format import CLASSES, COMPONENTS, ROTATION
 from reft_edge.convert.rotation import ORTHONORMAL, off_orthonormal
 from reft_edge.errors import ReftEdgeError
@@ -53,7 +53,7 @@ def to_pyreft(adapter: Adapter, output: Path) -> list[str]:
         )
     if config.intervention == "red":
         raise ReftEdgeError("pyreft has no intervention like red; only the others can be carried")
-    if any(_overlap(one, other) for one, other in combinations(config.spans, 2)):
+    if any(meet(one, other) for one, other in combinations(config.spans, 2)):
         raise ReftEdgeError(
             f"positions {config.positions} overlap: pyreft would compute the second edit from the first one's result"
         )
@@ -97,13 +97,6 @@ def to_pyreft(adapter: Adapter, output: Path) -> list[str]:
             "interventions made with dtype=torch.float32"
         )
     return notes
-
-
-def _overlap(one: Span, other: Span) -> bool:
-    reached = [UNLIMITED if span.last == UNLIMITED else span.first for span in (one, other)]
-    prefixes = max(one.skip_first, other.skip_first) < min(reached)
-    suffixes = max(one.skip_last, other.skip_last) < min(one.last, other.last)
-    return prefixes or suffixes or min(one.after, other.after) > 0
 
 
 def _with_rotation(adapter: Adapter) -> tuple[str, dict[str, Array]]:
