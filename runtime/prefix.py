@@ -39,6 +39,7 @@ class Ran:
     def __init__(self, ids: tuple[int, ...], edit: Edit | None) -> None:
         self.ids = ids
         self._edit = None if edit is None else weakref.ref(edit)
+        self._untouched = untouched(ids, edit)
 
     @property
     def gone(self) -> bool:
@@ -49,14 +50,21 @@ class Ran:
         return not self.gone and (self._edit() if self._edit is not None else None) is edit
 
     def usable(self, ids: Sequence[int], edit: Edit | None) -> int:
-        """How many first tokens of a prompt have the keys and values that they had in this one.
+        """How many first tokens of a prompt have the keys and values that they had in this one: under another edit, those
+        that neither edits, such as all before a trigger.
 
         They are a multiple of ALIGNMENT, and at least the last two tokens are always left to run: the last one's logits are
         needed, and a token that runs alone is rounded in another way.
         """
-        if not self.under(edit):
+        if tuple(ids[:ALIGNMENT]) != self.ids[:ALIGNMENT]:
             return 0
-        return max(0, min(shared(self.ids, ids, edit), len(ids) - 2)) // ALIGNMENT * ALIGNMENT
+        if self.under(edit):
+            count = shared(self.ids, ids, edit)
+        elif self._untouched:
+            count = min(self._untouched, same_tokens(self.ids, ids), untouched(ids, edit))
+        else:
+            return 0
+        return max(0, min(count, len(ids) - 2)) // ALIGNMENT * ALIGNMENT
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,13 +168,27 @@ class PrefixCache:
 def shared(before: Tokens, ids: Tokens, edit: Edit | None) -> int:
     """How many tokens at the start of two prompts have the same keys and values: they are the same tokens, and every
     gate that acts on one of them does so in both prompts, whose lengths may differ, and whose triggers may stand elsewhere."""
-    count = min(len(before), len(ids))
-    same = np.array(before[:count]) == np.array(ids[:count])
-    count = int(same.argmin()) if not same.all() else count
+    count = same_tokens(before, ids)
     t = np.arange(count)
     for gate in edit.gates if edit is not None else ():
         alike = _opened(gate.span, t, before) == _opened(gate.span, t, ids)
         count = min(count, int(alike.argmin()) if not alike.all() else count)
+    return count
+
+
+def same_tokens(before: Tokens, ids: Tokens) -> int:
+    """How many tokens at the start of two prompts are the same."""
+    count = min(len(before), len(ids))
+    same = np.array(before[:count]) == np.array(ids[:count])
+    return int(same.argmin()) if not same.all() else count
+
+
+def untouched(ids: Tokens, edit: Edit | None) -> int:
+    """How many tokens at the start of a prompt no gate acts on, so that their keys and values are the base model's."""
+    count = len(ids)
+    for gate in edit.gates if edit is not None else ():
+        opened = _opened(gate.span, np.arange(count), ids) & (gate.scale != 0)
+        count = int(opened.argmax()) if opened.any() else count
     return count
 
 

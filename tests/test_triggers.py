@@ -217,6 +217,36 @@ def test_a_kept_prompt_is_used_as_far_as_its_edits_are_the_same(model):
         assert row.tokens == alone.tokens
 
 
+def test_what_comes_before_a_trigger_is_shared_with_the_base_and_other_adapters(model):
+    base = [5, 80, 33, 120, 7, 44, 3, 9] * 9
+    called = [*base, 12, *X, 50, 51, 52]
+    expected = {}
+    for key, prompt in (("base", base), ("called", called)):
+        for choice in ({}, {"one": 1.0}, {"plain": 1.0}, {"one": 0.5}):
+            request = Request(tuple(prompt), choice, max_tokens=6)
+            [row] = run_rows(model.batch(1, speculate=False), model, [request])[0]
+            expected[key, str(choice)] = row.tokens
+    batch = model.batch(1, prefix_budget=1 << 22, speculate=False)
+    for key, choice, hits in (
+        ("base", {}, 0),
+        ("called", {"one": 1.0}, 64),
+        ("called", {"plain": 1.0}, 0),
+        ("called", {"one": 0.5}, 64),
+        ("called", {}, 64),
+        ("base", {"one": 1.0}, 64),
+    ):
+        before = batch.prefixes.hits
+        request = Request(tuple(base if key == "base" else called), choice, max_tokens=6)
+        [row] = run_rows(batch, model, [request])[0]
+        assert (batch.prefixes.hits - before, row.tokens) == (hits, expected[key, str(choice)])
+    batch = model.batch(1, prefix_budget=1 << 22, speculate=False)
+    for choice, hits in (({"one": 1.0}, 0), ({}, 64)):  # the other way round
+        before = batch.prefixes.hits
+        request = Request(tuple(called), choice, max_tokens=6)
+        [row] = run_rows(batch, model, [request])[0]
+        assert (batch.prefixes.hits - before, row.tokens) == (hits, expected["called", str(choice)])
+
+
 def test_a_trigger_of_another_vocabulary_is_refused(model, tiny_model, tmp_path):
     path = tmp_path / "a.safetensors"
     adapter = random_adapter(tiny_model, positions="from:[4000]", path=path)

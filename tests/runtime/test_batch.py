@@ -272,14 +272,7 @@ def test_a_batch_that_remembers_nothing_keeps_no_row(model):
 
 
 def edit_of(span):
-    class Gate:
-        pass
-
-    class Edit:
-        gates = (Gate(),)
-
-    Edit.gates[0].span = span
-    return Edit
+    return Edit(8, (Gate(span),), {})
 
 
 @given(first=st.integers(0, 9), last=st.integers(0, 9), before=st.integers(1, 40), now=st.integers(1, 40))
@@ -329,10 +322,12 @@ def test_prefixes_belong_to_their_edit_and_stay_in_the_budget():
 
     size = entry(0).size
     cache = PrefixCache(2 * size)
-    edit = edit_of(Span())
+    edit, late = edit_of(Span(first=9)), edit_of(Span(last=9))
     cache.add(entry(0))
     assert cache.find(list(range(40)), None)[0] == 32
     assert cache.find(list(range(40)), edit) == (0, None)
+    assert cache.find(list(range(60)), late)[0] == 32
+    assert cache.find(list(range(40)), late)[0] == 16  # its edit begins at token 31
     cache.add(entry(100))
     cache.add(entry(200, edit))
     assert cache.size <= 2 * size

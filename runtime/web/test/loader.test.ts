@@ -15,7 +15,7 @@ import { SteeredModel } from "../src/model";
 import { parseStrictly } from "../src/json";
 import { GRAPH, MODEL, readNode } from "../src/onnx";
 import { portInputs } from "../src/ports";
-import { parsePositions } from "../src/positions";
+import { inPrompt, parsePositions } from "../src/positions";
 import { fields } from "../src/protobuf";
 import { unpackWeights } from "../src/unpack";
 import { EXPORT, folderOnDisk, readJson, VECTORS, type Vectors } from "./vectors";
@@ -69,6 +69,10 @@ describe("adapter files", () => {
 test.each(vectors.positions)("positions '$spec', tied: $tied", ({ spec, tied, spans, error }) => {
   if (error === undefined) expect(parsePositions(spec, tied)).toEqual(spans);
   else expect(refusal(() => parsePositions(spec, tied))).toContain("positions");
+});
+
+test.each(vectors.prompts)("$spec in a prompt of $prompt", ({ spec, prompt, spans }) => {
+  expect(parsePositions(spec, false).map((span) => inPrompt(span, prompt))).toEqual(spans);
 });
 
 test("half precision", () => {

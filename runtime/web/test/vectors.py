@@ -38,6 +38,8 @@ SPECS = (
     'from:"<tool>"[27,5]', "from:[0]-l2", 'f3|from:"a+b|c from:\\"x\\""[1, 2]-f1-l2|from: "ü\\n"', 'from:"x"', "from:", 'from:"x"+f3', 'from:"x"5',
     "from:0;", "from:[]", "from:[-1]", "from:[4294967296]", 'from:"\\ud800"', 'from:"x"|from:"x"', f"from:[{'1,' * 64}1]", f'from:"{"x" * 201}"',
 )  # fmt: skip
+CALLED = ("from:[7,8]", "from:[7,7]|l2", "from:[7]-f3-l1")
+CALLS: list[list[int]] = [[], [7], [7, 8], [1, 7, 8, 7, 8, 9], [7, 7, 7], [8, 7, 1, 2, 3]]
 NUMBERS = (
     0,
     1,
@@ -267,6 +269,12 @@ def spans(spec: str, tied: bool) -> dict[str, Any]:
         return {"spec": spec, "tied": tied, "error": str(error)}
 
 
+def in_prompt(spec: str, prompt: list[int]) -> dict[str, Any]:
+    """Where the gates of a spec with a trigger are open in a prompt."""
+    found = [dataclasses.asdict(span.in_prompt(prompt)) for span in parse_positions(spec, tied=False)]
+    return {"spec": spec, "prompt": prompt, "spans": found}
+
+
 PRODUCTS = {
     # name: depth, width, bits, block size, whether zero points are given
     "whole-blocks": (64, 24, 4, 32, True),
@@ -333,6 +341,7 @@ def main(export: Path, out: Path) -> None:
         assert because in said, said
         vectors["refused"][path.stem] = because
     vectors["positions"] = [spans(spec, tied) for spec in SPECS for tied in (False, True)]
+    vectors["prompts"] = [in_prompt(spec, prompt) for spec in CALLED for prompt in CALLS]
     halves = np.array(NUMBERS, np.float32)
     with np.errstate(over="ignore"):
         vectors["halves"] = [

@@ -9,6 +9,7 @@ export interface Vectors {
   adapters: Record<string, Record<string, { shape: number[]; data: number[] }>>;
   /** What the refusal of a file says. */
   refused: Record<string, string>;
+  prompts: { spec: string; prompt: number[]; spans: object[] }[];
   positions: { spec: string; tied: boolean; spans?: object[]; error?: string }[];
   /** float32 numbers and their binary16 bits. */
   halves: [number, number][];
