@@ -10,7 +10,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
 
 import encoders
-from table import Method, lora
+from table import Method, lora, loreft
 from tasks import TASKS, Row, Task, arc, gsm8k
 
 from reft_edge.adapter.config import INTERVENTIONS
@@ -123,6 +123,7 @@ METHODS = {
         Method("bias", "bias only, all+gen", "reft-edge", edits("steering", ALWAYS, 1), (1e-2, 3e-3, 3e-2)),
         Method("lora", "LoRA, rank 8", "peft", lora(8), (1e-3, 3e-4, 3e-3)),
         Method("lora-r1", "LoRA, rank 1", "peft", lora(1), (1e-3, 3e-3, 1e-2)),
+        Method("pyreft", "LoReFT, rank 4, f3+l3, pyreft", "pyreft", loreft(4), follows="loreft"),
         Method("dora", "DoRA, rank 8", "peft", lora(8) | {"use_dora": True}, (1e-3, 3e-4, 3e-3)),
     )
 }
@@ -155,11 +156,13 @@ ENCODERS = Comparison(
 )
 
 
-def missing(method: Method) -> str:
+def missing(method: Method, pyreft: str = "") -> str:
     """Why a method cannot be run here; empty if it can."""
     kind = method.settings.get("intervention")
     if kind and kind not in INTERVENTIONS:
         return f"this version of reft-edge has no intervention {kind!r}"
     if method.library == "peft" and find_spec("peft") is None:
         return "PEFT is not installed (pip install peft)"
+    if method.library == "pyreft" and not pyreft:
+        return "it needs an environment of its own (environments.sh); give its Python with --pyreft"
     return ""

@@ -14,6 +14,7 @@ import encoders
 import numpy as np
 import torch
 from breadth import BASE, DECODERS, ENCODERS, Comparison, Study
+from elsewhere import made_by
 from likeness import likeness
 from minilm import packaged_minilm
 from table import Method, drawn, encoded, generated, options
@@ -51,6 +52,8 @@ class _Process:
     dtype: str
     work: Path
     batch: int
+    pyreft: str
+    """The Python of pyreft's environment."""
 
 
 def prepare(data: Path, study: Study, prompts: Prompts) -> dict[str, Any]:
@@ -100,7 +103,16 @@ def asked(task: Task, rows: list[dict[str, Any]], prompts: Prompts) -> dict[str,
     return {"questions": questions, "answers": answers}
 
 
-def begin(folder: str, device: str, dtype: str, threads: int, prepared: str, work: str, batch: int) -> None:
+def begin(
+    folder: str,
+    device: str,
+    dtype: str,
+    threads: int,
+    prepared: str,
+    work: str,
+    batch: int,
+    pyreft: str = "",
+) -> None:
     torch.set_num_threads(threads)
     _Process.folder = Path(folder)
     source = ModelFolder(_Process.folder, _Process.folder.name)
@@ -110,7 +122,7 @@ def begin(folder: str, device: str, dtype: str, threads: int, prepared: str, wor
     _Process.model = (load_encoder if encoder else load_model)(source).to(device)
     _Process.prompts = load_model_prompts(source)
     _Process.studies = json.loads(Path(prepared).read_text(encoding="utf-8"))
-    _Process.dtype, _Process.work, _Process.batch = dtype, Path(work), batch
+    _Process.dtype, _Process.work, _Process.batch, _Process.pyreft = dtype, Path(work), batch, pyreft
 
 
 def make(cell: Cell) -> dict[str, Any]:
@@ -133,25 +145,43 @@ def make(cell: Cell) -> dict[str, Any]:
             "rates": [cell.lr * rate(settings, step, study["steps"]) for step in range(study["steps"])],
         },
     }
+    made = (made_elsewhere if method.library == "pyreft" else made_here)(method, job, study["tests"])
+    losses = made.pop("losses")
+    last = losses[-max(1, len(losses) // 10) :]
+    loss = round(sum(last) / len(last), 5) if last else None
+    return {"loss": loss} | made | {"seconds": round(time.perf_counter() - started, 2)}
+
+
+def made_here(method: Method, job: Job, tests: dict[str, Any]) -> dict[str, Any]:
+    started = time.perf_counter()
     losses: list[float] = []
-    model = _Process.model
     adapted = adapted_by(method, job, losses.append)
     trained_for = time.perf_counter() - started
     try:
-        scores = {name: score(adapted, test) for name, test in study["tests"].items()}
+        scores = {name: score(adapted, test) for name, test in tests.items()}
     finally:
         adapted.detach()
-        model.requires_grad_(False)
+        _Process.model.requires_grad_(False)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    last = losses[-max(1, len(losses) // 10) :]
     return {
+        "losses": losses,
         "parameters": sum(parameter.numel() for parameter in adapted.parameters),
-        "loss": round(sum(last) / len(last), 5) if last else None,
         "scores": scores,
         "train_seconds": round(trained_for, 2),
-        "seconds": round(time.perf_counter() - started, 2),
     }
+
+
+def made_elsewhere(method: Method, job: Job, tests: dict[str, Any]) -> dict[str, Any]:
+    """The same by the method's own environment."""
+    found = made_by(_Process.pyreft, job, tests, str(next(_Process.model.parameters()).device))
+    answers = {
+        name: of_answers(test, found["tests"][name])
+        if "asked" in test
+        else of_likelihoods(test, found["tests"][name])
+        for name, test in tests.items()
+    }
+    return {"losses": found["losses"], "parameters": found["parameters"], "scores": answers}
 
 
 def batches(study: dict[str, Any], seed: int) -> list[list[int]]:
@@ -174,21 +204,28 @@ def score(adapted: Adapted, test: dict[str, Any]) -> dict[str, Any]:
     if "labelled" in test:
         answers = encoders.answered(adapted, test["labelled"], _Process.batch, _Process.dtype)
         return {"right": "".join(str(int(right)) for right in answers)}
+    if "asked" in test:
+        return of_answers(test, greedy(adapted, test["asked"], 4 * _Process.batch))
+    return of_likelihoods(test, mean_likelihoods(adapted, test["questions"], _Process.batch))
+
+
+def of_answers(test: dict[str, Any], found: list[list[int]]) -> dict[str, Any]:
+    """`found`: the answers' token ids."""
+    texts = [_Process.prompts.decode(ids) for ids in found]
     if "references" in test:
-        found = greedy(adapted, test["asked"], 4 * _Process.batch)
-        texts = [_Process.prompts.decode(ids).strip() for ids in found]
+        texts = [text.strip() for text in texts]
         alike = [round(value, 4) for value in likeness(texts, test["references"])]
         return {"likeness": alike, "lengths": [len(text) for text in texts], "answers": texts}
-    if "asked" in test:
-        texts = [_Process.prompts.decode(ids) for ids in greedy(adapted, test["asked"], 4 * _Process.batch)]
-        judged = [
-            judge("number", Question(row, "", expected), text).right
-            for row, (expected, text) in enumerate(zip(test["expected"], texts, strict=True))
-        ]
-        return {"right": "".join(str(int(right)) for right in judged)}
+    judged = [
+        judge("number", Question(row, "", expected), text).right
+        for row, (expected, text) in enumerate(zip(test["expected"], texts, strict=True))
+    ]
+    return {"right": "".join(str(int(right)) for right in judged)}
+
+
+def of_likelihoods(test: dict[str, Any], found: list[list[float]]) -> dict[str, Any]:
+    """`found`: nats a token of every option."""
     if test["answers"] is None:
-        likelihoods = mean_likelihoods(adapted, test["questions"])
-        return {"likelihood": [round(likelihood, 4) for (likelihood,) in likelihoods]}
-    chosen = mean_likelihoods(adapted, test["questions"], _Process.batch)
-    pairs = zip(chosen, test["answers"], strict=True)
+        return {"likelihood": [round(likelihood, 4) for (likelihood,) in found]}
+    pairs = zip(found, test["answers"], strict=True)
     return {"right": "".join(str(int(int(np.argmax(row)) == answer)) for row, answer in pairs)}

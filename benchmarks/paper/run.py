@@ -59,7 +59,8 @@ class Plan:
     def rates(self, study: str, method: Method) -> tuple[float, ...]:
         """Those to train with: the chosen one, where its search is over or was made on another study; none yet if not."""
         searched = self.compared.studies[study].searched
-        tried = {rate: Cell(searched, method.name, rate, 0) for rate in method.rates}
+        leader = self.compared.methods[method.follows] if method.follows else method
+        tried = {rate: Cell(searched, leader.name, rate, 0) for rate in leader.rates}
         open_ones = [
             rate for rate, cell in tried.items() if cell not in self.done and cell not in self.failed
         ]
@@ -131,8 +132,16 @@ def searches(path: Path, model: str, studies: list[str]) -> list[Line]:
     return [line for line in read_lines(own) if line["study"] not in studies]
 
 
-def check_searches(compared: Comparison, studies: list[str], lines: list[Line]) -> None:
-    """Raise SystemExit if a study takes its learning rates from one that is neither asked for nor in the file."""
+def check_searches(
+    compared: Comparison, studies: list[str], methods: list[Method], lines: list[Line]
+) -> None:
+    """Raise SystemExit if a study or method takes its learning rates from one neither asked for nor in the file."""
+    methods_there = {*(method.name for method in methods), *(line["method"] for line in lines)}
+    for method in methods:
+        if method.follows and method.follows not in methods_there:
+            raise SystemExit(
+                f"{method.name} takes the learning rates of {method.follows}: add it to --methods"
+            )
     there = {*studies, *(line["study"] for line in lines)}
     for name in studies:
         if (searched := compared.studies[name].searched) not in there:
@@ -207,6 +216,7 @@ def main() -> None:
     parser.add_argument("--studies", nargs="+", help="by default all of the model's kind")
     parser.add_argument("--methods", nargs="+", help="by default all of the model's kind")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--pyreft", default="", help="the Python of an environment with pyreft")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="bf16", choices=("fp32", "bf16"), help="of the trainings' base")
     parser.add_argument("--workers", type=int, default=1, help="processes, each with the model in memory")
@@ -220,9 +230,9 @@ def main() -> None:
     names = named("studies", given.studies, compared.studies)
     methods = [compared.methods[name] for name in named("methods", given.methods, compared.methods)]
     for method in methods:
-        if why := missing(method):
+        if why := missing(method, given.pyreft):
             print(f"{method.title} is left out: {why}", flush=True)
-    methods = [method for method in methods if not missing(method)]
+    methods = [method for method in methods if not missing(method, given.pyreft)]
     path = given.results or results_of(given.model)
     tasks = {name: small(compared.studies[name]) if given.smoke else compared.studies[name] for name in names}
     studies = prepared(given.data, tasks, folder)
@@ -242,13 +252,22 @@ def main() -> None:
                 f"{path} has cells of {line['study']} from other rows; give another file with --results"
             )
     lines += searches(path, given.model, names)
-    check_searches(compared, names, lines)
+    check_searches(compared, names, methods, lines)
     plan = Plan(lines, compared, names, methods, given.seeds)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as work:
         rows = Path(work) / "studies.json"
         rows.write_text(json.dumps(studies), encoding="utf-8")
-        start = (str(folder.path), given.device, given.dtype, given.threads, str(rows), work, given.batch)
+        start = (
+            str(folder.path),
+            given.device,
+            given.dtype,
+            given.threads,
+            str(rows),
+            work,
+            given.batch,
+            given.pyreft,
+        )
         os.environ["OMP_NUM_THREADS"] = str(given.threads)
         with ProcessPoolExecutor(given.workers, multiprocessing.get_context("spawn"), begin, start) as pool:
             run(plan, pool, given.workers, said, path)

@@ -76,7 +76,7 @@ def collect(lines: list[dict[str, Any]]) -> Cells:
     compared = compared_in(lines)
     for study in compared.studies.values():
         for method in compared.all_methods:
-            lr = chosen(lines, study, method)
+            lr = chosen(lines, study, compared.all_methods[method].follows or method)
             mine = {
                 line["seed"]: line
                 for line in lines

@@ -67,7 +67,7 @@ def base_model(job: Job) -> Any:
     model = transformers.AutoModelForCausalLM.from_pretrained(
         job["model"], config=config, torch_dtype=torch.float32, trust_remote_code=False
     )
-    return model.eval().requires_grad_(False)
+    return model.to(job.get("device", "cpu")).eval().requires_grad_(False)
 
 
 def plain(model: Any) -> Callable[..., Any]:

@@ -183,15 +183,33 @@ def test_learning_rates_are_chosen_before_other_seeds_and_tasks(paper):
     assert run.Cell("boolq", "lora", best, 0) not in plan.wanted()
 
 
+def test_a_method_of_the_same_formula_takes_the_rate_that_was_found(paper):
+    run, breadth, tables = paper("run"), paper("breadth"), paper("tables")
+    loreft, pyreft = (breadth.METHODS[name] for name in ("loreft", "pyreft"))
+    first, best, last = loreft.rates
+    lines = [line("sst2", "loreft", lr, 0, "11" if lr == best else "01") for lr in (first, best)]
+    plan = run.Plan(lines, breadth.DECODERS, ["sst2"], [pyreft], 2)
+    assert not [cell for cell in plan.wanted() if cell.method == "pyreft"]  # the search is not over
+    lines += [line("sst2", "loreft", last, 0, "00"), line("sst2", "pyreft", best, 0, "10")]
+    plan = run.Plan(lines, breadth.DECODERS, ["sst2"], [pyreft], 2)
+    assert [(cell.lr, cell.seed) for cell in plan.wanted() if cell.method == "pyreft"] == [(best, 1)]
+    assert tables.collect(lines)["pyreft", "sst2"].values.mean() == 0.5
+
+
 def test_what_cannot_be_run_is_said(paper, monkeypatch):
     run, breadth = paper("run"), paper("breadth")
     with pytest.raises(SystemExit, match="boolq takes the learning rates of sst2: add it to --studies"):
-        run.check_searches(breadth.DECODERS, ["boolq"], [])
-    run.check_searches(breadth.DECODERS, ["boolq"], [line("sst2", "lora", 1e-3, 0, "1")])
-    run.check_searches(breadth.DECODERS, ["boolq", "sst2"], [])
+        run.check_searches(breadth.DECODERS, ["boolq"], [], [])
+    run.check_searches(breadth.DECODERS, ["boolq"], [], [line("sst2", "lora", 1e-3, 0, "1")])
+    run.check_searches(breadth.DECODERS, ["boolq", "sst2"], [], [])
+    with pytest.raises(SystemExit, match="pyreft takes the learning rates of loreft: add it to --methods"):
+        run.check_searches(breadth.DECODERS, ["sst2"], [breadth.METHODS["pyreft"]], [])
     monkeypatch.setattr(breadth, "find_spec", lambda name: None)
     assert "pip install peft" in breadth.missing(breadth.METHODS["dora"])
-    assert breadth.missing(breadth.METHODS["bias"]) == ""
+    assert "give its Python with --pyreft" in breadth.missing(breadth.METHODS["pyreft"])
+    assert (
+        breadth.missing(breadth.METHODS["pyreft"], "python") == breadth.missing(breadth.METHODS["bias"]) == ""
+    )
     unknown = dataclasses.replace(breadth.METHODS["bias"], settings={"intervention": "none"})
     assert "no intervention 'none'" in breadth.missing(unknown)
 
@@ -275,6 +293,33 @@ def test_a_cell_of_instructions_keeps_answers_their_likeness_and_length(
     told = scores["instructions-answers"]
     assert [len(text) for text in told["answers"]] == told["lengths"]
     assert len(told["likeness"]) == len(scores["instructions"]["likelihood"]) == 8
+
+
+def test_a_cell_of_a_library_with_an_environment_of_its_own(begun, monkeypatch):
+    """By worker.py in a process, here with PyTorch alone in place of pyreft."""
+    python = sys.executable
+    monkeypatch.setattr(begun._Process, "pyreft", python, raising=False)
+    monkeypatch.setattr(begun, "made_by", lambda python, job, *rest: made_by(python, plain(job), *rest))
+    made_by = sys.modules["elsewhere"].made_by
+
+    def plain(job):
+        return job | {"library": "reft-edge", "settings": {"rank": 2, "first": 1, "last": 1, "tied": True}}
+
+    made = begun.make(begun.Cell("sst2", "pyreft", 5e-2, 0))
+    assert [len(made["scores"][name]["right"]) for name in ("dev", "sst2")] == [5, 9]
+    assert made["parameters"] > 0
+    assert made["loss"] > 0
+    with pytest.raises(RuntimeError, match="KeyError: 'nowhere'"):
+        made_by(python, {"library": "nowhere", "model": str(begun._Process.folder), "train": None}, {}, "cpu")
+
+
+def test_answers_of_several_tests_are_asked_together(paper):
+    together = paper("elsewhere").together
+    one, other = ({"prompts": [[number]], "max_tokens": 3, "ends": [0]} for number in (1, 2))
+    assert together({"a": one, "b": other}) == one | {"prompts": [[1], [2]]}
+    assert together({}) is None
+    with pytest.raises(ValueError, match="answers of a, b have different limits"):
+        together({"a": one, "b": other | {"max_tokens": 4}})
 
 
 def test_a_training_that_fails_gives_the_model_back(begun, monkeypatch):
