@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from reft_edge.adapter_files import convert, merge, pull, push
 from reft_edge.arguments import (
+    OPTIMUM,
     AdapterFile,
     Report,
+    check_exporter,
     checked,
     listed,
     scaled,
@@ -247,8 +249,9 @@ def export(
     """Export a frozen base to ONNX with intervention ports, checked against PyTorch. Done once: all its adapters run there.
 
     `base`: one that is loaded, or what `load` takes. `folder` is replaced only by a success. `precision`: fp32, fp16, bf16,
-    int8 or int4. `layers`: which get a port: `all`, `3;9;18`, `0-5`, a mix, or a list of numbers. `components`: of each layer, its block,
-    attention or mlp. `ports`: what they can add, `affine`, and `act` (for adapters with an act_fn) and `diagonal` (for RED) beside it. `device`: cpu or cuda, where the graph will run. `algorithm`, `block_size` (weights that share a
+    int8 or int4. `layers`: which get a port: `all`, `3;9;18`, `0-5`, a mix, or a list of numbers. `components`: of each layer,
+    its block, attention or mlp. `ports`: what they can add: `affine`, and beside it `act` (for adapters with an act_fn) and
+    `diagonal` (for RED). `device`: cpu or cuda, where the graph will run. `algorithm`, `block_size` (weights that share a
     scale; by default 128 for a billion weights and more, else 32) and `accuracy_level` are for int4 and int8. `context`: the
     most tokens that the graph takes, by default as many as the base. `exporter`: genai, or optimum, which writes fp32 for
     the CPU with ports after whole blocks, and takes none of the other choices but `layers`. `report` is told each step.
@@ -267,10 +270,11 @@ def export(
     parts = [part.strip() for parts in listed(components) for part in parts.split(",")]
     kinds = [kind.strip() for part in listed(ports) for kind in part.split(",")]
     quantisation = Quantisation(algorithm, block_size, accuracy_level)
-    if exporter != "genai":
-        _check_optimum(exporter, (precision, parts, kinds, device, quantisation, context))
+    check_exporter(exporter)
+    if exporter == OPTIMUM:
+        _check_optimum((precision, parts, kinds, device, quantisation, context))
     source = base.folder if isinstance(base, FrozenModel) else resolve_model(str(base), report)
-    if exporter == "optimum":
+    if exporter == OPTIMUM:
         from reft_edge.export.optimum import export_with_optimum
         from reft_edge.model.manifest import load_manifest
 
@@ -291,12 +295,10 @@ def export(
     )
 
 
-def _check_optimum(exporter: str, chosen: tuple[Any, ...]) -> None:
-    """Raise ReftEdgeError for an unknown exporter, or for choices that Optimum's has not."""
+def _check_optimum(chosen: tuple[Any, ...]) -> None:
+    """Raise ReftEdgeError for choices that Optimum's exporter has not."""
     from reft_edge.export import Quantisation
 
-    if exporter != "optimum":
-        raise ReftEdgeError(f"unknown exporter {exporter!r}; choose one of genai, optimum")
     if chosen != ("fp32", ["block"], ["affine"], "cpu", Quantisation(), None):
         raise ReftEdgeError(
             "exporter='optimum' writes fp32 graphs for the CPU with ports after whole blocks, at the model's own context; "

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 AdapterFile = str | Path | tuple[str | Path, float]
 """An adapter file, or one with the scale of its edits."""
 Report = Callable[[str], None]
+GENAI, OPTIMUM = "genai", "optimum"
+"""Exporters: onnxruntime-genai's builder, and Optimum's."""
 
 
 P = ParamSpec("P")
@@ -104,3 +106,9 @@ def trusted_keys(keys: str | Path | None) -> "TrustedKeys | None":
     from reft_edge.signing.keys import load_trusted
 
     return load_trusted(keys)
+
+
+def check_exporter(name: str) -> None:
+    """Raise ReftEdgeError for an exporter that there is not."""
+    if name not in (GENAI, OPTIMUM):
+        raise ReftEdgeError(f"unknown exporter {name!r}; choose one of {GENAI}, {OPTIMUM}")

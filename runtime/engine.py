@@ -37,6 +37,7 @@ class Ticket(Iterator[Piece]):
 
     @property
     def finish_reason(self) -> str | None:
+        """As a `Generation`'s; None while it runs."""
         return self._row.finish_reason
 
     def cancel(self) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from reft_edge.arguments import GENAI, OPTIMUM, check_exporter
 from reft_edge.commands.console import extra, plain_errors, print_json
 from reft_edge.commands.export_figures import print_exported, print_ported
 from reft_edge.commands.options import Json, Model, PortKinds, PortLayers
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from reft_edge.model.source import ModelFolder
 
 
-GENAI, OPTIMUM = "genai", "optimum"
 _NO_OUTPUT = "give the folder to write with -o DIR"
 _FOR_OPTIMUM = ("model", "output", "layers", "exporter", "as_json")
 
@@ -128,8 +128,7 @@ def export(
 def _export_otherwise(context: typer.Context, console: "Screen") -> None:
     """Export with another exporter than ours; `context` has the options."""
     given = context.params
-    if given["exporter"] != OPTIMUM:
-        raise ReftEdgeError(f"unknown exporter {given['exporter']!r}; choose one of {GENAI}, {OPTIMUM}")
+    check_exporter(given["exporter"])
     refused = [
         parameter.opts[0]
         for parameter in context.command.params

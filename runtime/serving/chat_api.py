@@ -31,6 +31,17 @@ _EXTRAS = {
 """What messages hold beside their text, as clients send it back; empty, it asks for nothing."""
 
 
+def _only_functions(what: str) -> AfterValidator:
+    """For a `type`; `what` is named in the message."""
+
+    def check(value: str) -> str:
+        if value != "function":
+            raise ValueError(f"this server has {what} of the type `function` only")
+        return value
+
+    return AfterValidator(check)
+
+
 class Function(Body):
     """What a tool is."""
 
@@ -57,15 +68,8 @@ class Function(Body):
 
 
 class Tool(Body):
-    type: str
+    type: Annotated[str, _only_functions("tools")]
     function: Function
-
-    @field_validator("type")
-    @classmethod
-    def _only_functions(cls, value: str) -> str:
-        if value != "function":
-            raise ValueError("this server has tools of the type `function` only")
-        return value
 
 
 class CalledFunction(Body):
@@ -77,16 +81,9 @@ class ToolCall(Body):
     """A call in a message of the assistant."""
 
     id: str
-    type: str = "function"
+    type: Annotated[str, _only_functions("calls")] = "function"
     function: CalledFunction
     index: int | None = None
-
-    @field_validator("type")
-    @classmethod
-    def _only_functions(cls, value: str) -> str:
-        if value != "function":
-            raise ValueError("this server has calls of the type `function` only")
-        return value
 
 
 class ChatMessage(Body):
