@@ -36,7 +36,7 @@ _HEADS = ("pytorch_model_head.bin", "model_head.safetensors")
 _HEAD_CONFIG = "head_config.json"
 _MAX_CONFIG = 1 << 20
 _PARTS = (("f", "prefix"), ("l", "suffix"))
-_MAX_POSITIONS, _MAX_RANK = 9_999_999, 1 << 12
+_MAX_POSITIONS, _MAX_RANK, _MAX_SIZE = 9_999_999, 1 << 12, 1 << 20
 _MAX_TENSORS = 1 << 14
 _NAMED = re.compile(
     r"(?P<home>[\w.]*?)(?:layers|layer|h|block)\.(?P<layer>\d{1,4})\.reft_layer\.refts\.(?P<name>[^.]+)\.units\.(?P<unit>[01])\."
@@ -56,13 +56,28 @@ def is_adapterhub(folder: Path) -> bool:
 
 
 def refuse_other_folders(folder: Path) -> None:
-    """Raise ReftEdgeError for a folder of the library that is not one adapter: of a fusion, or with a folder for each adapter."""
+    """Raise ReftEdgeError for a folder of the library that is not one whole adapter.
+
+    That is a fusion, one file without the other, or a folder with a folder for each adapter.
+    """
     if os.path.lexists(folder / _FUSION):
         raise ReftEdgeError(
             f"{folder} is a fusion of adapters of AdapterHub, which mixes their outputs by attention; only one ReFT adapter can be "
             "carried: give the folder of one"
         )
-    inside = [path for path in islice(folder.iterdir(), _MAX_LISTED) if path.is_dir() and is_adapterhub(path)]
+    weights = [name for name in (_PICKLED, _PLAIN) if os.path.lexists(folder / name)]
+    if weights:
+        raise ReftEdgeError(
+            f"{folder} has {weights[0]} but no {CONFIG}; expected both, as AdapterHub's save_adapter writes them"
+        )
+    if os.path.lexists(folder / CONFIG):
+        raise ReftEdgeError(
+            f"{folder} has {CONFIG} but neither {_PICKLED} nor {_PLAIN} of AdapterHub; adapters of PEFT cannot be carried"
+        )
+    try:
+        inside = [path for path in islice(folder.iterdir(), _MAX_LISTED) if is_adapterhub(path)]
+    except OSError as error:
+        raise ReftEdgeError(f"cannot read {folder}: {error.strerror}") from error
     if inside:
         raise ReftEdgeError(
             f"{folder} has a folder for each adapter of AdapterHub: give one of them, such as {min(inside)}"
@@ -95,9 +110,9 @@ def from_adapterhub(
             f"{folder} does not say how prompts are written: give --chat (through the model's chat template) or --raw"
         )
     whole = base()
-    if config.get("hidden_size", whole.hidden_size) != whole.hidden_size:
+    if "hidden_size" in config and _number(config, "hidden_size", 1, _MAX_SIZE) != whole.hidden_size:
         raise ReftEdgeError(
-            f"{folder} is for hidden states of size {config['hidden_size']!r:.40}; {whole.name} has {whole.hidden_size}"
+            f"{folder} is for hidden states of size {config['hidden_size']:,}; {whole.name} has {whole.hidden_size:,}"
         )
     if rank >= whole.hidden_size:
         raise ReftEdgeError(

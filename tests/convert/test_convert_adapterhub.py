@@ -206,14 +206,46 @@ def test_the_file_that_the_library_reads_is_read(tmp_path):
     np.testing.assert_array_equal(adapter.tensors["W"][0, 0], units[0, 0].learned_source.weight.detach())
 
 
-@pytest.mark.parametrize("kind", ["fusion", "many"])
-def test_folders_that_are_not_one_adapter_are_refused(tmp_path, kind):
+@pytest.mark.parametrize(
+    ("beside", "message"),
+    [
+        ("adapter_fusion_config.json", "is a fusion of adapters"),
+        ("adapter_config.json", "but neither pytorch_adapter.bin nor adapter.safetensors .* of PEFT cannot"),
+        ("pytorch_adapter.bin", "has pytorch_adapter.bin but no adapter_config.json; expected both"),
+        ("notes.txt", r"give one of them, such as .*/all/lo$"),
+    ],
+)
+def test_folders_that_are_not_one_adapter_are_refused(tmp_path, beside, message):
     write(tmp_path / "all/lo")
-    if kind == "fusion":
-        (tmp_path / "all/adapter_fusion_config.json").write_text("{}")
-    message = {"fusion": "is a fusion of adapters", "many": f"give one of them, such as {tmp_path}/all/lo"}
-    with pytest.raises(ReftEdgeError, match=message[kind]):
+    (tmp_path / "all" / beside).write_text("{}")
+    with pytest.raises(ReftEdgeError, match=message):
         convert(str(tmp_path / "all"), tmp_path / "x.safetensors", Given(raw=True))
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [("12", "hidden_size is '12'; expected a whole number"), (13, "of size 13; tiny has 12")],
+)
+def test_another_hidden_size_is_refused(tmp_path, size, message):
+    write(tmp_path / "ad")
+    path = tmp_path / "ad/adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_size": size}))
+    with pytest.raises(ReftEdgeError, match=message):
+        from_adapterhub(tmp_path / "ad", lambda: BASE, ASKED)
+
+
+def test_a_missing_tensor_and_a_link_out_of_the_folder_are_refused(tmp_path):
+    write(tmp_path / "ad")
+    weights = tmp_path / "ad/pytorch_adapter.bin"
+    state = torch.load(weights, weights_only=True)
+    missing = next(name for name in state if name.endswith("learned_source.bias"))
+    torch.save({name: tensor for name, tensor in state.items() if name != missing}, weights)
+    with pytest.raises(ReftEdgeError, match=r"a loreft unit has tensors .* expected .*learned_source\.bias"):
+        from_adapterhub(tmp_path / "ad", lambda: BASE, ASKED)
+    weights.rename(tmp_path / "elsewhere.bin")
+    weights.symlink_to(tmp_path / "elsewhere.bin")
+    with pytest.raises(ReftEdgeError, match="it is a link"):
+        from_adapterhub(tmp_path / "ad", lambda: BASE, ASKED)
 
 
 def test_an_encoder_is_a_base(device_folder, tmp_path):
