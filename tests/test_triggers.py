@@ -1,6 +1,7 @@
 """Adapters that act from a token sequence of the prompt on: in PyTorch, in ONNX Runtime, alone and beside others."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -279,10 +280,10 @@ def test_pytorch_pads_and_caches_without_moving_triggers(tiny_model):
             ids, attention_mask=mask, max_new_tokens=5, do_sample=False, eos_token_id=-1, pad_token_id=1
         )[:, longest:]
         assert together.tolist() == alone
-        steering._starts = {}
         cache = tiny_model(torch.tensor([TWICE]), use_cache=True).past_key_values
-        with pytest.raises(ReftEdgeError, match="began in an earlier pass"):
-            tiny_model(torch.tensor([[3], [4]]), past_key_values=cache)
+        for tokens, context in (([[3], [4]], nullcontext()), ([[3]], steering.generating())):
+            with pytest.raises(ReftEdgeError, match="began in an earlier pass"), context:
+                tiny_model(torch.tensor(tokens), past_key_values=cache)
         with pytest.raises(ReftEdgeError, match="inputs_embeds have no tokens"):
             tiny_model(inputs_embeds=tiny_model.get_input_embeddings()(ids))
     with steered(tiny_model, (adapter, 1.0)), torch.no_grad():

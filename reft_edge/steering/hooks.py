@@ -99,7 +99,7 @@ class Steering:
     @contextmanager
     def generating(self) -> Iterator[None]:
         """Inside the block, all passes are of one generation: prompts end where the first pass ended, with a KV cache or not."""
-        self._continuing, self._lengths = True, None
+        self._continuing, self._lengths, self._starts = True, None, {}
         try:
             yield
         finally:
