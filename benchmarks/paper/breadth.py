@@ -31,7 +31,7 @@ class Study:
     also: tuple[Task, ...] = ()
     """Further tests of the same adapters."""
     chat: bool = False
-    """Whether prompts are asked through the model's chat template."""
+    """Whether prompts are asked through the model's chat template; without one, an empty line follows them."""
     compared: Task | None = None
     """Greedy answers to the first test rows, to be held against the base model's (win_rate.py)."""
 

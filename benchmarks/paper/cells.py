@@ -84,6 +84,8 @@ def only_test(data: Path, task: Task) -> list[dict[str, Any]]:
 
 
 def through_template(row: dict[str, Any], prompts: Prompts) -> dict[str, Any]:
+    if prompts.template is None:
+        return row | {"prompt": f"{row['prompt']}\n\n"}
     return row | {"prompt": prompts.prompt_text(row["prompt"], "chat")}
 
 

@@ -5,6 +5,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -311,6 +312,12 @@ def test_a_cell_of_a_library_with_an_environment_of_its_own(begun, monkeypatch):
     assert made["loss"] > 0
     with pytest.raises(RuntimeError, match="KeyError: 'nowhere'"):
         made_by(python, {"library": "nowhere", "model": str(begun._Process.folder), "train": None}, {}, "cpu")
+
+
+def test_an_instruction_to_a_model_without_a_template_ends_with_an_empty_line(paper):
+    row = {"prompt": "Add 3 and 4.", "completion": "7"}
+    without = SimpleNamespace(template=None)
+    assert paper("cells").through_template(row, without) == row | {"prompt": "Add 3 and 4.\n\n"}
 
 
 def test_answers_of_several_tests_are_asked_together(paper):
