@@ -32,7 +32,7 @@ def to_easysteer(adapter: Adapter, output: Path) -> list[str]:
     """Write the file; returns what its user must know, such as the arguments that EasySteer's engine needs.
 
     Raises ReftEdgeError for what EasySteer cannot do: a classification head, edits of attention or MLP outputs, activations,
-    position groups that overlap, and matrices beyond 256 MB, which an elementwise product takes.
+    triggers, position groups that overlap, and matrices beyond 256 MB, which an elementwise product takes.
     """
     vectors = steering_vectors(adapter)
     text = json.dumps({"vectors": vectors, "conflict": "priority"}, separators=(",", ":"), allow_nan=False)
@@ -96,6 +96,10 @@ def _check(adapter: Adapter) -> None:
     if config.act_fn != "linear":
         raise ReftEdgeError(
             f"EasySteer has no activations; the adapter's act_fn is {config.act_fn}, and only linear can be carried"
+        )
+    if any(span.trigger for span in config.spans):
+        raise ReftEdgeError(
+            f"positions {config.positions}: EasySteer has no triggers; it can edit tokens of one kind, but not all that follow them"
         )
     if any(meet(one, other) for one, other in combinations(config.spans, 2)):
         raise ReftEdgeError(

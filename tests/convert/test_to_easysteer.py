@@ -130,6 +130,7 @@ REFUSED = {
     "attention": ({"intervention": "loreft", "component": "attention"}, "outputs of whole blocks"),
     "activation": ({"intervention": "nodireft", "act_fn": "relu"}, "act_fn is relu"),
     "activation without a port": ({"intervention": "nodireft", "act_fn": "gelu_new"}, "act_fn is gelu_new"),
+    "trigger": ({"intervention": "loreft", "positions": 'from:"<tool>"[27,14506,29]'}, "has no triggers"),
     "overlap": ({"intervention": "loreft", "positions": "f3|all+gen"}, "overlap"),
     "long ends": ({"intervention": "loreft", "positions": "f3+l5000", "tied": True}, "at most 4,096"),
     "large red": ({"intervention": "red", "hidden_size": 5120}, "at most 268,435,456"),
