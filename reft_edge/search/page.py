@@ -43,7 +43,7 @@ def _row(one: Tried, best: Tried | None) -> tuple[str, ...]:
     notes = [
         *(["best"] if best is not None and one.number == best.number else []),
         *(["default"] if one.default else []),
-        {"done": "", "worse": "stopped early", "time": "out of time", "failed": one.error}[one.state],
+        {"done": "", "worse": "stopped early", "time": "not finished", "failed": one.error}[one.state],
     ]
     return (
         str(one.number),

@@ -7,11 +7,12 @@ import signal
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from reft_edge.errors import ReftEdgeError
-from reft_edge.files import check_apart, check_place, sha256_of, write_atomically
+from reft_edge.files import check_apart, check_place, same_file, sha256_of, write_atomically
 from reft_edge.model.blocks import decoder_layers
 from reft_edge.model.fingerprint import fingerprint
 from reft_edge.model.loading import load_model_prompts
@@ -143,7 +144,8 @@ def search(
     interrupted = None
     with open_study(asked.study, of, space, session.settings, score, session.settings.seed) as study:
         if known := len(study.tried):
-            report(f"continuing the study of {asked.study}, which has {known} trials{_so_far(study, score)}")
+            trials = f"{known:,} trial{'' if known == 1 else 's'}"
+            report(f"continuing the study of {asked.study}, which has {trials}{_so_far(study, score)}")
         under_way = Search(session, asked, study, score, report, on_trial, started + asked.budget)
         try:
             study.baseline = dataclasses.replace(
@@ -200,10 +202,15 @@ def check_asked(session: Session, asked: Asked) -> None:
     """Raise ReftEdgeError for what no search does."""
     wanted = session.wanted
     read = [file_of(source) for source in (wanted.rows, wanted.evaluation) if source is not None]
+    written = {"the adapter": asked.output, "the study": asked.study, "the page": asked.plot}
+    for (one, path), (other, same) in combinations(written.items(), 2):
+        if same_file(path, same):
+            raise ReftEdgeError(
+                f"{one} and {other} would both be {same}; give another name with -o, --study or --plot"
+            )
     for path in (asked.study, asked.plot):
-        check_apart(path, asked.output, *read)
+        check_apart(path, *read)
         check_place(path)
-    check_apart(asked.plot, asked.study)
     for name in ("trials", "seeds", "workers"):
         if (count := getattr(asked, name)) is not None and count < 1:
             raise ReftEdgeError(f"{name} is {count}; expected 1 or more")
@@ -277,8 +284,8 @@ def _nothing(asked: Asked, study: Study) -> str:
     failed = next((one.error for one in reversed(study.tried) if one.state == "failed"), None)
     why = f"; one that could not be trained said: {failed}" if failed else ""
     return (
-        f"the budget was spent before a trial came to its end{why}. Give more time with --budget, or shorter trainings with "
-        f"--max-steps; {asked.study} is kept"
+        f"the budget was spent before a trial came to its end{why}. Give more time with --budget; {asked.study} is kept. Or "
+        "give shorter trainings with --max-steps, and another file with --study"
     )
 
 

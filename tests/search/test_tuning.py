@@ -128,7 +128,7 @@ def test_an_interrupt_keeps_the_study_and_the_best_file(base, tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         reft_edge.tune(base, ROWS, output, trials=3, **QUICK)
     assert load_adapter(output).config.positions == "f7+l7"
-    assert "out of time" in (tmp_path / "best.html").read_text()
+    assert "not finished" in (tmp_path / "best.html").read_text()
     monkeypatch.setattr(search_run, "run_trial", plain)
     found = reft_edge.tune(base, ROWS, output, trials=3, **QUICK)
     assert [one.state for one in found.tried].count("time") == 1
@@ -197,7 +197,10 @@ def test_settings_that_cannot_be_trained_do_not_end_the_search(base, tmp_path):
 
 
 def test_a_budget_that_is_too_small_says_so_and_shortens_trials(base, tmp_path, monkeypatch):
-    with pytest.raises(ReftEdgeError, match=r"spent before a trial came to its end.*study\.db is kept"):
+    with pytest.raises(
+        ReftEdgeError,
+        match=r"spent before a trial came to its end.*study\.db is kept.*another file with --study",
+    ):
         reft_edge.tune(base, ROWS, tmp_path / "a.safetensors", budget="0.001s", **QUICK)
     told = []
     monkeypatch.setattr(search_run, "pace_of", lambda *arguments: search_run.Pace(1.0, 2.0))
@@ -325,6 +328,17 @@ def test_a_file_that_is_no_study(base, tmp_path):
     with pytest.raises(ReftEdgeError, match=r"cannot be used as a study: .*give another file with --study"):
         reft_edge.tune(base, ROWS, tmp_path / "a.safetensors", study=path, trials=1, **QUICK)
     assert path.read_text().startswith("my notes")
+
+
+def test_what_is_written_has_names_of_its_own(base, tmp_path):
+    for name, options in (("a.html", {}), ("a.bin", {"study": tmp_path / "a.bin"})):
+        with pytest.raises(
+            ReftEdgeError, match=r"the adapter and the .* would both be .*; give another name"
+        ):
+            reft_edge.tune(base, ROWS, tmp_path / name, **options, **QUICK)
+    with pytest.raises(ReftEdgeError, match="the study and the page would both be"):
+        reft_edge.tune(base, ROWS, tmp_path / "a", study=tmp_path / "b", plot=tmp_path / "b", **QUICK)
+    assert not list(tmp_path.iterdir())
 
 
 def test_differences_are_of_the_same_rows():
