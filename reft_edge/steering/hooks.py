@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache
 
 from reft_edge.adapter.config import Adapter
 from reft_edge.adapter.positions import Span, active
-from reft_edge.adapter.triggers import Trigger, check_ids
+from reft_edge.adapter.triggers import Tokens, Trigger, check_ids
 from reft_edge.errors import BaseMismatchError, ReftEdgeError
 from reft_edge.model.blocks import component_module, decoder_layers
 from reft_edge.model.fingerprint import fingerprint
@@ -46,6 +46,7 @@ class Steering:
         self._continuing = False
         self._given: Tensor | None = None
         self._lengths: Tensor | None = None
+        self._prompts: Sequence[Tokens] | None = None
         self._triggers = list(
             dict.fromkeys(
                 span.trigger
@@ -106,13 +107,16 @@ class Steering:
             self._continuing = False
 
     @contextmanager
-    def prompts(self, lengths: Tensor) -> Iterator[None]:
-        """Use these prompt lengths, `[batch]` tokens, for passes inside the block (training: prompt, then completion)."""
-        self._given = lengths
+    def prompts(self, lengths: Tensor, tokens: Sequence[Tokens] | None = None) -> Iterator[None]:
+        """Use these prompt lengths, `[batch]` tokens, for passes inside the block (training: prompt, then completion).
+
+        `tokens`: the prompts themselves, where a pass has only a part of them; else triggers are looked for in the pass.
+        """
+        self._given, self._prompts = lengths, tokens
         try:
             yield
         finally:
-            self._given = None
+            self._given = self._prompts = None
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -167,6 +171,9 @@ class Steering:
 
         Raises ReftEdgeError where the prompts' tokens are not all in one pass.
         """
+        if self._prompts is not None:
+            self._note_starts(self._prompts, now.device)
+            return
         if past:
             if not self._starts or any(len(start) != len(now) for start in self._starts.values()):
                 raise ReftEdgeError(
@@ -182,8 +189,11 @@ class Steering:
         prompts = [
             row[real][:n] for row, real, n in zip(ids.cpu(), now.cpu(), self._lengths.tolist(), strict=True)
         ]
+        self._note_starts([prompt.numpy() for prompt in prompts], now.device)
+
+    def _note_starts(self, prompts: Sequence[Tokens], device: torch.device) -> None:
         self._starts = {
-            trigger: torch.tensor([[trigger.start(prompt.numpy())] for prompt in prompts], device=now.device)
+            trigger: torch.tensor([[trigger.start(prompt)] for prompt in prompts], device=device)
             for trigger in self._triggers
         }
 

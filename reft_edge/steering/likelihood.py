@@ -62,6 +62,8 @@ class Batch:
     """`[rows, columns]`, bool: where logits are wanted."""
     prompts: Tensor
     """`[rows]`, tokens of each prompt."""
+    tokens: tuple[Ids, ...]
+    """Of each row the whole prompt."""
 
 
 def padded(model: Any, rows: Sequence[tuple[Ids, Ids]], device: torch.device) -> Batch:
@@ -76,14 +78,15 @@ def padded(model: Any, rows: Sequence[tuple[Ids, Ids]], device: torch.device) ->
         mask[i, : len(tokens)] = 1
         counts[i, len(prompt) - 1 : len(tokens)] = True
     prompts = torch.tensor([len(prompt) for prompt, _ in rows], device=device)
-    return Batch(ids.to(device), mask.to(device), counts.to(device), prompts)
+    whole = tuple(prompt for prompt, _ in rows)
+    return Batch(ids.to(device), mask.to(device), counts.to(device), prompts, whole)
 
 
 def batch_logits(model: Any, steering: Steering, batch: Batch, autocast: bool, **further: Any) -> Tensor:
     """Float32 logits where the batch wants them, `[all of them, vocabulary]`. `further` is for the model: a cache."""
     options = {"use_cache": False, **further}
     with (
-        steering.prompts(batch.prompts),
+        steering.prompts(batch.prompts, batch.tokens),
         only_logits_of(model, batch.counts),
         torch.autocast(batch.ids.device.type, dtype=torch.bfloat16, enabled=autocast),
     ):

@@ -31,7 +31,7 @@ _FILE = "states"
 class Passes:
     """Logits of rows as `joined_logits` gives them, inside `attached`; each idea is left where it does not fit.
 
-    - Tokens with which all rows of a batch begin are run once (`shared_prefix`), unless the adapter has a trigger.
+    - Tokens with which all rows of a batch begin are run once (`shared_prefix`).
     - Hidden states below the lowest edit are kept from one epoch to the next (`kept_states`).
     - Matrix products leave padding out, and the last block what has no label (`needed_tokens`).
 
@@ -52,15 +52,7 @@ class Passes:
         # Several processes that share a base must run the same passes; compiled blocks are one code for all of them; what a
         # checkpointed block computes again belongs to the last pass.
         free = not execution.processes.sharded and not execution.compile
-        # Where a trigger stands is found in a pass over the whole prompt.
-        whole = any(span.trigger for span in interventions.config.spans)
-        self._shares = (
-            execution.shared_prefix
-            and free
-            and not execution.checkpointing
-            and not whole
-            and can_share(model)
-        )
+        self._shares = execution.shared_prefix and free and not execution.checkpointing and can_share(model)
         self._needed = NeededTokens() if execution.needed_tokens and free else None
         self._kept = _kept_states(model, interventions, data, settings, execution, report) if free else None
         self._folder = execution.frozen_cache_in

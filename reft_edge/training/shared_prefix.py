@@ -67,9 +67,10 @@ def shared_length(rows: Sequence[tuple[Ids, Ids]], spans: Sequence[Span]) -> int
     most = min(len(prompt) for prompt, _ in rows) - 1
     first, others = rows[0][0], [prompt for prompt, _ in rows[1:]]
     length = next((t for t in range(most) if any(prompt[t] != first[t] for prompt in others)), max(most, 0))
-    t, lengths = np.arange(length), {len(prompt) for prompt, _ in rows}
+    t = np.arange(length)
     for span in spans:
-        gates = np.stack([np.asarray(active(span, t, n), dtype=bool) for n in lengths])
+        unlike_prompts = {(len(prompt), span.start(prompt)) for prompt, _ in rows}
+        gates = np.stack([np.asarray(active(span, t, n, start), dtype=bool) for n, start in unlike_prompts])
         unlike = (gates != gates[:1]).any(axis=0).nonzero()[0]
         length = min([length, *unlike.tolist()])
         t = np.arange(length)
@@ -84,5 +85,7 @@ def split(batch: Batch, length: int) -> tuple[Batch, Batch]:
         batch.mask[:1, :length],
         torch.zeros_like(batch.counts[:1, :length]),
         batch.prompts[:1],
+        batch.tokens[:1],
     )
-    return first, Batch(batch.ids[:, length:], batch.mask, batch.counts[:, length:], batch.prompts)
+    rest = batch.ids[:, length:], batch.mask, batch.counts[:, length:], batch.prompts, batch.tokens
+    return first, Batch(*rest)

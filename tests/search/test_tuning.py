@@ -97,6 +97,14 @@ def test_the_same_seed_tries_the_same(tuned, base, tmp_path):
     assert again.best.sha256 == tuned.best.sha256
 
 
+def test_the_text_of_a_trigger_is_tokenised_once_for_all_trials(base, tmp_path):
+    options = {"positions": ['from:"?"'], "trials": 2, "seeds": 1, **QUICK}
+    found = reft_edge.tune(base, ROWS, tmp_path / "best.safetensors", **options)
+    [token] = base.prompts.encode_plain("?")
+    assert [one.settings["positions"] for one in found.tried] == ["f7+l7", f'from:"?"[{token}]']
+    assert found.tried[1].state == "done"
+
+
 def test_a_study_goes_on_and_makes_a_lost_file_again(base, tmp_path):
     output, told = tmp_path / "best.safetensors", []
     options = {"study": tmp_path / "study.db", "seed": 1, **QUICK}

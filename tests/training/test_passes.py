@@ -99,7 +99,7 @@ def assert_same(found, expected):
 
 
 @pytest.mark.parametrize(
-    "positions", ["f3+l3", "all+gen", "f30+l1", "l1+gen2", "all+gen-f3-l1", "from:[5]-l1|f2"]
+    "positions", ["f3+l3", "all+gen", "f30+l1", "l1+gen2", "all+gen-f3-l1", "from:[5]-l1|from:[50]"]
 )
 @pytest.mark.parametrize("layers", ["all", "1;2", "2"])
 @pytest.mark.parametrize("idea", ONLY)
@@ -207,6 +207,11 @@ def test_how_many_tokens_are_shared():
     assert shared_length(rows, parse_positions("f30", tied=False)) == 10
     assert shared_length(rows, parse_positions("all+gen", tied=True)) == 20
     assert shared_length([*rows, ((1, 2, 3), (4,))], parse_positions("f3", tied=False)) == 0
+    # called for in the tokens that all share, by a row's own, and in one row again
+    assert shared_length(rows, parse_positions("from:[50]", tied=False)) == 20
+    assert shared_length(rows, parse_positions("from:[5]|from:[300]", tied=False)) == 20
+    again = [*rows[:3], ((*SYSTEM, 50, 18), (7,))]
+    assert shared_length(again, parse_positions("from:[50]", tied=False)) == 10
     # a prompt's last token has the first label
     assert shared_length([(SYSTEM, (1,)), ((*SYSTEM, 3), (2,))], parse_positions("all", tied=False)) == 19
 
