@@ -2,8 +2,8 @@
 
 Facts about the format, from EasySteer's vllm/steer_vectors (2026-08): an entry of `vectors` edits the outputs of whole blocks at
 the tokens that its `apply` selects. `data` holds float32 tensors in base64 and a digest that tells weights apart. `loreft` adds
-(hWᵀ + b − hR)Rᵀ with any R [d, r], so that it says every affine edit h + (hA + b)B, with R = Bᵀ and W = (A + R)ᵀ; `direct` adds a
-vector; `linear` gives hWᵀ + b. Where entries meet at a token, the first of them acts (`priority`).
+(hWᵀ + b − hR)Rᵀ with any R [d, r], so that it says every affine edit h + (hA + b)B: with R = cBᵀ, W = (A/c + R)ᵀ and b/c. `direct`
+adds a vector; `linear` gives hWᵀ + b. Where entries meet at a token, the first of them acts (`priority`).
 """
 
 import hashlib
@@ -23,6 +23,8 @@ from reft_edge.errors import ReftEdgeError
 from reft_edge.files import write_atomically
 
 _VERSION = 1
+_SHRINK = 2.0**-6
+"""c: what is added to hA only to be subtracted again must be small beside it, where vLLM computes in bfloat16."""
 _MAX_BYTES = 1 << 28
 _MAX_POSITIONS = 4096
 """Tokens at a prompt's end that are listed one by one."""
@@ -64,7 +66,8 @@ def steering_vectors(adapter: Adapter) -> list[dict[str, Any]]:
                 own = {name: adapter.tensors[name][index, group] for name in ("R", "W", "b")}
                 entry |= _loreft(place.layer, own["R"].T, own["W"], own["b"])
             elif part.A.any():
-                entry |= _loreft(place.layer, part.B.T, part.A.T + part.B, part.b)
+                down, up = part.A.T / _SHRINK, part.B * _SHRINK
+                entry |= _loreft(place.layer, up.T, down + up, part.b / _SHRINK)
             else:
                 constants[f"layer.{place.layer}"] = part.b @ part.B
                 continue

@@ -6,6 +6,7 @@ from base64 import b64decode
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from reft_edge.adapter.algebra import apply
@@ -67,6 +68,22 @@ def test_every_intervention_is_one_of_its_algorithms(intervention):
             assert vector["layers"] == [layer]
         expected = apply(fold(adapter), Place(layer), h, np.arange(5), 5)
         np.testing.assert_allclose(edited(vector, layer, h), expected, atol=1e-5)
+
+
+def test_a_weak_edit_keeps_its_digits_in_bfloat16():
+    """vLLM mostly computes in bfloat16, where hR would drown an edit that is weak beside it."""
+    adapter = adapter_of("direft", "all", hidden_size=256)
+    for name in ("W", "b"):
+        adapter.tensors[name][:] *= 1e-3
+    part = tensors_of(steering_vectors(adapter)[0]["data"])
+    h = torch.randn(50, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+    rotation, weight, bias = (
+        torch.from_numpy(part[name].copy()).bfloat16()
+        for name in ("rotate_layer", "learned_source_weight", "learned_source_bias")
+    )
+    found = ((h @ weight.T + bias - h @ rotation) @ rotation.T).float().numpy()
+    exact = apply(fold(adapter), Place(0), h.float().numpy(), np.arange(50), 50) - h.float().numpy()
+    assert np.linalg.norm(found - exact) <= 0.02 * np.linalg.norm(exact)
 
 
 POSITIONS = {
