@@ -48,6 +48,8 @@ def adapter_target(folder: Path) -> Target:
         for precision in PRECISIONS:
             save_adapter(make_adapter(kind, training={"steps": 3, "loss": 0.5}), path, precision)
             seeds.append(path.read_bytes())
+    save_adapter(make_adapter("loreft", 'from:"<x>|\\n"[5,6]-l1|f2'), path)
+    seeds.append(path.read_bytes())
     save_adapter(make_adapter("loreft", labels=("a", "b"), pooling="cls"), path, "int8")
     seeds.append(path.read_bytes())
     sign(path, key, expires=datetime(2030, 1, 1, tzinfo=timezone.utc), now=_NOW)
@@ -65,7 +67,7 @@ def adapter_target(folder: Path) -> Target:
         assert stored.config == config == parse_stored(content, "it").config
         adapter = stored.adapter()
         if adapter.config.act_fn == "linear":
-            fold(adapter)
+            fold(adapter).in_prompt([5, 6, 5, 6, 7])
         signature = read_signature(stored)
         try:
             assert verify(stored, trusted, _NOW).value == (signature.value if signature else None)
