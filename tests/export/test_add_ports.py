@@ -47,6 +47,14 @@ def cached(torch_onnx_folder):
     return torch_onnx_folder / "model.onnx"
 
 
+@pytest.fixture(scope="module")
+def built_by_genai(source, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("built")
+    (folder / "out").mkdir()
+    build_graph(source.path, folder / "out", Target(), folder / "work")
+    return folder / "out/model.onnx"
+
+
 def changed(graph: Path, folder: Path, change) -> Path:
     model = ir.load(graph)
     change(model)
@@ -82,10 +90,8 @@ def test_structure_finds_what_the_builders_names_say(tmp_path, architecture):
     assert find_sites_by_structure(graph) == find_sites(graph, LAYERS)
 
 
-def test_a_builders_graph_keeps_its_shared_cache(source, tmp_path):
-    (tmp_path / "out").mkdir()
-    build_graph(source.path, tmp_path / "out", Target(), tmp_path / "work")
-    manifest = add_ports(tmp_path / "out/model.onnx", tmp_path / "ported", source).manifest
+def test_a_builders_graph_keeps_its_shared_cache(source, built_by_genai, tmp_path):
+    manifest = add_ports(built_by_genai, tmp_path / "ported", source).manifest
     assert (manifest.cache, manifest.precision) == ("shared", "fp32")
     assert manifest.verification["rank0_error"] == 0
     assert (tmp_path / "ported/genai_config.json").is_file()
@@ -93,12 +99,8 @@ def test_a_builders_graph_keeps_its_shared_cache(source, tmp_path):
 
 
 @pytest.mark.parametrize("built", ["genai", "torch.onnx"])
-def test_further_kinds_of_ports(built, source, tiny_model, cached, tmp_path):
-    graph = cached
-    if built == "genai":
-        (tmp_path / "out").mkdir()
-        build_graph(source.path, tmp_path / "out", Target(), tmp_path / "work")
-        graph = tmp_path / "out/model.onnx"
+def test_further_kinds_of_ports(built, source, tiny_model, cached, built_by_genai, tmp_path):
+    graph = built_by_genai if built == "genai" else cached
     manifest = add_ports(
         graph, tmp_path / "ported", source, port_kinds=["diagonal", "affine", "act"]
     ).manifest
@@ -117,9 +119,9 @@ MORE = [pytest.mark.real, pytest.mark.slow]  # torch.onnx takes ten seconds for 
 
 @pytest.mark.parametrize(
     "architecture",
-    ["gemma2", "olmo2", "phi", pytest.param("qwen3", marks=MORE), pytest.param("granite", marks=MORE)],
+    ["gemma2", "olmo2", "phi", *(pytest.param(name, marks=MORE) for name in ("llama", "qwen3", "granite"))],
 )
-def test_torch_onnx_graphs_without_a_cache(tmp_path, architecture):
+def test_torch_onnx_graphs_without_a_cache_score_and_do_not_generate(tmp_path, architecture):
     source = ModelFolder(make_model(tmp_path / "hf", architecture), architecture)
     model = load_model(source)
     ported = add_ports(export_dynamo(model, tmp_path / "onnx"), tmp_path / "ported", source)
@@ -130,6 +132,10 @@ def test_torch_onnx_graphs_without_a_cache(tmp_path, architecture):
     assert ported.manifest.cache == "none"
     check_parity(model, tmp_path / "ported")
     check_parity(model, tmp_path / "ported", "all+gen")
+    steered_model = SteeredModel(tmp_path / "ported", "cpu")
+    assert np.abs(steered_model.logits([ROW])[0] - logits(model, ROW).numpy()).max() <= TOLERANCE
+    with pytest.raises(ReftEdgeError, match="no KV cache, so it can score text"):
+        steered_model.generate("Who are you?")
 
 
 def test_a_growing_cache_generates_what_pytorch_does(cached, source, tiny_model, device_folder, tmp_path):
@@ -272,14 +278,6 @@ def test_a_graph_that_keeps_logits_by_itself(cached, source, tmp_path):
     manifest = add_ports(graph, tmp_path / "ported", source).manifest
     assert manifest.verification["decode_error"] <= TOLERANCE
     check_parity(load_model(source), tmp_path / "ported")
-
-
-def test_a_graph_without_a_cache_scores_and_does_not_generate(source, tiny_model, tmp_path):
-    add_ports(export_dynamo(tiny_model, tmp_path / "onnx"), tmp_path / "ported", source)
-    model = SteeredModel(tmp_path / "ported", "cpu")
-    assert np.abs(model.logits([ROW])[0] - logits(tiny_model, ROW).numpy()).max() <= TOLERANCE
-    with pytest.raises(ReftEdgeError, match="no KV cache, so it can score text"):
-        model.generate("Who are you?")
 
 
 def test_another_models_weights_are_found_out(cached, tmp_path):
