@@ -18,7 +18,7 @@ for name in ${*:-adapterhub easysteer llama.cpp pyreft repeng}; do
         $pip torch==2.13.0 adapters==1.3.0
         ;;
     easysteer) # what its steering code imports beside vLLM
-        $pip torch==2.13.0 transformers==4.57.6 msgspec pydantic
+        $pip torch==2.13.0 transformers==4.57.6 msgspec pydantic gguf
         ;;
     llama.cpp)
         $pip llama-cpp-python

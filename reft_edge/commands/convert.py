@@ -71,7 +71,7 @@ def convert(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Convert adapters from pyreft, AdapterHub, control vectors or packed files, and to them."""
+    """Convert adapters of other libraries to ours, and ours to theirs."""
     from reft_edge.commands.screen import Screen
 
     console = Screen(stderr=True)

@@ -56,6 +56,13 @@ def computed(device_folder, tiny_model, tmp_path_factory):
         path = folder / f"{name}.safetensors"
         adapters[name] = random_adapter(tiny_model, seed=seed, path=path, strength=2, **fields)
         convert(str(path), folder / f"{name}.json", Given())
+    path = folder / "a control vector.safetensors"
+    adapters[path.stem] = random_adapter(
+        tiny_model, "steering", "all+gen", tied=True, layers=(1, 2), path=path, strength=2
+    )
+    convert(str(path), folder / "vector.gguf", Given())
+    vector = {"source": str(folder / "vector.gguf"), "apply": {"prompt": "all", "generation": "all"}}
+    (folder / f"{path.stem}.json").write_text(json.dumps({"vectors": [vector]}))
     run(python, "easysteer_side.py", sources, device_folder / "hf", folder)
     return rows, adapters, folder
 
@@ -70,7 +77,7 @@ def test_prompts_without_room_for_the_positions_differ(computed, tiny_model):
     assert largest([theirs[f"whole{len(rows) - 1}"][:4]], [ours]) > 0.05
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", [*ADAPTERS, "a control vector"])
 def test_easysteer_gives_the_same_logits(computed, tiny_model, name):
     rows, adapters, folder = computed
     theirs = np.load(folder / f"{name}.npz")
