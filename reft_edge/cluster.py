@@ -20,6 +20,14 @@ _TRIES = 3
 """How often a piece of work begins that is lost with its process."""
 
 
+def check_workers(workers: int | None, address: str | None) -> None:
+    """Raise ReftEdgeError for a number of processes that is none, or that has no cluster."""
+    if workers is not None and workers < 1:
+        raise ReftEdgeError(f"workers is {workers}; expected 1 or more")
+    if workers is not None and address is None:
+        raise ReftEdgeError("workers are processes of a Ray cluster; say with --ray where that is")
+
+
 class _Process:
     """What runs on a machine of the cluster."""
 

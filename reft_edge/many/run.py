@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from reft_edge.adapter_files import push
-from reft_edge.cluster import connected
+from reft_edge.cluster import check_workers, connected
 from reft_edge.errors import ReftEdgeError
 from reft_edge.files import make_folder, sha256_of, write_atomically
 from reft_edge.locks import held
@@ -125,8 +125,7 @@ def run_tasks(
 
     Raises ReftEdgeError where no task could be trained: a base that cannot be loaded, or another run of the same list.
     """
-    if workers is not None and ray is None:
-        raise ReftEdgeError("workers are processes of a Ray cluster; say with --ray where that is")
+    check_workers(workers, ray)
     with ExitStack() as stack:
         if state is not None:
             busy = f"another run of these tasks is under way ({state}); wait for its end, or stop it"

@@ -11,6 +11,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from reft_edge.cluster import check_workers
 from reft_edge.errors import ReftEdgeError
 from reft_edge.files import check_apart, check_place, same_file, sha256_of, write_atomically
 from reft_edge.model.blocks import decoder_layers
@@ -211,13 +212,12 @@ def check_asked(session: Session, asked: Asked) -> None:
     for path in (asked.study, asked.plot):
         check_apart(path, *read)
         check_place(path)
-    for name in ("trials", "seeds", "workers"):
+    for name in ("trials", "seeds"):
         if (count := getattr(asked, name)) is not None and count < 1:
             raise ReftEdgeError(f"{name} is {count}; expected 1 or more")
     if asked.score is not None:
         check_score(asked.score)
-    if asked.workers is not None and asked.ray is None:
-        raise ReftEdgeError("workers are processes of a Ray cluster; say with --ray where that is")
+    check_workers(asked.workers, asked.ray)
     if wanted.execution.processes.count > 1:
         raise ReftEdgeError(
             "a search runs in one process; to use several machines, give a Ray cluster with --ray"

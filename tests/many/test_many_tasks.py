@@ -228,6 +228,8 @@ def test_wrong_arguments(folder, tmp_path):
             reft_edge.train_many(folder / "tasks.toml", state=folder / "state.json")
     with pytest.raises(ReftEdgeError, match="say with --ray"):
         reft_edge.train_many(folder / "tasks.toml", workers=2)
+    with pytest.raises(ReftEdgeError, match="workers is 0; expected 1 or more"):
+        reft_edge.train_many(folder / "tasks.toml", ray="auto", workers=0)
     (folder / "empty.toml").write_text('model = "smollm2"\n')
     with pytest.raises(ReftEdgeError, match="has no tasks"):
         reft_edge.train_many(folder / "empty.toml")
