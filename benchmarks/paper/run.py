@@ -3,9 +3,8 @@
     python benchmarks/paper/run.py DATA_FOLDER
 
 DATA_FOLDER holds sst2/ and gsm8k/ as they are published, as JSON lines, and what llm_adapters.py and self_instruct.py write.
-Learning rates are chosen on dev rows with seed 0; with --results those of studies that are not asked for come from
-results/MODEL.jsonl. The process may be ended at any time: started again, it goes on with the cells that are
-missing. tables.py makes the tables.
+Learning rates are chosen on dev rows with seed 0; with --results those of studies that are not asked for come from results/.
+The process may be ended at any time: started again, it goes on with the cells that are missing. tables.py makes the tables.
 """
 
 import argparse
@@ -122,14 +121,17 @@ def results_of(model: str) -> Path:
     return RESULTS / f"{model.replace('/', '-')}.jsonl"
 
 
-def searches(path: Path, model: str, studies: list[str]) -> list[Line]:
-    """Lines of the model's own results file, where another is written: those of studies not asked for, whose learning rates
-    may be wanted.
+def elsewhere(path: Path, model: str, said: dict[str, Line]) -> list[Line]:
+    """Lines of the model in other files of the results: of studies not asked for, whose learning rates may be wanted, and of
+    those asked for where the model's own file is written, so that no cell is made twice.
     """
-    own = results_of(model)
-    if path.resolve() == own.resolve():
-        return []
-    return [line for line in read_lines(own) if line["study"] not in studies]
+    own = path.resolve() == results_of(model).resolve()
+    others = [file for file in sorted(RESULTS.glob("*.jsonl")) if file.resolve() != path.resolve()]
+    return [
+        line
+        for line in (line for file in others for line in read_lines(file) if line["model"] == model)
+        if line["study"] not in said or (own and line["rows"] == said[line["study"]]["rows"])
+    ]
 
 
 def check_searches(
@@ -251,7 +253,7 @@ def main() -> None:
             raise SystemExit(
                 f"{path} has cells of {line['study']} from other rows; give another file with --results"
             )
-    lines += searches(path, given.model, names)
+    lines += elsewhere(path, given.model, said)
     check_searches(compared, names, methods, lines)
     plan = Plan(lines, compared, names, methods, given.seeds)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -225,14 +225,20 @@ def test_a_line_that_was_cut_off_is_made_again(paper, tmp_path):
     assert run.read_lines(path) == [{"a": 1}, {"a": 2}, {"a": 3}]
 
 
-def test_learning_rates_of_a_file_of_its_own_come_from_the_models_own(paper, tmp_path, monkeypatch):
+def test_what_lies_in_other_files_of_the_model_is_known(paper, tmp_path, monkeypatch):
     run = paper("run")
     monkeypatch.setattr(run, "RESULTS", tmp_path)
-    for study in ("gsm8k", "instructions"):
-        run.append(tmp_path / "smollm2.jsonl", line(study, "lora", 1e-3, 0, "1"))
-    found = run.searches(tmp_path / "other.jsonl", "smollm2", ["instructions"])
-    assert [line["study"] for line in found] == ["gsm8k"]
-    assert run.searches(tmp_path / "smollm2.jsonl", "smollm2", ["instructions"]) == []
+    own, part = tmp_path / "smollm2.jsonl", tmp_path / "smollm2-part.jsonl"
+    run.append(own, line("gsm8k", "lora", 1e-3, 0, "1", model="smollm2", rows="g"))
+    for model, rows in (("smollm2", "i"), ("smollm2", "fewer"), ("another", "i")):
+        run.append(part, line("instructions", "lora", 1e-3, 0, "1", model=model, rows=rows))
+
+    def told(path):
+        found = run.elsewhere(path, "smollm2", {"instructions": {"rows": "i"}})
+        return [(line["study"], line["rows"]) for line in found]
+
+    assert told(own) == [("instructions", "i")]  # those cells are not made again
+    assert told(part) == told(tmp_path / "new.jsonl") == [("gsm8k", "g")]  # learning rates
 
 
 @pytest.fixture
