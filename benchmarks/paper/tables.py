@@ -238,7 +238,7 @@ def plot(compared: Comparison, found: Cells, tests: list[Task], path: Path) -> N
 
     plt.rcParams.update({"svg.hashsalt": "reft-edge", "svg.fonttype": "none", "font.size": 9})
     fig, axes = figure(len(tests))
-    colours = plt.get_cmap("tab10").colors
+    colours = plt.get_cmap("tab20").colors
     for axis, test in zip(axes, tests, strict=True):
         for method, colour in zip(compared.methods.values(), colours, strict=False):
             if cell := found.get((method.name, test.name)):
