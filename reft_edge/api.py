@@ -103,7 +103,7 @@ def train(
 
     `settings` are the fields of `reft_edge.training.settings.TrainSettings`: intervention, layers (a text as for `export`, or
     a list of numbers), rank, positions, component, tied, act_fn, lr, epochs, max_steps, batch_size, accumulate, warmup,
-    schedule, weight_decay, dropout, clip, seed, dtype, beta, load_in, pooling, group_by_length and so on.
+    schedule, weight_decay, dropout, clip, seed, start, dtype, beta, load_in, pooling, group_by_length and so on.
 
     Gives the file as `.adapter`, its `size` in bytes, `loss` and, on held-out rows, `evaluation` in nats a token, and more.
     Raises ReftEdgeError for rows, settings or a place that do not go, naming the row or the setting.

@@ -96,6 +96,12 @@ Beta = Annotated[float, typer.Option(help="DPO's beta: how firmly the base's own
 Seed = Annotated[
     int, typer.Option(min=0, max=MOST_SEED, help="Seed of initial weights, row order and dropout.")
 ]
+Start = Annotated[
+    str,
+    typer.Option(
+        help="random, as pyreft's edits begin, or unchanged: the first step is of the model without an edit."
+    ),
+]
 Dtype = Annotated[
     str, typer.Option(help="Base model arithmetic: fp32, bf16, or auto (bf16 where the hardware has it).")
 ]

@@ -2,7 +2,7 @@
 
 Formulas and initialisation follow pyreft 0.1.0 (`interventions.py`): linear maps start as `torch.nn.Linear`
 does, rotations as random orthonormal matrices, the constants of ConsReFT and LoBiReFT uniform in [0, 1). RED starts as no
-edit.
+edit, and others can.
 """
 
 import math
@@ -19,6 +19,7 @@ from reft_edge.adapter.algebra import folded_rows
 from reft_edge.adapter.config import HEAD, Adapter, AdapterConfig
 from reft_edge.errors import ReftEdgeError
 
+STARTS = ("random", "unchanged")
 _ORTHONORMAL = 1e-4
 """Most that R Rᵀ of a file may be off the identity for R to be taken as a rotation."""
 
@@ -102,8 +103,13 @@ class Interventions(nn.Module):
     is_intervention = True
     """Tells these parameters from the base's own, where the two are in one module."""
 
-    def __init__(self, config: AdapterConfig, dropout: float = 0.0, seed: int = 0) -> None:
-        """Random initial parameters. Raises ReftEdgeError for an unknown act_fn or a dropout outside [0, 1)."""
+    def __init__(
+        self, config: AdapterConfig, dropout: float = 0.0, seed: int = 0, start: str = "random"
+    ) -> None:
+        """Random initial parameters, pyreft's; or, with the start `unchanged`, such that they edit nothing yet.
+
+        Raises ReftEdgeError for an unknown act_fn, a dropout outside [0, 1) or an intervention that has no such start.
+        """
         super().__init__()
         if not 0 <= dropout < 1:
             raise ReftEdgeError(f"dropout is {dropout}; expected at least 0 and less than 1")
@@ -111,7 +117,8 @@ class Interventions(nn.Module):
         self.act = activation(config.act_fn)
         self.dropout = nn.Dropout(dropout if config.intervention != "consreft" else 0.0)
         random = torch.Generator().manual_seed(seed)
-        self._set(initial_tensors(config, random))
+        tensors = initial_tensors(config, random)
+        self._set(tensors if start == "random" else without_edit(config, tensors))
 
     @classmethod
     def from_adapter(cls, adapter: Adapter, dropout: float = 0.0) -> "Interventions":
@@ -216,6 +223,31 @@ def initial_tensors(config: AdapterConfig, random: torch.Generator) -> dict[str,
         else:
             tensors[name] = uniform(shape, -bound, bound)
     return tensors
+
+
+def without_edit(config: AdapterConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Initial tensors that edit nothing: LoReFT with W = R, NoReFT with W1 = W2, DiReFT with W = 0, NoDiReFT with W2 = 0, each
+    with a bias that adds nothing. Raises ReftEdgeError where the formula leaves no such start.
+    """
+    kind, t = config.intervention, tensors
+    zero = {"b": torch.zeros_like(t["b"])} if "b" in t else {}
+    linear = config.act_fn == "linear"
+    if kind in ("steering", "red"):
+        return t
+    if kind == "loreft" and linear:
+        return t | zero | {"W": t["R"].clone()}
+    if kind == "noreft" and linear:
+        return t | {"W1": t["W2"].clone(), "b": t["b2"].clone() if "b2" in t else zero["b"]}
+    if kind == "direft" and not activation(config.act_fn)(torch.zeros(1)).any():
+        return t | zero | {"W": torch.zeros_like(t["W"])}
+    if kind == "nodireft":
+        return t | {"W2": torch.zeros_like(t["W2"])}
+    if kind == "lobireft":
+        return t | zero
+    formula = kind if linear else f"{kind} with the act_fn {config.act_fn}"
+    raise ReftEdgeError(
+        f"{formula} has no start that leaves the model unchanged; start at random, or take nodireft"
+    )
 
 
 def random_rotations(shape: tuple[int, ...], random: torch.Generator) -> Tensor:

@@ -119,7 +119,7 @@ def _trainer(
     """With the model in its place, and new interventions; and the context in which it runs."""
     place = execution.place()
     model = execution.processes.place(model, place)
-    interventions = Interventions(config, settings.dropout, settings.seed)
+    interventions = Interventions(config, settings.dropout, settings.seed, settings.start)
     passes = (
         None
         if isinstance(data, LabelledTexts)

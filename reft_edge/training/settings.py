@@ -11,6 +11,7 @@ import torch
 from reft_edge.errors import ReftEdgeError
 from reft_edge.model.device import DTYPES, torch_device
 from reft_edge.model.places import named_layers
+from reft_edge.steering.interventions import STARTS
 from reft_edge.training.distributed import ALONE, Processes
 
 SCHEDULES = ("linear", "cosine", "constant")
@@ -50,6 +51,8 @@ class TrainSettings:
     clip: float = 1.0
     """Largest gradient norm."""
     seed: int = 0
+    start: str = "random"
+    """`random`, as pyreft's, or `unchanged`: the first step's edit is none."""
     dtype: str = "auto"
     """Of the base model's arithmetic: fp32, bf16 (autocast), or auto for bf16 where the hardware has it."""
     pooling: str = ""
@@ -74,6 +77,7 @@ class TrainSettings:
             "clip": (self.clip > 0, "a positive number"),
             "beta": (self.beta > 0 and math.isfinite(self.beta), "a positive number"),
             "seed": (0 <= self.seed < 2**32, "from 0 to 2^32 - 1"),
+            "start": (self.start in STARTS, f"one of {', '.join(STARTS)}"),
             "dtype": (self.dtype in DTYPES, f"one of {', '.join(DTYPES)}"),
             "load_in": (self.load_in in LOAD_IN, "4bit or 8bit"),
         }

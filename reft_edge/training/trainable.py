@@ -245,7 +245,7 @@ def new_interventions(
     given = {name: of_kind(name, value) for name, value in settings.items() if value is not None}
     chosen = TrainSettings(**given, prompt_format=prompt_format)
     config = adapter_config(model, base_name, chosen)
-    return Interventions(_by_another_trainer(config), chosen.dropout, chosen.seed)
+    return Interventions(_by_another_trainer(config), chosen.dropout, chosen.seed, chosen.start)
 
 
 def interventions_of(model: Any, path: str | Path, dropout: float) -> Interventions:

@@ -126,10 +126,13 @@ def test_json_of_train_and_export(hf, rows, tmp_path):
             2,
             "--json",
             "--group-by-length",
+            "--start",
+            "unchanged",
         ).stdout
     )
     assert result["path"] == str(tmp_path / "a.safetensors")
     assert load_adapter(tmp_path / "a.safetensors").config.training["group_by_length"] is True
+    assert load_adapter(tmp_path / "a.safetensors").config.training["start"] == "unchanged"
     assert result["parameters"] == load_adapter(tmp_path / "a.safetensors").num_parameters
     result = json.loads(call("export", hf, "-o", tmp_path / "e", "--layers", "0-1", "--json").stdout)
     assert result["layers"] == [0, 1]

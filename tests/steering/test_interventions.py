@@ -207,6 +207,42 @@ def test_initial_distributions() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("kind", "act_fn", "add_bias"),
+    [
+        ("loreft", "linear", False),
+        ("noreft", "linear", False),
+        ("noreft", "linear", True),
+        ("direft", "linear", False),
+        ("direft", "silu", False),
+        ("nodireft", "linear", False),
+        ("nodireft", "sigmoid", False),
+        ("lobireft", "linear", False),
+        ("red", "linear", False),
+        ("steering", "linear", False),
+    ],
+)
+def test_a_start_that_leaves_the_model_unchanged_can_be_trained(
+    kind: str, act_fn: str, add_bias: bool
+) -> None:
+    chosen = config(kind, act_fn=act_fn, add_bias=add_bias)
+    module = Interventions(chosen, seed=3, start="unchanged")
+    h = 100 * torch.randn(7, D, generator=torch.Generator().manual_seed(0))
+    edit = module.weights().delta(h, 1, 0, module.act)
+    assert float(edit.detach().abs().max()) < 1e-3
+    (edit * torch.randn(7, D)).sum().backward()
+    assert any(float(parameter.grad.abs().max()) > 0 for parameter in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("kind", "act_fn"),
+    [("loreft", "gelu"), ("noreft", "tanh"), ("direft", "sigmoid"), ("consreft", "linear")],
+)
+def test_formulas_without_such_a_start_are_named(kind: str, act_fn: str) -> None:
+    with pytest.raises(ReftEdgeError, match=f"{kind}.* has no start that leaves the model unchanged"):
+        Interventions(config(kind, act_fn=act_fn), start="unchanged")
+
+
 def test_unsound_parameters_are_noticed() -> None:
     module = Interventions(config())
     module.check_sound()
