@@ -2,7 +2,7 @@
 
 import ast
 import sys
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from threading import Thread
 
@@ -13,6 +13,7 @@ from reft_edge.adapter.file import load_adapter, save_adapter
 from reft_edge.errors import LONGEST, ReftEdgeError
 from reft_edge.shipping.http import HttpRepository
 from tests.adapter.test_algebra import make_adapter
+from tests.helpers.servers import LoopbackServer
 
 TESTS = Path(__file__).parent
 TEXT = " ".join((TESTS.parent / "SECURITY.md").read_text(encoding="utf-8").split())
@@ -402,7 +403,7 @@ def test_cookies_are_not_kept():
         def log_message(self, *arguments: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    server = LoopbackServer(Server)
     Thread(target=server.serve_forever, daemon=True).start()
     try:
         with pytest.raises(ReftEdgeError, match="404"):

@@ -16,7 +16,7 @@ D, RANK = 24, 3
 
 
 def config(intervention: str = "loreft", **fields: Any) -> AdapterConfig:
-    rank = 1 if intervention == "steering" else RANK
+    rank = 1 if intervention in ("steering", "red") else RANK
     return AdapterConfig(
         **{
             "intervention": intervention,
