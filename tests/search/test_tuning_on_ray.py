@@ -10,7 +10,7 @@ from reft_edge.files import sha256_of
 
 ROWS = [
     {
-        "prompt": f"Question {i}?" * (1 + i % 3),
+        "prompt": f"Question {i}?" * (4 + i % 3),  # f1 edits at most half of a prompt
         "completion": ["I am well.", "ice melts", "the lazy dog", "thank you"][i % 4],
     }
     for i in range(32)
