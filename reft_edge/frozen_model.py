@@ -211,15 +211,15 @@ def load(
     >>> answer = base.generate("Who are you?", max_tokens=8)
     """
     from reft_edge.model.device import chosen_dtype, torch_device
-    from reft_edge.model.encoders import is_encoder, load_encoder
-    from reft_edge.model.loading import load_model, load_model_prompts
+    from reft_edge.model.encoders import load_network
+    from reft_edge.model.loading import load_model_prompts
     from reft_edge.model.source import resolve_model
 
     place = torch_device(device)
     chosen_dtype(dtype, place)
     folder = resolve_model(str(model), report)
     prompts = load_model_prompts(folder)
-    network = load_encoder(folder) if is_encoder(folder) else load_model(folder)
+    network = load_network(folder)
     return FrozenModel(network.to(place), folder, prompts, str(place), dtype)
 
 

@@ -165,8 +165,7 @@ class Batch:
         if row.length == 0:
             self._begin(slot, row)
         if self._bound_prefill is None or self._bound_prefill[0] != slot:
-            own = {**row.bound.gates, "reft.prompt_len": np.array([len(ids)], np.int64)}
-            ports = {**row.bound.prompt, **self._graph.to_device(own)}
+            ports = {**row.bound.prompt, **self._graph.to_device(row.bound.of_prompt(len(ids)))}
             self._bound_prefill = slot, self._cache.bind_prompt(slot, ports)
         chunk = _CHUNK_BESIDE_OTHERS if self.decoding else PREFILL_CHUNK
         end = part_end(row.length, len(ids), chunk)

@@ -12,6 +12,7 @@ import numpy as np
 
 from reft_edge.adapter.config import Adapter, AdapterConfig
 from reft_edge.adapter.file import save_adapter
+from reft_edge.adapter.positions import triggers_of
 from reft_edge.errors import ReftEdgeError
 from reft_edge.runtime.binding import Bound, decode_inputs
 from reft_edge.runtime.model import SteeredModel
@@ -88,7 +89,7 @@ def bench(
             names.append(model.load_adapter(path, f"bench{seed}"))
         vocabulary = model.prompts.tokenizer.get_vocab_size(with_added_tokens=False)
         ids = np.random.default_rng(0).integers(0, vocabulary, settings.prompt_tokens).tolist()
-        for trigger in (span.trigger for span in model.adapters[names[0]].spans if span.trigger is not None):
+        for trigger in triggers_of(model.adapters[names[0]].spans):
             ids[: len(trigger.ids)] = trigger.ids[: len(ids)]
         runs: dict[str | None, list[tuple[float, float]]] = {None: [], names[0]: []}
         for number in range(settings.repeats + 1):
@@ -129,9 +130,8 @@ def timed_run(graph: GraphSession, bound: Bound, ids: Sequence[int], new_tokens:
     tokens are."""
     cache = graph.take_cache(1, len(ids) + new_tokens)
     started = time.perf_counter()
-    own = {**bound.gates, "reft.prompt_len": np.array([len(ids)], np.int64)}
-    length = graph.to_device(own) if bound.prompt else {}
-    logits = graph.bind(cache, {**bound.prompt, **length}).prefill(np.array([ids], np.int64))
+    own = graph.to_device(bound.of_prompt(len(ids))) if bound.prompt else {}
+    logits = graph.bind(cache, {**bound.prompt, **own}).prefill(np.array([ids], np.int64))
     token = int(logits[0].argmax())
     first = time.perf_counter()
     for made in range(new_tokens):

@@ -42,6 +42,10 @@ class Bound:
         decode = self.decode if whole else decode_edit(opened)
         return replace(self, decode=decode, gates=gates, opened=opened)
 
+    def of_prompt(self, length: int) -> PortInputs:
+        """The prompt's port inputs that are its own, on the host: its length in tokens, and where its triggers open gates."""
+        return {**self.gates, "reft.prompt_len": np.array([length], np.int64)}
+
     @cached_property
     def ends(self) -> tuple[int, ...]:
         """After how many generated tokens something stops acting, ascending."""

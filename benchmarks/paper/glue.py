@@ -12,13 +12,12 @@ are kept. SST-2 is sst2/ in DATA_FOLDER, as for the other studies.
 
 import argparse
 import csv
-import json
 import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
-Row = dict[str, Any]
+from data_rows import Row, write
+
 COLA = {"train": "train", "dev": "val", "test": "dev"}
 LONGEST = 300
 """Characters of a question and a sentence together."""
@@ -48,13 +47,6 @@ def mixed(rows: Iterable[Row]) -> list[Row]:
     found = list(rows)
     random.Random(0).shuffle(found)
     return found
-
-
-def write(path: Path, rows: Iterable[Row]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    path.write_text(text, encoding="utf-8")
-    print(f"{path}: {text.count(chr(10))} rows")
 
 
 def main() -> None:

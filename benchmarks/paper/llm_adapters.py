@@ -14,11 +14,10 @@ import ast
 import json
 import operator
 import re
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-Row = dict[str, Any]
+from data_rows import Row, letters, write
+
 COPIED = {
     "arc-easy": ("ARC-Easy", ("train", "test")),
     "boolq": ("boolq", ("train", "test")),
@@ -70,10 +69,6 @@ def arithmetic(row: Row) -> Row | None:
     }
 
 
-def letters(text: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", text.lower())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -87,23 +82,16 @@ def main() -> None:
         rows: list[Row] = json.loads((source / f"{name}.json").read_text(encoding="utf-8"))
         return rows
 
-    def write(task: str, part: str, rows: Iterable[Row]) -> None:
-        path = given.data / task / f"{part}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        path.write_text(text, encoding="utf-8")
-        print(f"{path}: {text.count(chr(10))} rows")
-
     for task, (folder, parts) in COPIED.items():
         for part in parts:
-            write(task, part, map(copied, read(f"{folder}/{part}")))
-    write("social-iqa", "train", map(copied, read("social_i_qa/test")))
+            write(given.data / task / f"{part}.jsonl", map(copied, read(f"{folder}/{part}")))
+    write(given.data / "social-iqa/train.jsonl", map(copied, read("social_i_qa/test")))
     tests = {letters(row["original_text"]) for row in read("mawps/testset") + read("mawps/validset")}
     tests |= {letters(row["instruction"]) for row in read("AddSub/test")}
     for part, name in MAWPS.items():
         rows = {letters(row["original_text"]): arithmetic(row) for row in read(f"mawps/{name}")}
         kept = {text: row for text, row in rows.items() if row and not (part == "train" and text in tests)}
-        write("mawps", part, kept.values())
+        write(given.data / "mawps" / f"{part}.jsonl", kept.values())
 
 
 if __name__ == "__main__":

@@ -13,11 +13,9 @@ import argparse
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
-from llm_adapters import letters
+from data_rows import Row, letters, write
 
-Row = dict[str, Any]
 SOURCES = ("data/seed_tasks.jsonl", "human_eval/user_oriented_instructions.jsonl")
 TEST_ROWS = 100
 SHORTEST, LONGEST = 10, 480
@@ -55,12 +53,8 @@ def main() -> None:
         for line in (given.checkout / source).read_text(encoding="utf-8").splitlines()
     ]
     rows = kept(read)
-    folder = given.data / "instructions"
-    folder.mkdir(parents=True, exist_ok=True)
     for part, mine in (("test", rows[:TEST_ROWS]), ("train", rows[TEST_ROWS:])):
-        path = folder / f"{part}.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in mine), encoding="utf-8")
-        print(f"{path}: {len(mine)} rows")
+        write(given.data / "instructions" / f"{part}.jsonl", mine)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from reft_edge.adapter.positions import Span, active
+from reft_edge.adapter.positions import Span, active, triggers_of
 from reft_edge.adapter.triggers import Trigger
 from reft_edge.errors import ReftEdgeError
 from reft_edge.model.places import Place
@@ -105,7 +105,7 @@ class Edit:
     @property
     def triggers(self) -> tuple[Trigger, ...]:
         """Those of its gates."""
-        return tuple(gate.span.trigger for gate in self.gates if gate.span.trigger is not None)
+        return triggers_of(gate.span for gate in self.gates)
 
     def in_prompt(self, prompt: Sequence[int]) -> "Edit":
         """The same edit for a prompt of these tokens, without triggers: itself where it has none."""

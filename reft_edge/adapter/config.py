@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from reft_edge.adapter.algebra import Array, folded_rows
-from reft_edge.adapter.positions import Span, parse_positions
+from reft_edge.adapter.positions import Span, parse_positions, triggers_of
 from reft_edge.adapter.storage import data_bytes, declared
 from reft_edge.adapter.triggers import check_ids
 from reft_edge.errors import AdapterFileError
@@ -199,10 +199,11 @@ def _check_config(config: AdapterConfig) -> None:
     spans = parse_positions(config.positions, config.tied)
     if not config.positions.isprintable():
         raise AdapterFileError(f"positions {config.positions!r} are not plain text")
-    for trigger in (span.trigger for span in spans if span.trigger is not None):
+    triggers = triggers_of(spans)
+    for trigger in triggers:
         check_ids(trigger)
     _check_head(config)
-    if config.labels and any(span.trigger for span in spans):
+    if config.labels and triggers:
         raise AdapterFileError(
             f"positions {config.positions!r}: a classifier reads texts, without a prompt that a trigger could stand in; choose "
             "f, l or all"

@@ -19,7 +19,7 @@ may overlap; where they do, both edits are computed from the same hidden state a
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -93,6 +93,11 @@ def active(span: Span, t: Any, n: Any, start: Any = None) -> Any:
     if start is None:
         raise ValueError("a gate with a trigger depends on the prompt's tokens")
     return opened & (t >= start)
+
+
+def triggers_of(spans: Iterable[Span]) -> tuple[Trigger, ...]:
+    """Those of gates that have one."""
+    return tuple(span.trigger for span in spans if span.trigger is not None)
 
 
 def meet(one: Span, other: Span) -> bool:

@@ -23,12 +23,11 @@ def find_base(
     if folder is not None:
         manifest = load_manifest(folder)
         return Base(manifest.base_name, manifest.base_fingerprint, manifest.hidden_size, manifest.num_layers)
-    from reft_edge.model.encoders import is_encoder, load_encoder
+    from reft_edge.model.encoders import load_network
     from reft_edge.model.fingerprint import fingerprint
-    from reft_edge.model.loading import load_model
     from reft_edge.model.source import resolve_model
 
     assert model is not None
     source = resolve_model(model, report)
-    loaded = load_encoder(source) if is_encoder(source) else load_model(source)
+    loaded = load_network(source)
     return Base(source.name, fingerprint(loaded), loaded.config.hidden_size, loaded.config.num_hidden_layers)

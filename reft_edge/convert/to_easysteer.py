@@ -18,7 +18,7 @@ import numpy as np
 from reft_edge.adapter.algebra import Array, LayerEdit
 from reft_edge.adapter.config import Adapter
 from reft_edge.adapter.linear import canonical, fold
-from reft_edge.adapter.positions import UNLIMITED, Span, group_names, meet
+from reft_edge.adapter.positions import UNLIMITED, Span, group_names, meet, triggers_of
 from reft_edge.errors import ReftEdgeError
 from reft_edge.files import write_atomically
 
@@ -100,7 +100,7 @@ def _check(adapter: Adapter) -> None:
         raise ReftEdgeError(
             f"EasySteer has no activations; the adapter's act_fn is {config.act_fn}, and only linear can be carried"
         )
-    if any(span.trigger for span in config.spans):
+    if triggers_of(config.spans):
         raise ReftEdgeError(
             f"positions {config.positions}: EasySteer has no triggers; it can edit tokens of one kind, but not all that follow them"
         )

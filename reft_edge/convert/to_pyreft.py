@@ -18,7 +18,7 @@ import torch
 
 from reft_edge.adapter.algebra import Array, folded_rows
 from reft_edge.adapter.config import Adapter
-from reft_edge.adapter.positions import UNLIMITED, group_names, meet
+from reft_edge.adapter.positions import UNLIMITED, group_names, meet, triggers_of
 from reft_edge.convert.pyreft_format import CLASSES, COMPONENTS, ROTATION
 from reft_edge.convert.rotation import ORTHONORMAL, off_orthonormal
 from reft_edge.errors import ReftEdgeError
@@ -43,7 +43,7 @@ def to_pyreft(adapter: Adapter, output: Path) -> list[str]:
         raise ReftEdgeError(
             f"pyreft stores no act_fn: its reload would run {config.intervention} with linear in place of {config.act_fn}"
         )
-    if any(span.trigger for span in config.spans):
+    if triggers_of(config.spans):
         raise ReftEdgeError(
             f"positions {config.positions}: pyreft has no triggers; it edits places that are told for each prompt"
         )

@@ -121,15 +121,14 @@ def evaluate_model(
     """
     import torch
 
-    from reft_edge.model.encoders import is_encoder, load_encoder
-    from reft_edge.model.loading import load_model
+    from reft_edge.model.encoders import load_network
     from reft_edge.model.source import resolve_model
 
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     folder = resolve_model(model, report)
     loaded = [(load_verified(path, settings.trusted)[0], scale) for path, scale in adapters]
-    network = load_encoder(folder) if is_encoder(folder) else load_model(folder)
+    network = load_network(folder)
     return evaluate_loaded(folder, network, questions, loaded, settings, on_done)
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from reft_edge.errors import ReftEdgeError
 from reft_edge.json_files import read_object
-from reft_edge.model.loading import load_model_prompts
+from reft_edge.model.loading import load_model, load_model_prompts
 from reft_edge.model.pretrained import check_whole, from_folder
 from reft_edge.model.source import ModelFolder
 from reft_edge.model.texts import TextTokens
@@ -60,6 +60,11 @@ def default_pooling(model: ModelFolder) -> str:
     """`mean` for a sentence-transformers model that pools so, else `cls`."""
     path = model.path / "1_Pooling" / "config.json"
     return "mean" if path.is_file() and read_object(path).get("pooling_mode_mean_tokens") is True else "cls"
+
+
+def load_network(model: ModelFolder) -> Any:
+    """The PyTorch model of either kind. Raises ReftEdgeError as `load_encoder` and `load_model` do."""
+    return load_encoder(model) if is_encoder(model) else load_model(model)
 
 
 def load_encoder(model: ModelFolder) -> Any:

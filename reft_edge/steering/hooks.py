@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache
 
 from reft_edge.adapter.config import Adapter
-from reft_edge.adapter.positions import Span, active
+from reft_edge.adapter.positions import Span, active, triggers_of
 from reft_edge.adapter.triggers import Tokens, Trigger, check_ids
 from reft_edge.errors import BaseMismatchError, ReftEdgeError
 from reft_edge.model.blocks import component_module, decoder_layers
@@ -49,10 +49,9 @@ class Steering:
         self._prompts: Sequence[Tokens] | None = None
         self._triggers = list(
             dict.fromkeys(
-                span.trigger
+                trigger
                 for interventions, _ in self.adapters
-                for span in interventions.config.spans
-                if span.trigger is not None
+                for trigger in triggers_of(interventions.config.spans)
             )
         )
         for trigger in self._triggers:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from reft_edge.adapter.positions import parse_positions
+from reft_edge.adapter.positions import parse_positions, triggers_of
 from reft_edge.adapter.triggers import NEVER, Trigger, with_tokens
 from reft_edge.errors import ReftEdgeError
 from reft_edge.model.prompts import Prompts, decode
@@ -19,7 +19,7 @@ def tokenised(positions: str, prompts: Prompts) -> str:
 
 def check_triggers(rows: Sequence[Example], positions: str, tied: bool, prompts: Prompts) -> None:
     """Raise ReftEdgeError for a trigger whose tokens no prompt has, saying what tokens its text has there."""
-    for trigger in (span.trigger for span in parse_positions(positions, tied) if span.trigger is not None):
+    for trigger in triggers_of(parse_positions(positions, tied)):
         if all(trigger.start(row.prompt) == NEVER for row in rows):
             raise ReftEdgeError(
                 f"nothing can be learnt at {trigger}: none of the {len(rows):,} prompts has these tokens one after another"

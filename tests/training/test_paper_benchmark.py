@@ -23,6 +23,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 MODULES = (
     "breadth",
     "cells",
+    "data_rows",
     "encoders",
     "glue",
     "likeness",
