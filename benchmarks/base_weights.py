@@ -105,7 +105,13 @@ def main() -> None:
             found = {"base, PyTorch fp32": torch_accuracy(model, prompts, held_out)}
             for name, weights in (("plain", None), ("base weights", work / "export")):
                 settings = TrainSettings(
-                    positions="f3+l3", rank=4, lr=2e-3, epochs=1, seed=options.seed, prompt_format="raw"
+                    positions="f3+l3",
+                    rank=4,
+                    lr=2e-3,
+                    epochs=1,
+                    seed=options.seed,
+                    start="random",
+                    prompt_format="raw",
                 )
                 with training_progress(console, console.say) as on_step:
                     train(

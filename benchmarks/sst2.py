@@ -90,6 +90,7 @@ def main() -> None:
             lr=options.lr,
             epochs=options.epochs,
             seed=options.seed,
+            start="random",
             dtype=options.dtype,
             prompt_format="raw",
         )

@@ -116,6 +116,7 @@ def main() -> None:
             max_steps=options.max_steps,
             batch_size=32,
             seed=options.seed,
+            start="random",
             dtype="fp32",
             pooling=pooling,
         )

@@ -208,7 +208,7 @@ def test_a_recipe_gives_way_to_what_is_given(base, tmp_path):
 
     reft_edge.train(base, ROWS, tmp_path / "x.safetensors", recipe="math", rank=2, max_steps=1)
     config = read_config(tmp_path / "x.safetensors")
-    assert (config.rank, config.tied, config.positions) == (2, True, "f7+l7")
+    assert (config.rank, config.tied, config.positions) == (2, True, "all+gen")
 
 
 def test_layers_are_a_text_a_list_or_a_number_and_numbers_may_be_numpys(base, tmp_path):

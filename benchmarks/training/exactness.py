@@ -54,6 +54,7 @@ def main() -> None:
             warmup=0.0,
             schedule="constant",
             max_steps=options.steps,
+            start="random",
             batch_size=options.batch_size,
             prompt_format="raw",
             dtype="fp32",

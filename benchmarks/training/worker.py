@@ -167,7 +167,7 @@ def train_reft_edge(job: Job, model: Any, on_step: OnStep) -> None:
     from reft_edge.training.settings import Execution, TrainSettings
     from reft_edge.training.turns import Example
 
-    given = dict(job["settings"])
+    given = {"start": "random"} | job["settings"]
     if "first" in given:
         given["positions"] = f"f{given.pop('first')}+l{given.pop('last')}"
     settings = TrainSettings(

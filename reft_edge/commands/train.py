@@ -43,7 +43,7 @@ def train(
     clip: option.Clip = 1.0,
     beta: option.Beta = 0.1,
     seed: option.Seed = 0,
-    start: option.Start = "random",
+    start: option.Start = "auto",
     dtype: option.Dtype = "auto",
     max_length: option.MaxLength = 1024,
     pooling: option.Pooling = None,

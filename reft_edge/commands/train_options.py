@@ -36,7 +36,8 @@ Output = Annotated[
 Recipe = Annotated[
     str | None,
     typer.Option(
-        help="The LoReFT paper's settings: commonsense, math, instruct or glue; your own options go first.",
+        help="Settings for a kind of task: commonsense, math, instruct, glue, or loreft-commonsense and loreft-math, the LoReFT "
+        "paper's. Your own options go first.",
         show_default=False,
         callback=taken_recipe,
         is_eager=True,
@@ -99,7 +100,7 @@ Seed = Annotated[
 Start = Annotated[
     str,
     typer.Option(
-        help="random, as pyreft's edits begin, or unchanged: the first step is of the model without an edit."
+        help="unchanged: edits begin as none; random: as pyreft's begin; or auto: unchanged where the formula can."
     ),
 ]
 Dtype = Annotated[

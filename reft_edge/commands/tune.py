@@ -105,7 +105,7 @@ def tune(
     recipe: Annotated[
         str | None,
         typer.Option(
-            help="Search around these settings of the LoReFT paper, in place of the defaults of train.",
+            help="Search around the settings of this recipe, in place of the defaults of train.",
             show_default=False,
         ),
     ] = None,

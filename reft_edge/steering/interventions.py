@@ -19,7 +19,7 @@ from reft_edge.adapter.algebra import folded_rows
 from reft_edge.adapter.config import HEAD, Adapter, AdapterConfig
 from reft_edge.errors import ReftEdgeError
 
-STARTS = ("random", "unchanged")
+STARTS = ("auto", "unchanged", "random")
 _ORTHONORMAL = 1e-4
 """Most that R Rᵀ of a file may be off the identity for R to be taken as a rotation."""
 
@@ -106,7 +106,8 @@ class Interventions(nn.Module):
     def __init__(
         self, config: AdapterConfig, dropout: float = 0.0, seed: int = 0, start: str = "random"
     ) -> None:
-        """Random initial parameters, pyreft's; or, with the start `unchanged`, such that they edit nothing yet.
+        """Random initial parameters, pyreft's; or, with the start `unchanged`, such that they edit nothing yet; or, with `auto`,
+        the latter where the formula can.
 
         Raises ReftEdgeError for an unknown act_fn, a dropout outside [0, 1) or an intervention that has no such start.
         """
@@ -118,7 +119,7 @@ class Interventions(nn.Module):
         self.dropout = nn.Dropout(dropout if config.intervention != "consreft" else 0.0)
         random = torch.Generator().manual_seed(seed)
         tensors = initial_tensors(config, random)
-        self._set(tensors if start == "random" else without_edit(config, tensors))
+        self._set(_begun(config, tensors, start))
 
     @classmethod
     def from_adapter(cls, adapter: Adapter, dropout: float = 0.0) -> "Interventions":
@@ -225,9 +226,9 @@ def initial_tensors(config: AdapterConfig, random: torch.Generator) -> dict[str,
     return tensors
 
 
-def without_edit(config: AdapterConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def without_edit(config: AdapterConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor] | None:
     """Initial tensors that edit nothing: LoReFT with W = R, NoReFT with W1 = W2, DiReFT with W = 0, NoDiReFT with W2 = 0, each
-    with a bias that adds nothing. Raises ReftEdgeError where the formula leaves no such start.
+    with a bias that adds nothing. None where the formula leaves no such start.
     """
     kind, t = config.intervention, tensors
     zero = {"b": torch.zeros_like(t["b"])} if "b" in t else {}
@@ -244,10 +245,22 @@ def without_edit(config: AdapterConfig, tensors: dict[str, Tensor]) -> dict[str,
         return t | {"W2": torch.zeros_like(t["W2"])}
     if kind == "lobireft":
         return t | zero
-    formula = kind if linear else f"{kind} with the act_fn {config.act_fn}"
-    raise ReftEdgeError(
-        f"{formula} has no start that leaves the model unchanged; start at random, or take nodireft"
-    )
+    return None
+
+
+def _begun(config: AdapterConfig, random: dict[str, Tensor], start: str) -> dict[str, Tensor]:
+    """The tensors of a start. Raises ReftEdgeError where the formula does not have it."""
+    if start == "random":
+        return random
+    begun = without_edit(config, random)
+    if begun is None and start == "unchanged":
+        formula = config.intervention
+        if config.act_fn != "linear":
+            formula += f" with the act_fn {config.act_fn}"
+        raise ReftEdgeError(
+            f"{formula} has no start that leaves the model unchanged; start at random, or take nodireft"
+        )
+    return random if begun is None else begun
 
 
 def random_rotations(shape: tuple[int, ...], random: torch.Generator) -> Tensor:

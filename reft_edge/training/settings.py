@@ -51,8 +51,8 @@ class TrainSettings:
     clip: float = 1.0
     """Largest gradient norm."""
     seed: int = 0
-    start: str = "random"
-    """`random`, as pyreft's, or `unchanged`: the first step's edit is none."""
+    start: str = "auto"
+    """`unchanged`: the first step's edit is none; `random`, as pyreft's; or `auto`: unchanged where the formula can."""
     dtype: str = "auto"
     """Of the base model's arithmetic: fp32, bf16 (autocast), or auto for bf16 where the hardware has it."""
     pooling: str = ""

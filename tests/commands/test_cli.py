@@ -13,6 +13,7 @@ from reft_edge.adapter.file import load_adapter
 from reft_edge.cli import app
 from reft_edge.commands.console import split_scale
 from reft_edge.errors import ReftEdgeError
+from reft_edge.terminal import printable
 
 COMMANDS = (
     "train",
@@ -107,7 +108,7 @@ def test_the_whole_way(hf, rows, tmp_path):
             "--json",
         ).stdout
     )
-    assert half["text"] + "\n" == steered
+    assert printable(half["text"]) + "\n" == steered
     assert half["finish_reason"] in ("stop", "length")
     packed = call("pack", adapter, "--for", folder, "-o", tmp_path / "task.onnx_adapter")
     assert "wrote" in packed.stdout

@@ -207,6 +207,7 @@ def test_initial_distributions() -> None:
     )
 
 
+@pytest.mark.parametrize("start", ["unchanged", "auto"])
 @pytest.mark.parametrize(
     ("kind", "act_fn", "add_bias"),
     [
@@ -223,10 +224,10 @@ def test_initial_distributions() -> None:
     ],
 )
 def test_a_start_that_leaves_the_model_unchanged_can_be_trained(
-    kind: str, act_fn: str, add_bias: bool
+    kind: str, act_fn: str, add_bias: bool, start: str
 ) -> None:
     chosen = config(kind, act_fn=act_fn, add_bias=add_bias)
-    module = Interventions(chosen, seed=3, start="unchanged")
+    module = Interventions(chosen, seed=3, start=start)
     h = 100 * torch.randn(7, D, generator=torch.Generator().manual_seed(0))
     edit = module.weights().delta(h, 1, 0, module.act)
     assert float(edit.detach().abs().max()) < 1e-3
@@ -241,6 +242,11 @@ def test_a_start_that_leaves_the_model_unchanged_can_be_trained(
 def test_formulas_without_such_a_start_are_named(kind: str, act_fn: str) -> None:
     with pytest.raises(ReftEdgeError, match=f"{kind}.* has no start that leaves the model unchanged"):
         Interventions(config(kind, act_fn=act_fn), start="unchanged")
+    begun, random = (
+        Interventions(config(kind, act_fn=act_fn), seed=3, start=start) for start in ("auto", "random")
+    )
+    for name, tensor in begun.tensors().items():
+        assert torch.equal(tensor, random.tensors()[name])
 
 
 def test_unsound_parameters_are_noticed() -> None:

@@ -100,7 +100,7 @@ def test_every_intervention_learns_and_leaves_the_base_alone(model, data, tmp_pa
         rank=1 if intervention in ("steering", "red") else 4,
         on_step=lambda step: losses.append(step.loss),
     )
-    assert np.mean(losses[-4:]) < 0.95 * losses[0]
+    assert np.mean(losses[-4:]) < 0.97 * losses[0]
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert [parameter.requires_grad for parameter in model.parameters()] == required
     adapter = load_adapter(tmp_path / "a.safetensors")

@@ -111,7 +111,7 @@ def test_the_peers_get_the_batches_and_rates_of_our_own_training(table, data, de
         prepared = table.prepare(places, data, small(table, "sst2"))
         given = places.training(prepared, 2e-3, 3)
         settings = TrainSettings(
-            lr=2e-3, max_steps=3, batch_size=4, seed=seed, dtype="fp32", prompt_format="raw"
+            lr=2e-3, max_steps=3, batch_size=4, seed=seed, start="random", dtype="fp32", prompt_format="raw"
         )
         assert given["rates"] == [2e-3 * rate(settings, step, 3) for step in range(3)]
         model = load_model(ModelFolder(device_folder / "hf", "tiny-llama"))
