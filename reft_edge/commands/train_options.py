@@ -192,7 +192,7 @@ NeededTokens = Annotated[
     bool,
     typer.Option(
         "--needed-tokens/--all-tokens",
-        help="Leave padding out of matrix products, and out of the last block what no label needs.",
+        help="Leave padding out, and out of the last block what no label needs.",
     ),
 ]
 FrozenCache = Annotated[

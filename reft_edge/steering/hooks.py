@@ -47,6 +47,7 @@ class Steering:
         self._given: Tensor | None = None
         self._lengths: Tensor | None = None
         self._prompts: Sequence[Tokens] | None = None
+        self._packed: tuple[Tensor, Tensor] | None = None
         self._triggers = list(
             dict.fromkeys(
                 trigger
@@ -106,16 +107,22 @@ class Steering:
             self._continuing = False
 
     @contextmanager
-    def prompts(self, lengths: Tensor, tokens: Sequence[Tokens] | None = None) -> Iterator[None]:
+    def prompts(
+        self,
+        lengths: Tensor,
+        tokens: Sequence[Tokens] | None = None,
+        places: tuple[Tensor, Tensor] | None = None,
+    ) -> Iterator[None]:
         """Use these prompt lengths, `[batch]` tokens, for passes inside the block (training: prompt, then completion).
 
         `tokens`: the prompts themselves, where a pass has only a part of them; else triggers are looked for in the pass.
+        `places`: where passes have all rows as one, the row of each of its tokens and the position there, `[tokens]`.
         """
-        self._given, self._prompts = lengths, tokens
+        self._given, self._prompts, self._packed = lengths, tokens, places
         try:
             yield
         finally:
-            self._given = self._prompts = None
+            self._given = self._prompts = self._packed = None
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -146,7 +153,9 @@ class Steering:
             or (past == 0 and not self._continuing)
         ):
             self._lengths = mask.long().sum(dim=1)
-        n = self._lengths.to(t.device)[:, None]
+        n = self._by_row(self._lengths.to(t.device)[:, None])
+        if self._packed is not None:
+            t = self._packed[1][None]
         if self._triggers:
             self._find_triggers(given, now, past)
         with torch.autocast(ids.device.type, enabled=False):
@@ -163,7 +172,11 @@ class Steering:
         )
 
     def _start(self, span: Span) -> Tensor | None:
-        return None if span.trigger is None else self._starts[span.trigger]
+        return None if span.trigger is None else self._by_row(self._starts[span.trigger])
+
+    def _by_row(self, values: Tensor) -> Tensor:
+        """Of `values [rows, 1]`, where all rows are one, each token's: `[1, tokens]`."""
+        return values if self._packed is None else values[self._packed[0]].T
 
     def _find_triggers(self, ids: Tensor | None, now: Tensor, past: int) -> None:
         """Where each trigger starts in the rows' prompts, `[batch, 1]`; passes behind a KV cache keep what the first one found.

@@ -52,18 +52,20 @@ def joined_logits(
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows as one right-padded batch, or the last columns of one."""
+    """Rows as one right-padded batch; or, where `places` tells of each token where it is from, all of them as one row."""
 
     ids: Tensor
     """`[rows, columns]`"""
     mask: Tensor
-    """`[rows, columns with those before]`, 1 for tokens."""
+    """`[rows, columns]`, 1 for tokens."""
     counts: Tensor
     """`[rows, columns]`, bool: where logits are wanted."""
     prompts: Tensor
-    """`[rows]`, tokens of each prompt."""
+    """Tokens of each prompt, one number for each of the original rows."""
     tokens: tuple[Ids, ...]
-    """Of each row the whole prompt."""
+    """Each prompt."""
+    places: tuple[Tensor, Tensor] | None = None
+    """`[columns]` each: a token's original row, and its position there."""
 
 
 def padded(model: Any, rows: Sequence[tuple[Ids, Ids]], device: torch.device) -> Batch:
@@ -82,16 +84,16 @@ def padded(model: Any, rows: Sequence[tuple[Ids, Ids]], device: torch.device) ->
     return Batch(ids.to(device), mask.to(device), counts.to(device), prompts, whole)
 
 
-def batch_logits(model: Any, steering: Steering, batch: Batch, autocast: bool, **further: Any) -> Tensor:
-    """Float32 logits where the batch wants them, `[all of them, vocabulary]`. `further` is for the model: a cache."""
-    options = {"use_cache": False, **further}
+def batch_logits(model: Any, steering: Steering, batch: Batch, autocast: bool) -> Tensor:
+    """Float32 logits where the batch wants them, `[all of them, vocabulary]`."""
+    positions = {} if batch.places is None else {"position_ids": batch.places[1][None]}
     with (
-        steering.prompts(batch.prompts, batch.tokens),
+        steering.prompts(batch.prompts, batch.tokens, batch.places),
         only_logits_of(model, batch.counts),
         torch.autocast(batch.ids.device.type, dtype=torch.bfloat16, enabled=autocast),
     ):
-        logits = model(input_ids=batch.ids, attention_mask=batch.mask, **options).logits
-    joined: Tensor = logits[0].float()
+        logits = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False, **positions).logits
+    joined: Tensor = logits.squeeze(0).float()
     return joined
 
 

@@ -38,18 +38,26 @@ def rounded_once(model: Any) -> Iterator[None]:
             module.weight = weight
 
 
+def quicker_attention(kind: str, columns: int, device: torch.device) -> str:
+    """Within short rows on a CPU plain products in place of torch's fused attention, which are the same sums."""
+    return "eager" if kind == "sdpa" and columns < SHORT and device.type == "cpu" else kind
+
+
 @contextmanager
 def quick_attention(model: Any) -> Iterator[None]:
-    """Inside the block, a model on a CPU attends within batches of short rows by plain products, which are the same sums."""
+    """Inside the block, a model attends within batches of short rows as `quicker_attention` says; an attention that is none of
+    the model's own is left as it is.
+    """
     config = model.config
     before = getattr(config, "_attn_implementation", None)
-    if before != "sdpa" or next(model.parameters()).device.type != "cpu":
+    if before != "sdpa":
         yield
         return
 
     def choose(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
-        config._attn_implementation = "eager" if ids is not None and ids.shape[1] < SHORT else before
+        if ids is not None and config._attn_implementation in ("eager", before):
+            config._attn_implementation = quicker_attention(before, ids.shape[1], ids.device)
 
     handle = model.register_forward_pre_hook(choose, with_kwargs=True)
     try:

@@ -29,7 +29,7 @@ _TRIED = 3
 class KeptStates:
     """Hidden states behind the blocks that nothing below edits, of the rows of a training.
 
-    `columns` says of the next pass which rows and which of their tokens it has.
+    `of` says of the next pass which rows it has, and where their tokens are in it.
     """
 
     def __init__(self, last: int, lengths: dict[Key, int], size: int, report: Callable[[str], None]) -> None:
@@ -47,8 +47,8 @@ class KeptStates:
         self._count = count
         self._states: Tensor | None = None
         self._full: set[Key] = set()
-        self._rows: Sequence[Key] | None = None
-        self._start = 0
+        self._tokens: tuple[Tensor, Tensor] | None = None
+        """Where the next pass's tokens are among all states, and in the pass; None for a pass of no row that is known."""
         self._reads: Tensor | None = None
         self._as_tuple = False
         self._began = self._computing = self._reading = 0.0
@@ -59,14 +59,18 @@ class KeptStates:
         """Of all rows in float32."""
         return self._count * self._size * 4
 
-    def columns(self, rows: Sequence[Key], start: int, ids: Tensor, reads: bool) -> None:
-        """The next pass is of these rows from their token `start` on, as far as `ids [rows, columns]` reaches."""
-        self._rows, self._start = rows, start
-        self._reads = self._padded(ids) if reads else None
+    def of(self, rows: Sequence[Key], numbers: Tensor, ids: Tensor, reads: bool) -> None:
+        """The next pass is of these rows: of `ids [batch, columns]`, flattened, the tokens of `numbers [rows, tokens]`, -1 for
+        padding. Rows may share tokens.
+        """
+        real = numbers >= 0
+        first = torch.tensor([self._first[row] for row in rows])[:, None]
+        self._tokens = (first + torch.arange(numbers.shape[1]))[real.cpu()], numbers[real]
+        self._reads = self._read_for(ids) if reads else None
 
     def nothing(self) -> None:
         """The next pass is of no row that is known."""
-        self._rows = self._reads = None
+        self._tokens = self._reads = None
 
     def has(self, rows: Sequence[Key]) -> bool:
         """Whether all these rows' states are kept."""
@@ -106,7 +110,7 @@ class KeptStates:
             if number == 0:
                 self._began = perf_counter()
             output = forward(hidden, *args, **kwargs)
-            if number == self._last and self._rows is not None:
+            if number == self._last and self._tokens is not None:
                 self._keep(output)
             return output
 
@@ -116,31 +120,27 @@ class KeptStates:
         self._computing += perf_counter() - self._began
         self._as_tuple = isinstance(output, tuple)
         hidden = (output[0] if self._as_tuple else output).detach()
-        assert self._rows is not None
+        assert self._tokens is not None
         if self._states is None:
             self._states = self._room(hidden.dtype)
         if self._states is None:
             self._give_up()
             return
-        for row, key in enumerate(self._rows):
-            count = min(len(key) - self._start, hidden.shape[1])
-            first = self._first[key] + self._start
-            self._states[first : first + count] = hidden[row if hidden.shape[0] > 1 else 0, :count].cpu()
-            self._computed += count
+        kept, run = self._tokens
+        self._states[kept] = hidden.flatten(0, 1)[run].cpu()
+        self._computed += len(kept)
 
-    def _padded(self, ids: Tensor) -> Tensor:
+    def _read_for(self, ids: Tensor) -> Tensor:
         began = perf_counter()
         assert self._states is not None
-        assert self._rows is not None
-        found = torch.zeros(*ids.shape, self._size, dtype=self._states.dtype)
-        for row, key in enumerate(self._rows[: len(ids)]):
-            count = min(len(key) - self._start, ids.shape[1])
-            first = self._first[key] + self._start
-            found[row, :count] = self._states[first : first + count]
-            self._read += count
+        assert self._tokens is not None
+        kept, run = self._tokens
+        states = self._states[kept].to(ids.device)
+        found = states.new_zeros(ids.numel(), self._size).index_copy(0, run, states)
+        self._read += len(kept)
         self._reading += perf_counter() - began
         self._passes += 1
-        return found.to(ids.device)
+        return found.view(*ids.shape, -1)
 
     def _room(self, dtype: torch.dtype) -> Tensor | None:
         """For all rows; None, told, where the disk has not so much."""
@@ -163,7 +163,7 @@ class KeptStates:
         return torch.from_file(str(self.file), shared=True, size=count, dtype=dtype).view(shape)
 
     def _give_up(self) -> None:
-        self._states = self._reads = self._rows = None
+        self._states = self._reads = self._tokens = None
         self._first.clear()
         self._full.clear()
 

@@ -38,9 +38,8 @@ class NeededTokens:
 
     def of(self, mask: Tensor, counts: Tensor) -> None:
         """The next pass is of `mask` and `counts [rows, columns]`: tokens that are no padding, and those with a label."""
-        real = mask.flatten().nonzero().squeeze(1)
-        padding = 1 - len(real) / max(mask.numel(), 1)
-        self._needed = _Needed(real if padding > _PADDING else None, counts.flatten().nonzero().squeeze(1))
+        real = mask.flatten().nonzero().squeeze(1) if much_padding(mask) else None
+        self._needed = _Needed(real, counts.flatten().nonzero().squeeze(1))
 
     def nothing(self) -> None:
         """The next pass leaves nothing out."""
@@ -74,6 +73,11 @@ class NeededTokens:
             return _spread(output, tokens, x)
 
         return some
+
+
+def much_padding(mask: Tensor) -> bool:
+    """Whether it is worth something to leave it out."""
+    return mask.numel() > 0 and 1 - float(mask.float().mean()) > _PADDING
 
 
 def _by_token(block: nn.Module, last: bool) -> Iterator[tuple[nn.Module, bool]]:

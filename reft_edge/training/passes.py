@@ -1,6 +1,5 @@
 """Passes of a training that leave out what changes nothing: the same logits, but for rounding, in less time."""
 
-import inspect
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,17 +10,16 @@ import torch
 from torch import Tensor
 
 from reft_edge.errors import ReftEdgeError
-from reft_edge.model.blocks import decoder_layers
 from reft_edge.steering.hooks import Steering
 from reft_edge.steering.interventions import Interventions, dropout_off
 from reft_edge.steering.likelihood import Batch, Ids, batch_logits, padded, readable
 from reft_edge.training.data import Dataset
 from reft_edge.training.kept_states import KeptStates, Key, last_untouched
-from reft_edge.training.needed_tokens import NeededTokens
+from reft_edge.training.needed_tokens import NeededTokens, much_padding
 from reft_edge.training.objectives import Data
+from reft_edge.training.packed_rows import PackedRows, can_pack, shared_length
 from reft_edge.training.preference import Preferences
 from reft_edge.training.settings import Execution, TrainSettings
-from reft_edge.training.shared_prefix import Prefix, can_share, shared_length, split
 
 _NEAR = {False: 1e-3, True: 5e-2}
 """How far logits of the two ways may be apart, of the largest of them; under autocast more."""
@@ -31,9 +29,10 @@ _FILE = "states"
 class Passes:
     """Logits of rows as `joined_logits` gives them, inside `attached`; each idea is left where it does not fit.
 
-    - Tokens with which all rows of a batch begin are run once (`shared_prefix`).
+    - Tokens with which all rows of a batch begin are run once (`packed_rows`).
     - Hidden states below the lowest edit are kept from one epoch to the next (`kept_states`).
-    - Matrix products leave padding out, and the last block what has no label (`needed_tokens`).
+    - Padding is left out (`packed_rows`, or of matrix products only), and in the last block what has no label
+      (`needed_tokens`).
 
     On the first batch the logits are held against those of a plain pass: a model for which an idea does not hold is trained
     without them.
@@ -52,13 +51,12 @@ class Passes:
         # Several processes that share a base must run the same passes; compiled blocks are one code for all of them; what a
         # checkpointed block computes again belongs to the last pass.
         free = not execution.processes.sharded and not execution.compile
-        self._shares = execution.shared_prefix and free and not execution.checkpointing and can_share(model)
+        self._packs = free and not execution.checkpointing and can_pack(model)
+        self._shares = execution.shared_prefix and self._packs
         self._needed = NeededTokens() if execution.needed_tokens and free else None
         self._kept = _kept_states(model, interventions, data, settings, execution, report) if free else None
         self._folder = execution.frozen_cache_in
-        self._layers = len(decoder_layers(model))
-        takes = inspect.signature(model.forward).parameters
-        self._cache_name = "cache" if "cache" in takes else "past_key_values"
+        self._attention = getattr(model.config, "_attn_implementation", "eager")
         self._checked = not (self._shares or self._needed or self._kept)
 
     @contextmanager
@@ -111,7 +109,8 @@ class Passes:
 
     def _leave(self) -> None:
         self._plainly()
-        self._shares, self._needed, self._kept = False, None, None
+        self._packs = self._shares = False
+        self._needed = self._kept = None
 
     def _plainly(self) -> None:
         """The next pass leaves nothing out."""
@@ -129,19 +128,16 @@ class Passes:
     ) -> Tensor:
         keys = [(*prompt, *behind) for prompt, behind in rows]
         reads = self._kept is not None and self._kept.has(keys)
-        length = self._shared(steering, rows)
-        if not length:
-            self._tell(keys, 0, batch, reads)
-            logits = batch_logits(self._model, steering, batch, autocast)
+        shared = self._shared(steering, rows)
+        if self._packs and (shared or (self._needed is not None and much_padding(batch.mask))):
+            packed = PackedRows(batch, shared)
+            self._tell(keys, packed.numbers, packed.batch, reads)
+            with packed.attending(self._model, self._attention):
+                logits = batch_logits(self._model, steering, packed.batch, autocast)
         else:
-            first, rest = split(batch, length)
-            prefix = Prefix(self._layers, length)
-            with_prefix = {"use_cache": True, self._cache_name: prefix}
-            self._tell(keys, 0, first, reads)
-            batch_logits(self._model, steering, first, autocast, **with_prefix)
-            prefix.known = True
-            self._tell(keys, length, rest, reads)
-            logits = batch_logits(self._model, steering, rest, autocast, **with_prefix)
+            numbers = torch.arange(batch.ids.numel(), device=batch.ids.device).view_as(batch.ids)
+            self._tell(keys, numbers.masked_fill(batch.mask == 0, -1), batch, reads)
+            logits = batch_logits(self._model, steering, batch, autocast)
         if self._kept is not None:
             self._kept.done(keys)
         return logits
@@ -154,13 +150,13 @@ class Passes:
         spans = [span for interventions, _ in steering.adapters for span in interventions.config.spans]
         return shared_length(rows, spans)
 
-    def _tell(self, keys: Sequence[Key], start: int, batch: Batch, reads: bool) -> None:
+    def _tell(self, keys: Sequence[Key], numbers: Tensor, batch: Batch, reads: bool) -> None:
         if self._needed is not None:
-            self._needed.of(batch.mask[:, -batch.ids.shape[1] :], batch.counts)
+            self._needed.of(batch.mask, batch.counts)
         if self._kept is None:
             return
         if self._kept.takes(keys):
-            self._kept.columns(keys, start, batch.ids, reads)
+            self._kept.of(keys, numbers, batch.ids, reads)
         else:
             self._kept.nothing()
 

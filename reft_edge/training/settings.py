@@ -160,7 +160,7 @@ class Execution:
     shared_prefix: bool = True
     """Run tokens with which all rows of a batch begin once for all of them."""
     needed_tokens: bool = True
-    """Leave padding out of matrix products, and out of the last block what has no label."""
+    """Leave padding out, and out of the last block what has no label."""
     frozen_cache: int = 512
     """MB in which hidden states below the lowest edited layer are kept from one epoch to the next; 0 for none."""
     frozen_cache_in: Path | None = None

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from reft_edge.adapter.file import load_adapter
 from reft_edge.adapter.positions import parse_positions
@@ -24,11 +25,11 @@ from reft_edge.training.description import adapter_config
 from reft_edge.training.frozen_base import checkpointed, frozen
 from reft_edge.training.kept_states import KeptStates, last_untouched
 from reft_edge.training.objectives import objective_of
+from reft_edge.training.packed_rows import shared_length
 from reft_edge.training.passes import Passes
 from reft_edge.training.preference import PreferencePair, Preferences
 from reft_edge.training.run import train
 from reft_edge.training.settings import Execution, TrainSettings
-from reft_edge.training.shared_prefix import shared_length
 from reft_edge.training.turns import Example
 from tests.helpers.tiny import ARCHITECTURES, make_model
 
@@ -138,9 +139,32 @@ def test_blocks_that_compute_again(model):
     assert_same(found, losses(model, NONE, layers="1;2"))
 
 
-def test_dropout_draws_for_each_row(model):
-    found = losses(model, ONLY["prefix"], dropout=0.5)
+@pytest.mark.parametrize("idea", ONLY)
+def test_dropout_draws_for_each_row(model, idea):
+    found = losses(model, ONLY[idea], dropout=0.5)
     assert_same(found, losses(model, NONE, dropout=0.5))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("first", [SYSTEM, ()])
+def test_rows_with_and_without_tokens_in_common(model, first, tied):
+    rows = [Example((*first, *row.prompt[len(SYSTEM) :]), row.completion) for row in ROWS]
+    told = []
+    found = losses(model, Execution(), dataset(rows), told=told, tied=tied, layers="1;2")
+    assert_same(found, losses(model, NONE, dataset(rows), tied=tied, layers="1;2"))
+    assert told == []
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3_text"])
+def test_rows_that_are_long_have_fused_attention(tmp_path, monkeypatch, architecture):
+    monkeypatch.setattr("reft_edge.training.frozen_base.SHORT", 0)
+    model = load_model(ModelFolder(make_model(tmp_path / "hf", architecture), "tiny"))
+    told, before = [], set(ALL_ATTENTION_FUNCTIONS)
+    found = losses(model, Execution(), told=told, layers="1;2")
+    assert_same(found, losses(model, NONE, layers="1;2"))
+    assert told == []
+    assert model.config._attn_implementation == "sdpa"
+    assert set(ALL_ATTENTION_FUNCTIONS) == before
 
 
 def tokens_run(model, execution, **changes):
@@ -186,7 +210,7 @@ def test_less_is_run(model):
     assert needed[2, "gate_proj"] == needed[2, "q_proj"] == labels
     assert needed[2, "k_proj"] == needed[1, "q_proj"] == real
     shared = tokens_run(model, ONLY["prefix"])[0]
-    assert shared == dict.fromkeys(shared, shared_tokens + 4 * (columns - shared_tokens))
+    assert shared == dict.fromkeys(shared, shared_tokens + real - 4 * shared_tokens)
     first, second = tokens_run(model, ONLY["kept"], layers="1;2")
     assert first == plain[0]
     assert second == {key: count for key, count in first.items() if key[0] == 2}
@@ -276,11 +300,11 @@ def test_too_little_room(model):
 def test_slow_reading_is_given_up(model, monkeypatch):
     clock = iter(range(10_000))
     monkeypatch.setattr(CLOCK, lambda: next(clock) ** 2)  # reading comes later, and so takes longer
-    reads, padded = [], KeptStates._padded
-    monkeypatch.setattr(KeptStates, "_padded", lambda self, ids: reads.append(1) or padded(self, ids))
+    reads, read_for = [], KeptStates._read_for
+    monkeypatch.setattr(KeptStates, "_read_for", lambda self, ids: reads.append(1) or read_for(self, ids))
     execution = dataclasses.replace(ONLY["kept"], shared_prefix=True)
     found = losses(model, execution, passes=5, layers="1;2")
-    assert len(reads) == 4  # two passes of the check's second time, and of the first step
+    assert len(reads) == 3  # the check's second time, and two steps
     assert_same(found, losses(model, NONE, passes=5, layers="1;2"))
 
 
