@@ -90,8 +90,8 @@ def train(
     `last_turn`: of a conversation train the last answer only, in place of all. `task`: completion,
     classification (an encoder) or preference; by default what the base is made for, classification or completion.
     `raw`: prompts as they stand, without the chat template. `recipe`: settings for commonsense, math, instruct or
-    glue, or loreft-commonsense or loreft-math, the LoReFT paper's; yours take precedence. `max_length`: in tokens, 1024 by
-    default; longer rows are left out, an encoder's texts are cut. `base_weights`: a folder that this base was exported to, on whose rounded weights to train. `loss_log`: a
+    glue; or loreft-commonsense, loreft-math or loreft-glue, the LoReFT paper's; yours take precedence. `max_length`: in
+    tokens, 1024 by default; longer rows are left out, an encoder's texts are cut. `base_weights`: a folder that this base was exported to, on whose rounded weights to train. `loss_log`: a
     JSONL file that gets every step's loss. `report_to`: trackers that get it, `tensorboard`, `wandb` or both. `resume`:
     continue from the checkpoint of an interrupted training; one is written every `save_every` steps. `eval_every`: steps
     between evaluations on held-out rows. `device`: by default the base's, or CUDA where there is one. `checkpointing`: less

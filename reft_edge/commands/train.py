@@ -142,6 +142,13 @@ def train(
         print_json({**vars(result), "path": str(result.path), "data": read})
     else:
         _print_result(result)
+        if kind := port_kind_of(intervention, act_fn):
+            say(f"to run it, export the model with --ports affine,{kind}")
+
+
+def port_kind_of(intervention: str, act_fn: str) -> str | None:
+    """What an export must be asked for to run such an adapter; None for what every export has."""
+    return "act" if act_fn != "linear" else "diagonal" if intervention == "red" else None
 
 
 def _print_result(result: "TrainResult") -> None:

@@ -36,8 +36,8 @@ Output = Annotated[
 Recipe = Annotated[
     str | None,
     typer.Option(
-        help="Settings for a kind of task: commonsense, math, instruct, glue, or loreft-commonsense and loreft-math, the LoReFT "
-        "paper's. Your own options go first.",
+        help="Settings for a kind of task: commonsense, math, instruct or glue; or the LoReFT paper's: loreft-commonsense, "
+        "loreft-math or loreft-glue. Your own options go first.",
         show_default=False,
         callback=taken_recipe,
         is_eager=True,

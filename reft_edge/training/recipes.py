@@ -1,9 +1,9 @@
 """Settings by the kind of task, as options of `reft-edge train`.
 
-`commonsense` and `math` are post-block edits, which were ahead of LoReFT over three seeds on small models (docs/paper.md).
-All others are the LoReFT paper's settings, from pyreft's `examples/loreft` (its README and scripts), which trains LLaMA-7B
-(`loreft-commonsense`, `loreft-math`), Llama-2-7B (`instruct`) and RoBERTa-base (`glue`, whose learning rate, epochs and
-dropout the paper chose anew for every task: these are the middle of their ranges).
+`commonsense`, `math` and `glue` are post-block edits, which were ahead of LoReFT over three seeds on small models
+(docs/paper.md). All others are the LoReFT paper's settings, from pyreft's `examples/loreft` (its README and scripts), which
+trains LLaMA-7B (`loreft-commonsense`, `loreft-math`), Llama-2-7B (`instruct`) and RoBERTa-base (`loreft-glue`, whose learning
+rate, epochs and dropout the paper chose anew for every task: these are the middle of their ranges).
 """
 
 from typing import Any
@@ -55,6 +55,16 @@ RECIPES: dict[str, dict[str, Any]] = {
         "max_length": 768,
     },
     "glue": {
+        **_POST_BLOCK,
+        "task": "classification",
+        "positions": "all",
+        "act_fn": "silu",
+        "lr": 6e-3,
+        "start": "random",
+    },
+    "loreft-commonsense": {**_REASONING, "epochs": 6.0},
+    "loreft-math": {**_REASONING, "epochs": 12.0},
+    "loreft-glue": {
         **_REASONING,
         "task": "classification",
         "rank": 1,
@@ -67,8 +77,6 @@ RECIPES: dict[str, dict[str, Any]] = {
         "dropout": 0.05,
         "max_length": 256,
     },
-    "loreft-commonsense": {**_REASONING, "epochs": 6.0},
-    "loreft-math": {**_REASONING, "epochs": 12.0},
 }
 
 

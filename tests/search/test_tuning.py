@@ -240,7 +240,12 @@ def test_labels_are_searched_by_accuracy(device_folder, tmp_path):
         for text, label in (("loved it ", "good"), ("dull ", "bad"))
     ]
     found = reft_edge.tune(
-        device_folder / "encoder-hf", rows, tmp_path / "a.safetensors", trials=3, max_steps=4, recipe="glue"
+        device_folder / "encoder-hf",
+        rows,
+        tmp_path / "a.safetensors",
+        trials=3,
+        max_steps=4,
+        recipe="loreft-glue",
     )
     assert found.score == "accuracy"
     assert found.default.settings["positions"] == "f1"

@@ -17,9 +17,9 @@ FIGURES = {  # examples/loreft of pyreft 0.1.0
     "loreft-commonsense": {"rank": 8, "layers": "all", "positions": "f7+l7", "lr": 9e-4, "epochs": 6},
     "loreft-math": {"rank": 8, "positions": "f7+l7", "tied": True, "lr": 9e-4, "epochs": 12, "warmup": 0.1},
     "instruct": {"rank": 4, "layers": "3;9;18;24", "positions": "f5+l5", "tied": False, "epochs": 9},
-    "glue": {"rank": 1, "layers": "all", "positions": "f1", "batch_size": 32},
+    "loreft-glue": {"rank": 1, "layers": "all", "positions": "f1", "batch_size": 32},
 }
-ROWS_A_STEP = {"loreft-commonsense": 32, "loreft-math": 32, "instruct": 128, "glue": 32}
+ROWS_A_STEP = {"loreft-commonsense": 32, "loreft-math": 32, "instruct": 128, "loreft-glue": 32}
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -40,7 +40,7 @@ def test_recipes_have_only_real_options(name):
     TrainSettings(**known)
 
 
-@pytest.mark.parametrize("name", ["commonsense", "math", "instruct", "glue"])
+@pytest.mark.parametrize("name", ["commonsense", "math", "instruct"])
 def test_the_recipe_of_a_task_runs_on_a_folder_with_the_ports_of_every_export(name):
     assert recipe(name).get("act_fn", "linear") == "linear"
     assert recipe(name)["intervention"] != "red"
@@ -82,3 +82,16 @@ def test_the_next_command_does_not_inherit_a_recipe(device_folder, tmp_path):
     for extra, rank in ((["--recipe", "loreft-math"], 8), ([], 4)):
         assert CliRunner().invoke(app, [*arguments, *extra]).exit_code == 0
         assert read_config(output).rank == rank
+
+
+def test_a_recipe_whose_adapter_needs_other_ports_says_so(device_folder, tmp_path):
+    rows, output = tmp_path / "rows.jsonl", tmp_path / "a.safetensors"
+    rows.write_text("".join(json.dumps({"text": text, "label": text}) + "\n" for text in ("ice", "fire")))
+    arguments = ["train", str(device_folder / "encoder-hf"), str(rows), "-o", str(output), "--max-steps", "1"]
+    told = "export the model with --ports affine,act"
+    done = CliRunner().invoke(app, [*arguments, "--recipe", "glue"])
+    assert done.exit_code == 0, done.output
+    assert told in " ".join(done.output.split())
+    done = CliRunner().invoke(app, [*arguments, "--recipe", "loreft-glue"])
+    assert done.exit_code == 0, done.output
+    assert "--ports" not in done.output
