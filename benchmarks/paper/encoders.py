@@ -38,7 +38,7 @@ def as_it_is(row: Row) -> Row:
 
 TASKS = (
     Task("glue-sst2", "SST-2", as_it_is, 150, 16, 250, 600, dev_file="dev", folder="sst2"),
-    Task("cola", "CoLA", as_it_is, 300, 16, 250, 1043, dev_file="dev"),
+    Task("mrpc", "MRPC", as_it_is, 300, 16, 250, 1725),
     Task("qnli", "QNLI", as_it_is, 300, 16, 250, 800, test_file="train"),
 )
 MATRICES = r"layer\.\d+\.(attention\.self\.(query|key|value)|intermediate\.dense|output\.dense)"
@@ -73,6 +73,22 @@ METHODS = (
         (2e-3, 6e-3, 1.5e-2),
         intervention="nodireft",
         act_fn="silu",
+        **ALL,
+    ),
+    edit(
+        "loreft-unchanged",
+        "LoReFT, rank 4, f3+l3, unchanged start",
+        (2e-3, 6e-3, 1.5e-2),
+        intervention="loreft",
+        start="unchanged",
+        **ENDS,
+    ),
+    edit(
+        "post-block-unchanged",
+        "post-block, rank 4, unchanged start",
+        (2e-3, 6e-3, 1.5e-2),
+        intervention="nodireft",
+        start="unchanged",
         **ALL,
     ),
     edit("red", "RED, all", (6e-3, 2e-3, 2e-2), intervention="red", **ALL | {"rank": 1}),
@@ -153,7 +169,7 @@ def _by_reft_edge(job: Job, encoder: Any, pooling: str, on_step: OnStep) -> Adap
     rows = job["train"]["rows"]
     texts = zip(tokens_of(rows), (label for _, _, label in rows), strict=True)
     settings = TrainSettings(
-        **job["settings"],
+        **{"start": "random"} | job["settings"],
         prompt_format="raw",
         pooling=pooling,
         lr=job["lr"],

@@ -24,6 +24,7 @@ from win_rate import compared as held_against
 Values = np.ndarray[Any, np.dtype[np.float64]]
 DRAWS = 2000
 AGAINST = "lora"
+ALSO_AGAINST = "loreft"
 
 
 @dataclass(frozen=True)
@@ -136,24 +137,54 @@ def scores(compared: Comparison, found: Cells, tests: list[Task]) -> str:
     return rows(lines)
 
 
-def gaps(compared: Comparison, found: Cells, tests: list[Task]) -> str:
-    """Every method less LoRA, on the same questions and seeds."""
-    lines = [[f"less {compared.methods[AGAINST].title}", *(test.title for test in tests)]]
+def gaps(compared: Comparison, found: Cells, tests: list[Task], against: str) -> str:
+    """Every method less another, on the same questions and seeds; of several accuracies their mean, too."""
+    alike = len(tests) > 1 and all(found_in_ones(found, against, test) for test in tests)
+    titles = [*(test.title for test in tests), *(["mean"] if alike else [])]
+    lines = [[f"less {compared.methods[against].title}", *titles]]
     for method in compared.methods.values():
-        line = [method.title]
-        for test in tests:
-            one, other = found.get((method.name, test.name)), found.get((AGAINST, test.name))
-            if method.name == AGAINST or one is None or other is None:
-                line.append("")
-                continue
-            both = [seed for seed in one.seeds if seed in other.seeds]
-            pairs = [
-                one.values[one.seeds.index(seed)] - other.values[other.seeds.index(seed)] for seed in both
-            ]
-            line.append(told(np.array(pairs), "+") if pairs else "")
-        if any(line[1:]):
+        if method.name == against:
+            continue
+        pairs = [paired(found.get((method.name, test.name)), found.get((against, test.name))) for test in tests]
+        line = [method.title, *("" if pair is None else told(pair, "+") for pair in pairs)]
+        known = [pair for pair in pairs if pair is not None]
+        if alike:
+            line.append(told_of_mean(known) if len(known) == len(tests) else "")
+        if known:
             lines.append(line)
     return rows(lines)
+
+
+def found_in_ones(found: Cells, method: str, test: Task) -> bool:
+    """Whether a method's answers are right or wrong, and not likelihoods."""
+    cell = found.get((method, test.name))
+    return cell is None or bool(np.isin(cell.values, (0, 1)).all())
+
+
+def paired(one: Found | None, other: Found | None) -> Values | None:
+    """The difference with the same questions, of the seeds that both have, `[seeds, questions]`; None where there are none."""
+    if one is None or other is None:
+        return None
+    pairs = [
+        one.values[one.seeds.index(seed)] - other.values[other.seeds.index(seed)]
+        for seed in one.seeds
+        if seed in other.seeds
+    ]
+    return np.array(pairs) if pairs else None
+
+
+def told_of_mean(tests: list[Values]) -> str:
+    """The mean of several tests' means, each test's questions and seeds drawn again by themselves."""
+    drawn = np.zeros(DRAWS)
+    for number, values in enumerate(tests):
+        random = np.random.default_rng([2, number])
+        seeds, questions = values.shape
+        weights = random.multinomial(questions, [1 / questions] * questions, size=DRAWS) / questions
+        by_seed = weights @ values.T
+        picked = random.integers(seeds, size=by_seed.shape)
+        drawn += np.take_along_axis(by_seed, picked, 1).mean(1) / len(tests)
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return shown(float(np.mean([values.mean() for values in tests])), (float(low), float(high)), "+")
 
 
 @dataclass(frozen=True)
@@ -282,7 +313,8 @@ def tables(model: str, lines: list[dict[str, Any]]) -> str:
     compared, found = compared_in(lines), collect(lines)
     parts = [f"### {model}"]
     for tests in groups_of(compared, found).values():
-        parts += [scores(compared, found, tests), gaps(compared, found, tests)]
+        parts.append(scores(compared, found, tests))
+        parts += [gaps(compared, found, tests, other) for other in (AGAINST, ALSO_AGAINST)]
     for study in compared.studies.values():
         if study.compared and (table := against_base(lines, compared, found, study)):
             parts.append(table)

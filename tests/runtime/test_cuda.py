@@ -29,7 +29,8 @@ PROMPTS = [
     "The quick brown fox jumps over the lazy dog. Who are you, and how are you today?",
     "Water boils when it is hot; ice melts when it is warm. " * 2,
 ]
-CHOICES = [{}, {"first": 1.0}, {"everywhere": 0.7}, {"first": 1.0, "everywhere": -0.5}]
+ACTS = ("relu", "gelu", "silu", "tanh", "sigmoid")
+CHOICES = [{}, {"first": 1.0}, {"everywhere": 0.7, "silu": 0.3}, {"first": 1.0, "red": -0.1, "gelu": 0.2}]
 TOLERANCE = {"fp16": 0.01, "bf16": 0.06, "int8": 0.02, "int4": 0.02}
 """Of the largest logit; activations have 16 bits."""
 
@@ -42,13 +43,16 @@ def source(tmp_path_factory):
     model = load_model(source)
     random_adapter(model, rank=4, positions="f3+l3", seed=1, path=folder / "first.safetensors")
     random_adapter(model, rank=9, positions="all+gen", seed=2, path=folder / "everywhere.safetensors")
+    for act in ACTS:
+        random_adapter(model, "nodireft", "all+gen", seed=3, act_fn=act, path=folder / f"{act}.safetensors")
+    random_adapter(model, "red", "all+gen", seed=4, path=folder / "red.safetensors")
     return source
 
 
 @pytest.fixture(scope="module", params=["fp16", "bf16", "int8", "int4"])
 def exported(request, source, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param) / "export"
-    export_model(source, folder, request.param, device="cuda")
+    export_model(source, folder, request.param, device="cuda", port_kinds=("affine", "act", "diagonal"))
     return folder
 
 
@@ -83,7 +87,7 @@ def test_it_runs_there(model):
     assert model.graph.session.get_providers()[0] == "CUDAExecutionProvider"
 
 
-@pytest.mark.parametrize("name", [None, "first", "everywhere"])
+@pytest.mark.parametrize("name", [None, "first", "everywhere", *ACTS, "red"])
 def test_logits_are_those_of_the_reference_up_to_rounding(model, exported, source, name):
     """PyTorch in float32; where weights are quantised, the same folder on the CPU."""
     rows = [ids_of(model, prompt) for prompt in PROMPTS]

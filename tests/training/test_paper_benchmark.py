@@ -404,10 +404,9 @@ def test_an_encoder_s_batches_are_those_that_the_trainer_draws(begun_encoder):
 
 def test_the_data_of_glue_is_read_as_it_stands(paper):
     glue = paper("glue")
-    sentences = [["gj04", "0", "*", 'The "car honked. '], ["gj04", "1", "", "It did."]]
-    assert list(glue.cola(sentences)) == [
-        {"text": 'The "car honked.', "label": 0},
-        {"text": "It did.", "label": 1},
+    header = ["Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"]
+    assert list(glue.mrpc([header, ["1", "7", "8", 'The "car honked.', "It did."]])) == [
+        {"text": 'The "car honked.', "text2": "It did.", "label": 1}
     ]
     pairs = [
         ["index", "question", "sentence", "label"],
@@ -432,8 +431,28 @@ def test_tables_show_the_rate_that_did_best_and_gaps_on_the_same_seeds(paper):
     compared = tables.DECODERS
     tests = [compared.studies["sst2"].task]
     assert "| LoRA, rank 8 | 7 | 0.875 (" in tables.scores(compared, found, tests)
-    (told,) = [row for row in tables.gaps(compared, found, tests).splitlines() if row.startswith("| bias")]
+    (told,) = [row for row in tables.gaps(compared, found, tests, "lora").splitlines() if row.startswith("| bias")]
     assert "| -0.500 (" in told  # seed 0 alone: 2 of 4 less than 4 of 4
+
+
+def test_several_accuracies_have_a_mean_difference_where_a_method_has_all(paper):
+    tables = paper("tables")
+    lines = [
+        line("sst2", "lora", 1e-3, 0, "1100"),
+        line("boolq", "lora", 1e-3, 0, "1000"),
+        line("sst2", "bias", 3e-3, 0, "1111"),
+        line("boolq", "bias", 3e-3, 0, "1000"),
+        line("sst2", "red", 3e-3, 0, "1111"),
+    ]
+    found = tables.collect(lines)
+    compared = tables.DECODERS
+    tests = [compared.studies[name].task for name in ("sst2", "boolq")]
+    title, _, red, bias = tables.gaps(compared, found, tests, "lora").splitlines()
+    assert title.endswith("| BoolQ | mean |")
+    assert "| +0.250 (+" in bias  # half of the questions on one task, none on the other
+    assert red.endswith("|  |  |")
+    alone = tables.gaps(compared, found, tests[:1], "lora").splitlines()[0]
+    assert "mean" not in alone
 
 
 def test_a_file_of_an_encoder_becomes_tables_of_its_own(paper):
@@ -441,10 +460,10 @@ def test_a_file_of_an_encoder_becomes_tables_of_its_own(paper):
     lines = [
         line("glue-sst2", "lora", 1e-3, 0, "1110"),
         line("glue-sst2", "head", 1e-2, 0, "1000"),
-        line("cola", "head", 1e-2, 0, "11"),
+        line("mrpc", "head", 1e-2, 0, "11"),
     ]
     text = tables.tables("minilm", lines)
-    assert text.startswith("### minilm\n\n|  | parameters | SST-2 | CoLA |\n")
+    assert text.startswith("### minilm\n\n|  | parameters | SST-2 | MRPC |\n")
     assert "QNLI" not in text
     assert "| the head alone | 7 | 0.250 (" in text
     assert "| the head alone | 0.01 (1) | 0.01 (1) |" in text
