@@ -145,7 +145,9 @@ def gaps(compared: Comparison, found: Cells, tests: list[Task], against: str) ->
     for method in compared.methods.values():
         if method.name == against:
             continue
-        pairs = [paired(found.get((method.name, test.name)), found.get((against, test.name))) for test in tests]
+        pairs = [
+            paired(found.get((method.name, test.name)), found.get((against, test.name))) for test in tests
+        ]
         line = [method.title, *("" if pair is None else told(pair, "+") for pair in pairs)]
         known = [pair for pair in pairs if pair is not None]
         if alike:

@@ -431,7 +431,9 @@ def test_tables_show_the_rate_that_did_best_and_gaps_on_the_same_seeds(paper):
     compared = tables.DECODERS
     tests = [compared.studies["sst2"].task]
     assert "| LoRA, rank 8 | 7 | 0.875 (" in tables.scores(compared, found, tests)
-    (told,) = [row for row in tables.gaps(compared, found, tests, "lora").splitlines() if row.startswith("| bias")]
+    (told,) = [
+        row for row in tables.gaps(compared, found, tests, "lora").splitlines() if row.startswith("| bias")
+    ]
     assert "| -0.500 (" in told  # seed 0 alone: 2 of 4 less than 4 of 4
 
 
