@@ -89,16 +89,16 @@ def train(
     default the splits train and validation. `columns`: where columns have other names, such as {"prompt": "question"}.
     `last_turn`: of a conversation train the last answer only, in place of all. `task`: completion,
     classification (an encoder) or preference; by default what the base is made for, classification or completion.
-    `raw`: prompts as they stand, without the chat template. `recipe`: settings for commonsense, math, instruct or
-    glue; or loreft-commonsense, loreft-math or loreft-glue, the LoReFT paper's; yours take precedence. `max_length`: in
-    tokens, 1024 by default; longer rows are left out, an encoder's texts are cut. `base_weights`: a folder that this base was exported to, on whose rounded weights to train. `loss_log`: a
-    JSONL file that gets every step's loss. `report_to`: trackers that get it, `tensorboard`, `wandb` or both. `resume`:
-    continue from the checkpoint of an interrupted training; one is written every `save_every` steps. `eval_every`: steps
-    between evaluations on held-out rows. `device`: by default the base's, or CUDA where there is one. `checkpointing`: less
-    memory, slower. `compile`: faster steps after half a minute or so. `shared_prefix`, `needed_tokens`: leave out what is
-    the same in all rows of a batch, and what no label needs. `frozen_cache`: MB for hidden states below the lowest edited
-    layer, which are kept from one epoch to the next; `frozen_cache_in`: a folder for a file of them, in place of memory.
-    `profile`: measure where the time of a step goes.
+    `raw`: prompts as they stand, without the chat template. `recipe`: settings for commonsense, math, instruct or glue; or
+    loreft-commonsense, loreft-math or loreft-glue, the LoReFT paper's; yours take precedence. `max_length`: in tokens, 1024
+    by default; longer rows are left out, an encoder's texts are cut. `base_weights`: a folder that this base was exported to,
+    on whose rounded weights to train. `loss_log`: a JSONL file that gets every step's loss. `report_to`: trackers that get
+    it, `tensorboard`, `wandb` or both. `resume`: continue from the checkpoint of an interrupted training; one is written
+    every `save_every` steps. `eval_every`: steps between evaluations on held-out rows. `device`: by default the base's, or
+    CUDA where there is one. `checkpointing`: less memory, slower. `compile`: faster steps after half a minute or so.
+    `shared_prefix`, `needed_tokens`: leave out what is the same in all rows of a batch, and what no label needs.
+    `frozen_cache`: MB for hidden states below the lowest edited layer, which are kept from one epoch to the next;
+    `frozen_cache_in`: a folder for a file of them, in place of memory. `profile`: measure where the time of a step goes.
     `report` is told what the user should know; `on_step` gets a StepReport after every step: its loss in nats a token.
 
     `settings` are the fields of `reft_edge.training.settings.TrainSettings`: intervention, layers (a text as for `export`, or
