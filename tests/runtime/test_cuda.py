@@ -30,7 +30,14 @@ PROMPTS = [
     "Water boils when it is hot; ice melts when it is warm. " * 2,
 ]
 ACTS = ("relu", "gelu", "silu", "tanh", "sigmoid")
-CHOICES = [{}, {"first": 1.0}, {"everywhere": 0.7, "silu": 0.3}, {"first": 1.0, "red": -0.1, "gelu": 0.2}]
+CHOICES = [
+    {},
+    {"first": 1.0},
+    {"everywhere": 0.7},
+    {"first": 1.0, "everywhere": -0.5},
+    {"everywhere": 0.7, "silu": 0.3},
+    {"first": 1.0, "red": -0.1, "gelu": 0.2},
+]
 TOLERANCE = {"fp16": 0.01, "bf16": 0.06, "int8": 0.02, "int4": 0.02}
 """Of the largest logit; activations have 16 bits."""
 

@@ -14,7 +14,14 @@ from reft_edge.training.recipes import RECIPES, recipe
 from reft_edge.training.settings import TrainSettings
 
 FIGURES = {  # examples/loreft of pyreft 0.1.0
-    "loreft-commonsense": {"rank": 8, "layers": "all", "positions": "f7+l7", "lr": 9e-4, "epochs": 6},
+    "loreft-commonsense": {
+        "rank": 8,
+        "layers": "all",
+        "positions": "f7+l7",
+        "tied": True,
+        "lr": 9e-4,
+        "epochs": 6,
+    },
     "loreft-math": {"rank": 8, "positions": "f7+l7", "tied": True, "lr": 9e-4, "epochs": 12, "warmup": 0.1},
     "instruct": {"rank": 4, "layers": "3;9;18;24", "positions": "f5+l5", "tied": False, "epochs": 9},
     "loreft-glue": {"rank": 1, "layers": "all", "positions": "f1", "batch_size": 32},
@@ -47,7 +54,9 @@ def test_the_recipe_of_a_task_runs_on_a_folder_with_the_ports_of_every_export(na
 
 
 def test_an_unknown_recipe_is_refused():
-    with pytest.raises(ReftEdgeError, match=r"commonsense, math, .*loreft-math"):
+    with pytest.raises(
+        ReftEdgeError, match="commonsense, math, instruct, glue, loreft-commonsense, loreft-math, loreft-glue"
+    ):
         recipe("soup")
     done = CliRunner().invoke(app, ["train", "x", "y", "-o", "z", "--recipe", "soup"])
     assert done.exit_code == 2

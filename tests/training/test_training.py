@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from reft_edge.adapter.config import INTERVENTIONS
 from reft_edge.adapter.file import load_adapter
 from reft_edge.errors import ReftEdgeError
 from reft_edge.export import Quantisation, export_model
@@ -83,9 +84,15 @@ def test_batch_loss_is_the_plain_loss_of_each_row(model, data):
 
 
 @pytest.mark.parametrize(
-    "intervention", ["loreft", "noreft", "direft", "nodireft", "consreft", "lobireft", "steering", "red"]
+    ("intervention", "start"),
+    [
+        *((kind, "random") for kind in INTERVENTIONS),
+        *(
+            (kind, "auto") for kind in INTERVENTIONS if kind != "lobireft"
+        ),  # which only shifts, and so learns 3 %
+    ],
 )
-def test_every_intervention_learns_and_leaves_the_base_alone(model, data, tmp_path, intervention):
+def test_every_intervention_learns_and_leaves_the_base_alone(model, data, tmp_path, intervention, start):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     required = [parameter.requires_grad for parameter in model.parameters()]
     losses = []
@@ -94,13 +101,14 @@ def test_every_intervention_learns_and_leaves_the_base_alone(model, data, tmp_pa
         data,
         tmp_path / "a.safetensors",
         intervention=intervention,
+        start=start,
         max_steps=40,
         lr=0.02,
         batch_size=12,
         rank=1 if intervention in ("steering", "red") else 4,
         on_step=lambda step: losses.append(step.loss),
     )
-    assert np.mean(losses[-4:]) < 0.97 * losses[0]
+    assert np.mean(losses[-4:]) < 0.95 * losses[0]
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert [parameter.requires_grad for parameter in model.parameters()] == required
     adapter = load_adapter(tmp_path / "a.safetensors")
