@@ -93,8 +93,11 @@ def collect(lines: list[dict[str, Any]]) -> Cells:
 @cache
 def drawn_again(questions: int) -> Values:
     """How often each question is drawn, `[draws, questions]`, as shares; the same for all that answered so many."""
-    counts = np.random.default_rng(0).multinomial(questions, [1 / questions] * questions, size=DRAWS)
-    return counts / questions
+    return shares(questions, np.random.default_rng(0))
+
+
+def shares(questions: int, random: np.random.Generator) -> Values:
+    return random.multinomial(questions, [1 / questions] * questions, size=DRAWS) / questions
 
 
 def interval(values: Values) -> tuple[float, float]:
@@ -104,8 +107,19 @@ def interval(values: Values) -> tuple[float, float]:
 
 def seeds_drawn_again(by_seed: Values) -> tuple[float, float]:
     """95 % of the means over seeds drawn again, of `[draws, seeds]`."""
-    picked = np.random.default_rng(1).integers(by_seed.shape[1], size=by_seed.shape)
-    low, high = np.quantile(np.take_along_axis(by_seed, picked, 1).mean(1), [0.025, 0.975])
+    return middle(means_of_seeds(by_seed, np.random.default_rng(1)))
+
+
+def means_of_seeds(by_seed: Values, random: np.random.Generator) -> Values:
+    """`[draws]`: the mean over seeds drawn again, of `[draws, seeds]`."""
+    picked = random.integers(by_seed.shape[1], size=by_seed.shape)
+    means: Values = np.take_along_axis(by_seed, picked, 1).mean(1)
+    return means
+
+
+def middle(means: Values) -> tuple[float, float]:
+    """Between which 95 % of them are."""
+    low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
 
 
@@ -180,13 +194,9 @@ def told_of_mean(tests: list[Values]) -> str:
     drawn = np.zeros(DRAWS)
     for number, values in enumerate(tests):
         random = np.random.default_rng([2, number])
-        seeds, questions = values.shape
-        weights = random.multinomial(questions, [1 / questions] * questions, size=DRAWS) / questions
-        by_seed = weights @ values.T
-        picked = random.integers(seeds, size=by_seed.shape)
-        drawn += np.take_along_axis(by_seed, picked, 1).mean(1) / len(tests)
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return shown(float(np.mean([values.mean() for values in tests])), (float(low), float(high)), "+")
+        by_seed = shares(values.shape[1], random) @ values.T
+        drawn += means_of_seeds(by_seed, random) / len(tests)
+    return shown(float(np.mean([values.mean() for values in tests])), middle(drawn), "+")
 
 
 @dataclass(frozen=True)
